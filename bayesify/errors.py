@@ -1,0 +1,33 @@
+"""The error kinds of bayesify. Each message says what failed, where, what was expected and what to do."""
+
+
+class BayesifyError(RuntimeError):
+    """Base of every error that bayesify raises on purpose."""
+
+
+class ArgumentError(BayesifyError, ValueError):
+    """An argument has a value that cannot work."""
+
+
+class NoMatchError(ArgumentError):
+    """A ``skip`` or ``only`` pattern matches nothing in the model, under ``strict``."""
+
+
+class UnsupportedModuleError(BayesifyError, TypeError):
+    """A module cannot be converted, or is already converted."""
+
+
+class ModelError(ArgumentError):
+    """A model cannot be found or built by its name, or does not fit the given weights."""
+
+
+class DataError(ArgumentError):
+    """A data set cannot be found, read or used."""
+
+
+class CheckpointError(BayesifyError):
+    """A file cannot be read as, or written as, a bayesify checkpoint."""
+
+
+class NoMatchWarning(UserWarning):
+    """A ``skip`` or ``only`` pattern matches nothing in the model."""

@@ -1,0 +1,87 @@
+"""Standard normal noise as a function of (seed, parameter), the plain-torch version."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_LIBRARY = torch.library.Library("bayesify", "DEF")
+_LIBRARY.define(
+    "noise(Tensor seed, int key, SymInt[] size, ScalarType dtype, Device device) -> Tensor"
+)
+
+
+def _mix(value: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): all bits depend on all bits."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def key_of(name: str) -> int:
+    """A 63-bit key of a parameter's canonical name, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def fold(seed: int, index: int) -> int:
+    """Derive the 63-bit seed of the ``index``-th member of a family of draws from ``seed``."""
+    return _mix(_mix(seed & _MASK) ^ _mix(index & _MASK)) >> 1
+
+
+def _noise(
+    seed: Tensor, key: int, size: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if device.type == "meta":
+        return torch.empty(size, dtype=dtype, device=device)
+    generator = torch.Generator(device=device)
+    # torch's CPU engine keeps only the low 32 bits of a seed, so they must depend on all of it
+    generator.manual_seed(fold(int(seed), key))
+    return torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)
+
+
+def _noise_meta(
+    seed: Tensor, key: int, size: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+def _noise_vmap(
+    info: object,
+    in_dims: tuple[int | None, ...],
+    seed: Tensor,
+    key: int,
+    size: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    seeds = seed.movedim(in_dims[0] or 0, 0).unbind(0)
+    return torch.stack([noise(s, key, size, dtype, device) for s in seeds]), 0
+
+
+_LIBRARY.impl("noise", _noise, "CPU")  # the seed is always a CPU tensor
+torch.library.register_fake("bayesify::noise", _noise_meta, lib=_LIBRARY)
+torch.library.register_vmap("bayesify::noise", _noise_vmap, lib=_LIBRARY)
+
+
+def noise(
+    seed: Tensor, key: int, size: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Standard normal noise that is a function of ``seed``, ``key`` and the element alone.
+
+    Args:
+        seed: int64 scalar on the CPU; may be batched by ``torch.vmap``.
+        key: 63-bit integer that identifies the parameter (:func:`key_of` its name).
+        size: Shape of the noise.
+        dtype: float32 or float64.
+        device: Where the noise is wanted. CPU and CUDA give different numbers for one seed.
+
+    Returns:
+        A tensor of shape ``size`` without gradient.
+    """
+    result: Tensor = torch.ops.bayesify.noise(seed, key, size, dtype, device)
+    return result

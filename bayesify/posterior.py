@@ -1,0 +1,265 @@
+"""Which parameters of a model are Bayesian, by slot: names, initial values, KL, optimizer groups."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import gaussian
+from .errors import ArgumentError, UnsupportedModuleError
+from .gaussian import Parameterization
+from .kernels.noise import key_of
+from .priors import GaussianPrior, LivePrior, Prior
+
+STATE = "_bayesify"
+RAW_SUFFIX: dict[str, str] = {"exp": "_logvar", "softplus": "_rho"}
+PRIOR_MEAN_SUFFIX = "_prior_mean"
+_uids = itertools.count()
+
+
+class Slot:
+    """One Bayesian parameter; tied parameters share one slot.
+
+    The slot holds no tensor: mean and trained spread are read from the module that owns them
+    whenever they are needed, so that sharding, ``to_empty`` and ``load_state_dict(assign=True)``
+    may replace them.
+    """
+
+    __slots__ = ("key", "name", "parameterization", "prior", "prior_scale", "uid")
+
+    def __init__(
+        self, name: str, prior: Prior, parameterization: Parameterization, prior_scale: float = 1.0
+    ) -> None:
+        self.uid = next(_uids)
+        self.name = name
+        self.key = key_of(name)
+        self.prior = prior
+        self.prior_scale = prior_scale
+        self.parameterization = parameterization
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy is another parameter: it must not share a draw with this one
+        return Slot, (self.name, self.prior, self.parameterization, self.prior_scale)
+
+
+@dataclass(eq=False)
+class OwnerState:
+    """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``."""
+
+    slots: dict[str, Slot] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    spec: Any = None
+    handle: int = field(default_factory=lambda: next(_uids))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # variants are code generated for this instance: a copy makes its own, and its own handle
+        return _restore_state, (self.slots, self.methods, self.strict, self.spec)
+
+
+def _restore_state(
+    slots: dict[str, Slot], methods: dict[str, Any], strict: bool, spec: Any
+) -> OwnerState:
+    return OwnerState(slots=slots, methods=methods, strict=strict, spec=spec)
+
+
+class Site(NamedTuple):
+    """Where one Bayesian parameter lives now."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    slot: Slot
+
+    @property
+    def mean(self) -> nn.Parameter:
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def raw(self) -> nn.Parameter:
+        parameter = self.module._parameters[raw_name(self.attribute, self.slot)]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def std(self) -> Tensor:
+        return gaussian.std_from_raw(self.raw, self.slot.parameterization)
+
+    @property
+    def logvar(self) -> Tensor:
+        return gaussian.logvar_from_raw(self.raw, self.slot.parameterization)
+
+
+class Posterior(NamedTuple):
+    """One posterior tensor: N(mean, exp(logvar)) and its prior."""
+
+    name: str
+    mean: nn.Parameter
+    logvar: Tensor
+    prior: Prior
+
+
+def raw_name(attribute: str, slot: Slot) -> str:
+    """Name of the trained spread beside ``attribute``: ``weight_logvar`` or ``weight_rho``."""
+    return attribute + RAW_SUFFIX[slot.parameterization]
+
+
+def owner_state(module: nn.Module) -> OwnerState | None:
+    """The state of a converted module, None of an ordinary one."""
+    state: OwnerState | None = module.__dict__.get(STATE)
+    return state
+
+
+def is_bayesian(model: nn.Module) -> bool:
+    """Whether any parameter of ``model`` has a posterior."""
+    return any(True for _ in sites(model))
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every Bayesian parameter of ``model`` once, under its first qualified name."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        state = owner_state(module)
+        if state is None:
+            continue
+        for attribute, slot in state.slots.items():
+            if slot.uid not in seen:
+                seen.add(slot.uid)
+                yield Site(f"{prefix}.{attribute}" if prefix else attribute, module, attribute, slot)
+
+
+def bayesian_sites(model: nn.Module) -> list[Site]:
+    """:func:`sites` as a list that is not empty.
+
+    Raises:
+        UnsupportedModuleError: ``model`` has no posterior.
+    """
+    found = list(sites(model))
+    if not found:
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} has no Bayesian parameter. Convert it first: "
+            "model = bayesify.to_bbb(model)."
+        )
+    return found
+
+
+def posteriors(model: nn.Module) -> Iterator[Posterior]:
+    """Every posterior tensor of ``model`` once: ``(name, mean, logvar, prior)``.
+
+    With the exp parameterisation ``logvar`` is the nn.Parameter itself; with softplus it is
+    computed from it.
+
+    >>> import torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1), logvar=-10.0)
+    >>> [(p.name, p.logvar.mean().item()) for p in bayesify.posteriors(model)]
+    [('weight', -10.0), ('bias', -10.0)]
+    """
+    for site in sites(model):
+        yield Posterior(site.name, site.mean, site.logvar, site.slot.prior)
+
+
+def stddev(model: nn.Module) -> dict[str, Tensor]:
+    """Posterior standard deviation of every Bayesian parameter by name, without gradient."""
+    with torch.no_grad():
+        return {site.name: site.std for site in sites(model)}
+
+
+def posterior_stats(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Per tensor: ``elements``, mean and max of sigma and of the signal-to-noise ratio.
+
+    Returns:
+        ``{name: {"elements", "mean_std", "max_std", "mean_snr", "max_snr"}}``, the ratio being
+        ``|mean| / std`` (Blundell et al., 2015, section 5).
+    """
+    stats: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        for site in sites(model):
+            std = site.std.float()
+            snr = gaussian.signal_to_noise(site.mean.float(), std)
+            stats[site.name] = {
+                "elements": site.mean.numel(),
+                "mean_std": std.mean().item(),
+                "max_std": std.max().item(),
+                "mean_snr": snr.mean().item(),
+                "max_snr": snr.max().item(),
+            }
+    return stats
+
+
+def initial_logvar(mean: Tensor, reference_rms: float, relative_std: float) -> float:
+    """Log variance that makes sigma ``relative_std`` times the tensor's root mean square.
+
+    A tensor of zeros has no scale of its own and takes ``reference_rms``.
+    """
+    rms = mean.detach().double().square().mean().sqrt().item() if mean.numel() else 0.0
+    return 2.0 * math.log(relative_std * (rms if rms > 0.0 else reference_rms))
+
+
+def set_prior_(model: nn.Module, prior: Prior) -> nn.Module:
+    """Give every Bayesian parameter of ``model`` another prior.
+
+    A prior around the initial weights takes the present means as those weights.
+
+    Raises:
+        ArgumentError: ``prior`` is not a prior.
+        UnsupportedModuleError: ``model`` has no posterior.
+    """
+    if not isinstance(prior, Prior):
+        raise ArgumentError(
+            f"prior must be a GaussianPrior, ScaleMixturePrior or LivePrior, got {prior!r}."
+        )
+    for site in bayesian_sites(model):
+        attach_prior(site, prior)
+    return model
+
+
+def attach_prior(site: Site, prior: Prior) -> None:
+    """Set the prior of one slot and keep beside it what the prior needs of the present means."""
+    site.slot.prior, site.slot.prior_scale = prior, 1.0
+    buffer = site.attribute + PRIOR_MEAN_SUFFIX
+    site.module._buffers.pop(buffer, None)
+    if not isinstance(prior, GaussianPrior):
+        return
+    mean = site.mean.detach()
+    if prior.relative and mean.device.type != "meta":
+        rms = mean.double().square().mean().sqrt().item()
+        site.slot.prior_scale = rms if rms > 0.0 else 1.0
+    if prior.needs_initial:
+        site.module.register_buffer(buffer, mean.clone(), persistent=False)
+
+
+def gaussian_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and variance of a Gaussian or live prior of one slot.
+
+    Raises:
+        ArgumentError: A live source gave something of another shape.
+    """
+    prior = site.slot.prior
+    if isinstance(prior, GaussianPrior):
+        var = (prior.std * site.slot.prior_scale) ** 2
+        if prior.mean == "initial":
+            initial = site.module._buffers[site.attribute + PRIOR_MEAN_SUFFIX]
+            assert initial is not None
+            return initial, var
+        return float(prior.mean), var
+    assert isinstance(prior, LivePrior)
+    values = []
+    for what, value in zip(("mean", "variance"), prior.source(site.name), strict=True):
+        if isinstance(value, Tensor):
+            if value.shape not in (site.mean.shape, torch.Size([])):
+                raise ArgumentError(
+                    f"LivePrior: the source's {what} for {site.name!r} has shape "
+                    f"{tuple(value.shape)}, expected {tuple(site.mean.shape)} or a number."
+                )
+            value = value.detach()
+        values.append(value)
+    return values[0], values[1]

@@ -1,0 +1,115 @@
+"""Priors over weights. A prior turns one posterior tensor into its KL term."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import gaussian
+from .errors import ArgumentError
+
+
+def _positive(what: str, value: float) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ArgumentError(f"{what} must be a positive finite number, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class GaussianPrior:
+    """N(mean, std**2), the same for every weight of a tensor.
+
+    Args:
+        std: Standard deviation; with ``relative=True`` in units of the root mean square of the
+            tensor's weights at conversion (a tensor of zeros takes it in absolute units).
+        mean: A number, or ``"initial"`` for the weights at conversion (MOPED: Krishnan et al.,
+            2020, arXiv:1906.05323), which suits fine-tuning.
+        relative: Scale ``std`` per tensor.
+
+    Raises:
+        ArgumentError: ``std`` is not positive, or ``mean`` is neither a number nor "initial".
+    """
+
+    std: float = 1.0
+    mean: float | Literal["initial"] = 0.0
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("GaussianPrior: std", self.std)
+        if self.mean != "initial" and not (
+            isinstance(self.mean, int | float) and math.isfinite(self.mean)
+        ):
+            raise ArgumentError(
+                f"GaussianPrior: mean must be a finite number or 'initial', got {self.mean!r}."
+            )
+
+    @property
+    def needs_initial(self) -> bool:
+        """Whether the weights at conversion must be kept."""
+        return self.mean == "initial"
+
+    def __str__(self) -> str:
+        mean = "w0" if self.mean == "initial" else f"{self.mean:g}"
+        return f"N({mean}, {'(' if self.relative else ''}{self.std:g}" + (
+            " rms)^2)" if self.relative else "^2)"
+        )
+
+
+@dataclass(frozen=True)
+class ScaleMixturePrior:
+    r"""The scale mixture ``pi N(0, std1**2) + (1 - pi) N(0, std2**2)``.
+
+    Its KL term has no closed form: it is estimated by the draw itself,
+    ``log q(w) - log p(w)`` (Blundell et al., 2015, arXiv:1505.05424, equations 2 and 7).
+
+    Args:
+        pi: Weight of the first component, in (0, 1).
+        std1: Standard deviation of the first component.
+        std2: Standard deviation of the second component.
+
+    Raises:
+        ArgumentError: A value is out of its range.
+    """
+
+    pi: float = 0.5
+    std1: float = 1.0
+    std2: float = math.exp(-6.0)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.pi < 1.0:
+            raise ArgumentError(f"ScaleMixturePrior: pi must be in (0, 1), got {self.pi!r}.")
+        _positive("ScaleMixturePrior: std1", self.std1)
+        _positive("ScaleMixturePrior: std2", self.std2)
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """Elementwise log density in nats."""
+        return torch.logaddexp(
+            gaussian.log_density(value, 0.0, self.std1) + math.log(self.pi),
+            gaussian.log_density(value, 0.0, self.std2) + math.log1p(-self.pi),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.pi:g} N(0, {self.std1:g}^2) + {1 - self.pi:g} N(0, {self.std2:.3g}^2)"
+
+
+@dataclass(frozen=True, eq=False)
+class LivePrior:
+    """A Gaussian prior whose mean and variance are read anew on every step.
+
+    Args:
+        source: Called with the parameter's name; gives ``(mean, var)``, each a tensor of the
+            parameter's shape or a number. Neither receives a gradient. A typical source is a
+            teacher's weights (BYOV, arXiv:2312.03213, section 3).
+    """
+
+    source: Callable[[str], tuple[Tensor | float, Tensor | float]]
+
+    def __str__(self) -> str:
+        return "live"
+
+
+Prior = GaussianPrior | ScaleMixturePrior | LivePrior

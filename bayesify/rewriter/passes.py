@@ -1,0 +1,121 @@
+"""Passes over a traced graph: read to draw, and the contexts that torch.fx drops."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from typing import Any
+
+import torch
+
+from .. import scope
+from .tracer import Expression, Trace, _access
+
+
+def draw(module: Any, attribute: str) -> Any:
+    """Read one parameter of a rewritten forward: its draw in the present scope."""
+    return scope.read(module, attribute)
+
+
+def reads_to_draws(trace: Trace, bayesian: set[tuple[tuple[str, ...], str]]) -> int:
+    """Turn each ``get_attr`` of a Bayesian parameter into a ``draw``.
+
+    Args:
+        trace: Changed in place.
+        bayesian: (module path, attribute) of the parameters that have a posterior.
+
+    Returns:
+        How many reads became draws.
+    """
+    count = 0
+    for node in trace.graph.nodes:
+        where = trace.parameters.get(node.name) if node.op == "get_attr" else None
+        if where is None or where not in bayesian:
+            continue
+        path, attribute = where
+        node.op, node.target = "call_function", draw
+        node.args = (Expression(_access(path)), attribute)
+        count += 1
+    return count
+
+
+def enter_context(*_: Any) -> None:
+    """Marks the start of a ``with`` block; never runs."""
+
+
+def exit_context() -> None:
+    """Marks the end of a ``with`` block; never runs."""
+
+
+def restore_contexts(trace: Trace) -> None:
+    """Put back the grad modes and autocast states that were entered inside the forward."""
+    nodes = [n for n in trace.graph.nodes if n.op not in ("placeholder", "output")]
+    if not nodes:
+        return
+    entry = trace.graph.output_node().meta["context"]
+    current = entry
+    for node in [*nodes, trace.graph.output_node()]:
+        context = node.meta.get("context", entry)
+        if context == current:
+            continue
+        with trace.graph.inserting_before(node):
+            if current != entry:
+                trace.graph.call_function(exit_context)
+            if context != entry:
+                trace.graph.call_function(enter_context, (Expression(_with(entry, context)),))
+        current = context
+
+
+def _with(entry: tuple[Any, ...], context: tuple[Any, ...]) -> str:
+    """Source of the context managers that lead from one state to the other."""
+    managers = []
+    if context[1] != entry[1]:
+        managers.append(f"torch.inference_mode({context[1]})")
+    if context[0] != entry[0]:
+        managers.append(f"torch.set_grad_enabled({context[0]})")
+    for before, (device, enabled, dtype) in zip(entry[2:4], context[2:4], strict=True):
+        if before != (device, enabled, dtype) or entry[4] != context[4]:
+            managers.append(
+                f"torch.autocast({device!r}, dtype={dtype}, enabled={enabled}, "
+                f"cache_enabled={context[4]})"
+            )
+    return ", ".join(managers)
+
+
+_ENTER = re.compile(r"^\s*\w+ = .*enter_context\((?P<managers>.*)\);?.*$")
+_EXIT = re.compile(r"^\s*\w+ = .*exit_context\(\).*$")
+
+
+def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
+    """Python source of the rewritten method ``name`` and the globals that it needs."""
+    for node in trace.graph.nodes:
+        if node.name == "draw":
+            node._rename("drawn")
+    code = trace.graph.python_code("self")
+    lines, indent = [], ""
+    for line in code.src.strip("\n").split("\n"):
+        entered = _ENTER.match(line)
+        if entered:
+            lines.append(f"    with {_strip_none(entered['managers'])}:")
+            indent = "    "
+        elif _EXIT.match(line):
+            indent = ""
+        else:
+            lines.append(indent + line)
+    source = "\n".join(lines).replace("bayesify_rewriter_passes_draw", "draw")
+    source = source.replace("def forward(", f"def {name}(", 1)
+    names = dict(code.globals)
+    names.update(trace.constants, draw=draw, torch=torch)
+    return source, names
+
+
+def _strip_none(text: str) -> str:
+    return text.split(");  ")[0].rstrip(";")
+
+
+def compile_source(source: str, names: dict[str, Any], method: str, label: str) -> Any:
+    """The function that ``source`` defines, with its source known to tracebacks."""
+    filename = f"<bayesify {label}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    exec(compile(source, filename, "exec"), names)
+    return names[method]

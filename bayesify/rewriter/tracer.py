@@ -1,0 +1,847 @@
+"""Value-guided torch.fx tracing of one module's own method, its submodules being leaves.
+
+Every torch function called while the method runs is recorded as an fx node, whether or not it
+touches an argument: factories and in-place updates must happen anew on every call. Parameters,
+buffers and tensor attributes become reads of the live module. What the method reads of plain
+attributes is noted, so that the graph is used only while they are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import operator
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from . import caches
+from .caches import INTERNAL
+from .values import (
+    Dims,
+    TracedFloat,
+    TracedInt,
+    TracedParts,
+    TracedSize,
+    TracedTensor,
+    TraceFailure,
+    _TracedNumber,
+    unpacks_into_names,
+)
+
+PRIMITIVES = (
+    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
+    torch.memory_format, enum.Enum, type(Ellipsis),
+)  # fmt: skip
+_CONCRETE_ATTRIBUTES = {
+    "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
+    "is_meta", "is_mps", "is_xpu", "is_quantized", "is_sparse", "is_sparse_csr", "is_mkldnn",
+    "is_nested", "is_vulkan", "is_ipu", "is_maia", "is_mtia", "is_xla", "itemsize", "names",
+    "output_nr", "retains_grad", "_is_view", "is_inference",
+}  # fmt: skip
+_CONCRETE_METHODS = {
+    "dim", "ndimension", "element_size", "is_floating_point", "is_complex", "is_signed",
+    "get_device", "is_inference", "is_conj", "is_neg", "has_names", "is_same_size", "type",
+    "data_ptr", "_is_view",
+}  # fmt: skip
+_VALUE_METHODS = {
+    "__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy",
+    "__array__", "__contains__", "is_nonzero", "equal", "allclose", "__repr__", "__format__",
+    "__deepcopy__", "__reduce_ex__", "data_ptr", "storage", "untyped_storage", "__dlpack__",
+    "nonzero_static", "backward", "register_hook", "__setstate__", "_typed_storage",
+}  # fmt: skip
+_OPERATORS = {
+    f"__{name}__": getattr(operator, name)
+    for name in (
+        "add sub mul truediv floordiv mod pow matmul neg eq ne lt le gt ge and_ or_ xor getitem "
+        "setitem iadd isub imul itruediv abs invert"
+    ).split()
+    if hasattr(operator, name)
+}
+_OPERATORS.update({"__and__": operator.and_, "__or__": operator.or_})
+_REVERSED = {"__radd__": operator.add, "__rmul__": operator.mul, "__rsub__": operator.sub,
+             "__rtruediv__": operator.truediv, "__rpow__": operator.pow,
+             "__rmatmul__": operator.matmul, "__rfloordiv__": operator.floordiv,
+             "__rmod__": operator.mod}  # fmt: skip
+_PARTS = {"unbind", "split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk",
+          "unsafe_split", "hsplit", "vsplit", "dsplit"}  # fmt: skip
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "absent"})()
+
+
+class Expression:
+    """An argument that the generated code spells out, such as ``self.attn.bias_cache['cpu']``."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __repr__(self) -> str:
+        return self.source
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """A plain attribute of the module or of one below it, as the traced forward saw it."""
+
+    path: tuple[str, ...]
+    name: str
+    value: Any
+    kind: str  # "equal", "same", "keys" (of _modules) or "shape" (of a buffer)
+
+    def holds(self, owner: nn.Module) -> bool:
+        module: Any = owner
+        for part in self.path:
+            module = module._modules.get(part)
+            if module is None:
+                return False
+        if self.kind == "keys":
+            return tuple(module._modules) == self.value
+        if self.kind == "shape":
+            buffer = module._buffers.get(self.name)
+            return buffer is not None and tuple(buffer.shape) == self.value
+        found = module.__dict__.get(self.name, MISSING)
+        if self.kind == "same":
+            return found is self.value
+        return type(found) is type(self.value) and bool(found == self.value)
+
+
+@dataclasses.dataclass
+class Trace:
+    """A traced method.
+
+    Attributes:
+        graph: Placeholders are the tensor arguments in flattened order; ``get_attr`` nodes are
+            reads of the live owner.
+        guards: Attributes on whose values the graph depends.
+        dims: (argument, dimension) pairs on which it depends; None for all of them.
+        layout: Whether it depends on the strides of the arguments.
+        guided: Whether a value had to be answered, so that plain fx would have failed.
+        constants: Objects that the code refers to by name.
+        parameters: Target of each ``get_attr`` node that reads a parameter, by node name.
+    """
+
+    graph: fx.Graph
+    guards: tuple[Guard, ...]
+    dims: Dims
+    layout: bool
+    guided: bool
+    constants: dict[str, Any]
+    parameters: dict[str, tuple[tuple[str, ...], str]]
+
+
+class _Active(threading.local):
+    def __init__(self) -> None:
+        self.tracer: MethodTracer | None = None
+
+
+ACTIVE = _Active()
+_TRACE_LOCK = threading.RLock()
+
+
+def _plain(value: Any, depth: int = 0) -> bool:
+    """Whether ``value`` is built of immutable primitives and small containers of them."""
+    if isinstance(value, PRIMITIVES):
+        return True
+    if depth > 4:
+        return False
+    if type(value) in (tuple, list, set, frozenset, torch.Size) or (
+        isinstance(value, tuple) and hasattr(value, "_fields")
+    ):
+        return len(value) <= 256 and all(_plain(v, depth + 1) for v in value)
+    if type(value) is dict:
+        return len(value) <= 256 and all(
+            _plain(k, depth + 1) and _plain(v, depth + 1) for k, v in value.items()
+        )
+    if isinstance(value, slice):
+        return _plain((value.start, value.stop, value.step), depth + 1)
+    return False
+
+
+def _holds_tensor(value: Any) -> bool:
+    items = value if isinstance(value, list | tuple) else (value,)
+    return any(isinstance(v, Tensor) for v in items)
+
+
+class MethodTracer(TorchFunctionMode):
+    """Runs one method on traced tensors and records it.
+
+    Args:
+        owner: The module whose method is traced.
+        is_owner: Tells a converted module; its ``forward`` is run at the means on examples.
+    """
+
+    def __init__(self, owner: nn.Module, run_leaf: Callable[..., Any], hide: bool) -> None:
+        super().__init__()
+        self.owner = owner
+        self.run_leaf = run_leaf
+        self.hide = hide
+        self.graph = fx.Graph()
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.constants: dict[str, Any] = {}
+        self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
+        self.dims: Dims = frozenset()
+        self.layout = False
+        self.guided = False
+        self.parameters: dict[str, tuple[tuple[str, ...], str]] = {}
+        self._examples: dict[int, tuple[Tensor, Tensor]] = {}
+        self._reads: dict[str, fx.Node] = {}
+        self._last_read: fx.Node | None = None
+        self._sizes: dict[tuple[int, int], TracedInt] = {}
+        self._hidden: set[tuple[int, str]] = set()
+        self._index()
+
+    # -- what there is ---------------------------------------------------------------------
+
+    def _index(self) -> None:
+        self.paths: dict[int, tuple[str, ...]] = {}
+        self._modules: list[nn.Module] = []
+        self.tensors: dict[int, tuple[str, tuple[str, ...], str, Tensor]] = {}
+        stack: list[tuple[tuple[str, ...], nn.Module]] = [((), self.owner)]
+        while stack:
+            path, module = stack.pop()
+            if id(module) in self.paths:
+                continue
+            self.paths[id(module)] = path
+            self._modules.append(module)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.tensors.setdefault(id(parameter), ("parameter", path, name, parameter))
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self.tensors.setdefault(id(buffer), ("buffer", path, name, buffer))
+            for name, value in module.__dict__.items():
+                if name not in INTERNAL:
+                    self._index_attribute(path, name, value)
+            stack.extend(
+                ((*path, name), child)
+                for name, child in reversed(module._modules.items())
+                if child is not None
+            )
+
+    def _index_attribute(self, path: tuple[str, ...], name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.setdefault(id(value), ("attribute", path, name, value))
+        elif isinstance(value, list | tuple | dict):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                if isinstance(item, Tensor) and isinstance(key, int | str):
+                    entry = ("item", path, f"{name}[{key!r}]", item)
+                    self.tensors.setdefault(id(item), entry)
+
+    def example_of(self, tensor: Tensor) -> Tensor:
+        """A fake tensor with the metadata of a real one."""
+        known = self._examples.get(id(tensor))
+        if known is None:
+            if tensor.layout != torch.strided or type(tensor) not in (
+                Tensor, nn.Parameter, nn.Buffer,
+            ):  # fmt: skip
+                raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
+            with torch._C.DisableTorchFunction(), self.fake_mode:
+                example = torch.empty_strided(
+                    tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype,
+                    device=tensor.device, requires_grad=tensor.requires_grad,
+                )  # fmt: skip
+            known = self._examples[id(tensor)] = (tensor, example)
+        return known[1]
+
+    # -- graph arguments -------------------------------------------------------------------
+
+    def constant(self, value: Any) -> Expression:
+        for name, known in self.constants.items():
+            if known is value:
+                return Expression(name)
+        name = f"_constant_{len(self.constants)}"
+        self.constants[name] = value
+        return Expression(name)
+
+    def _read(self, kind: str, path: tuple[str, ...], name: str) -> fx.Node:
+        """A node that reads a tensor of the live owner, placed before everything else."""
+        target = ".".join((*path, name))
+        node = self._reads.get(target)
+        if node is None:
+            anchor = self._last_read or self._last_placeholder
+            place = (
+                self.graph.inserting_after(anchor)
+                if anchor is not None
+                else self.graph.inserting_before(next(iter(self.graph.nodes), None))
+            )
+            with place:
+                node = self.graph.create_node("get_attr", target, name="_".join((*path, name)))
+            node.meta["context"] = self.entry_context
+            self._reads[target] = self._last_read = node
+            if kind == "parameter":
+                self.parameters[node.name] = (path, name)
+        return node
+
+    def argument(self, value: Any) -> Any:
+        """``value`` as an argument of a node."""
+        kind = type(value)
+        if kind is TracedTensor:
+            if value.recorder is not self:
+                raise TraceFailure("a tensor of another trace")
+            return value.node
+        if isinstance(value, _TracedNumber):
+            return value.node
+        if isinstance(value, Tensor):
+            where = self.tensors.get(id(value))
+            if where is None:
+                return self.constant(value)
+            if where[0] == "item":
+                return Expression(_access((*where[1],)) + "." + where[2])
+            return self._read(*where[:3])
+        if kind is TracedParts:
+            return value.node
+        if kind in (TracedSize, tuple, torch.Size):
+            return tuple(self.argument(v) for v in tuple.__iter__(value))
+        if kind is list:
+            return [self.argument(v) for v in value]
+        if kind is dict and all(isinstance(k, str) for k in value):
+            return {k: self.argument(v) for k, v in value.items()}
+        if kind is slice:
+            return slice(*(self.argument(v) for v in (value.start, value.stop, value.step)))
+        if isinstance(value, PRIMITIVES) and not isinstance(value, enum.Enum):
+            return value
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self._build(kind, tuple(self.argument(v) for v in value), {})
+        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+            return self._built(value)
+        if isinstance(value, nn.Module) and id(value) in self.paths:
+            return Expression(_access(self.paths[id(value)]))
+        if any(True for _ in _traced_inside(value)):
+            raise TraceFailure(f"an object of type {kind.__name__} that holds traced tensors")
+        return self.constant(value)
+
+    def _built(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, dict):
+            if kind is dict:
+                pairs = [(self.argument(k), self.argument(v)) for k, v in value.items()]
+                return self._build(dict, (pairs,), {})
+            if all(isinstance(k, str) for k in value) and dataclasses.is_dataclass(kind):
+                return self._build(kind, (), {k: self.argument(v) for k, v in value.items()})
+            pairs = [(self.argument(k), self.argument(v)) for k, v in value.items()]
+            return self._build(kind, (pairs,), {})
+        if isinstance(value, type) or not any(True for _ in _traced_inside(value)):
+            return self.constant(value)
+        fields = [f for f in dataclasses.fields(value) if f.init]
+        return self._build(kind, (), {f.name: self.argument(getattr(value, f.name)) for f in fields})
+
+    def _build(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        return self._node("call_function", kind, args, kwargs)
+
+    def _node(
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs or {})
+        node.meta["context"] = context_state()
+        return node
+
+    def number(self, target: Any, args: tuple[Any, ...], method: bool = False) -> fx.Node:
+        arguments = tuple(self.argument(a) for a in args)
+        return self._node("call_method" if method else "call_function", target, arguments)
+
+    def note_dims(self, dims: Dims) -> None:
+        """The code asked for a value that depends on these dimensions of the arguments."""
+        if dims is None or dims:
+            self.guided = True
+        self.dims = None if dims is None or self.dims is None else self.dims | dims
+
+    # -- recording -------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if ACTIVE.tracer is not self:
+            return func(*args, **(kwargs or {}))
+        return self.record(func, args, kwargs or {})
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record one call of a torch function and give its traced result."""
+        if ACTIVE.tracer is not self:
+            raise TraceFailure(f"{func} on a traced tensor outside of its trace")
+        name = getattr(func, "__name__", "")
+        subject = args[0] if args else None
+        if name in ("__get__", "__set__"):
+            return self._property(func.__self__.__name__, name == "__get__", args)
+        if name in _VALUE_METHODS and isinstance(subject, Tensor):
+            raise TraceFailure(f"Tensor.{name} reads a tensor's value")
+        if name == "_assert":
+            return func(args[0] if not isinstance(args[0], Tensor) else self._value(), *args[1:])
+        if isinstance(subject, Tensor):
+            answer = self._metadata(name, func, args, kwargs)
+            if answer is not MISSING:
+                return answer
+        return self._call(func, name, args, kwargs)
+
+    def _value(self) -> Any:
+        raise TraceFailure("torch._assert reads a tensor's value")
+
+    def _size(self, tensor: TracedTensor, dim: int) -> TracedInt:
+        key = (id(tensor), dim)
+        known = self._sizes.get(key)
+        if known is None:
+            dims = None if tensor.argument is None else frozenset({(tensor.argument, dim)})
+            node = functools.partial(self.number, "size", (tensor, dim), method=True)
+            known = TracedInt(tensor.example.shape[dim], self, dims, node)
+            known.tensor = tensor  # keeps id(tensor) taken
+            self._sizes[key] = known
+        return known
+
+    def _property(self, name: str, get: bool, args: tuple[Any, ...]) -> Any:
+        tensor = args[0]
+        traced = type(tensor) is TracedTensor
+        if not get:
+            self._node(
+                "call_function", setattr, (self.argument(tensor), name, self.argument(args[1]))
+            )
+            if name in ("data", "requires_grad"):
+                raise TraceFailure(f"assignment to Tensor.{name}")
+            return None
+        if name == "shape":
+            return self._shape(tensor)
+        example = tensor.example if traced else self.example_of(tensor)
+        if name == "device" and not traced:
+            with torch._C.DisableTorchFunction():
+                return tensor.device
+        if name in _CONCRETE_ATTRIBUTES:
+            with torch._C.DisableTorchFunction():
+                return getattr(example, name)
+        if name == "grad_fn" or name == "grad":
+            raise TraceFailure(f"Tensor.{name} is known only when it runs")
+        result = self._evaluate(getattr, (tensor, name), {})
+        if not isinstance(result, Tensor):
+            raise TraceFailure(f"Tensor.{name} is not a tensor")
+        node = self._node("call_function", getattr, (self.argument(tensor), name))
+        return self._wrap(result, node, (tensor,))
+
+    def _shape(self, tensor: Any) -> Any:
+        if type(tensor) is TracedTensor:
+            return TracedSize(self._size(tensor, d) for d in range(tensor.example.dim()))
+        with torch._C.DisableTorchFunction():
+            shape = tensor.shape
+        where = self.tensors.get(id(tensor))
+        if where is not None and where[0] == "buffer":
+            key = (where[1], f"{where[2]}.shape")
+            self.guards[key] = Guard(where[1], where[2], tuple(shape), "shape")
+        return shape
+
+    def _metadata(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        tensor = args[0]
+        traced = type(tensor) is TracedTensor
+        if name == "size":
+            shape = self._shape(tensor)
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            return shape if dim is None else shape[dim]
+        if name in ("numel", "nelement"):
+            shape = self._shape(tensor)
+            return shape.numel()
+        if name == "__len__":
+            return operator.index(self._shape(tensor)[0])
+        if name == "__iter__":
+            if not unpacks_into_names():
+                operator.index(self._shape(tensor)[0])
+            count = range(len(tensor.example) if traced else len(tensor))
+            return iter([self.record(Tensor.__getitem__, (tensor, i), {}) for i in count])
+        if name in ("stride", "is_contiguous", "storage_offset"):
+            if traced:
+                self.note_dims(None)
+                self.layout = True
+            return self._evaluate(func, args, kwargs)
+        if name == "data_ptr" or (name == "type" and len(args) + len(kwargs) > 1):
+            return MISSING
+        if name in _CONCRETE_METHODS:
+            return self._evaluate(func, args, kwargs)
+        return MISSING
+
+    def _evaluate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run ``func`` on examples: metadata only, no data and no side effect."""
+        args, kwargs = self._as_examples((args, kwargs))
+        with torch._C.DisableTorchFunction(), self.fake_mode, paused():
+            return func(*args, **kwargs)
+
+    def _as_examples(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is TracedTensor:
+            return value.example
+        if isinstance(value, _TracedNumber):
+            return value.value
+        if isinstance(value, Tensor):
+            return self.example_of(value)
+        if kind is TracedSize:
+            return torch.Size(v.value if isinstance(v, _TracedNumber) else v for v in value)
+        if kind in (tuple, TracedParts):
+            return tuple(self._as_examples(v) for v in tuple.__iter__(value))
+        if kind is list:
+            return [self._as_examples(v) for v in value]
+        if kind is slice:
+            return slice(*(self._as_examples(v) for v in (value.start, value.stop, value.step)))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return kind(*(self._as_examples(v) for v in value))
+        if isinstance(value, dict):
+            copy = {k: self._as_examples(v) for k, v in value.items()}
+            if kind is dict:
+                return copy
+            return kind(**copy) if dataclasses.is_dataclass(kind) else kind(copy)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = [f.name for f in dataclasses.fields(value) if f.init]
+            return kind(**{f: self._as_examples(getattr(value, f)) for f in fields})
+        return value
+
+    def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name.startswith("squeeze"):
+            self.note_dims(None)  # whether a dimension goes depends on its size
+        result = self._evaluate(func, args, kwargs)
+        if name in _OPERATORS and getattr(Tensor, name, None) is func:
+            op, target, operands = "call_function", _OPERATORS[name], args
+        elif name in _REVERSED and getattr(Tensor, name, None) is func:
+            op, target, operands = "call_function", _REVERSED[name], (args[1], args[0])
+        elif getattr(Tensor, name, None) is func and isinstance(args[0], Tensor):
+            op, target, operands = "call_method", name, args
+        else:
+            op, target, operands = "call_function", func, args
+        node = self._node(
+            op, target, tuple(self.argument(a) for a in operands),
+            {k: self.argument(v) for k, v in kwargs.items()},
+        )  # fmt: skip
+        return self._wrap(result, node, (args, kwargs), parts=name in _PARTS)
+
+    def _wrap(self, result: Any, node: fx.Node, inputs: Any, parts: bool = False) -> Any:
+        if isinstance(result, Tensor):
+            for tensor in _traced_inside(inputs):
+                if tensor.example is result:  # an in-place method gives back its subject
+                    return tensor
+            for real, example in self._examples.values():
+                if example is result:
+                    return real
+            return TracedTensor(result, node, self)
+        if result is None or isinstance(result, PRIMITIVES):
+            if isinstance(result, bool | int | float) and any(True for _ in _traced_inside(inputs)):
+                raise TraceFailure(f"{node.target} makes a number of a tensor's value")
+            return result
+        if isinstance(result, tuple | list):
+            items = tuple(
+                self._wrap(item, self._node("call_function", operator.getitem, (node, i)), inputs)
+                for i, item in enumerate(result)
+            )
+            if parts:
+                return TracedParts.make(items, self, node, type(result))
+            if isinstance(result, list):
+                return list(items)
+            if hasattr(result, "_fields"):
+                return type(result)(*items)
+            if type(result) is tuple:
+                return items
+            return type(result)(items)  # torch.return_types take one sequence
+        if isinstance(result, dict):
+            items = {
+                k: self._wrap(v, self._node("call_function", operator.getitem, (node, k)), inputs)
+                for k, v in result.items()
+            }
+            return items if type(result) is dict else _same_dict(result, items)
+        if dataclasses.is_dataclass(result) and not isinstance(result, type):
+            names = [f.name for f in dataclasses.fields(result) if f.init]
+            return type(result)(
+                **{
+                    n: self._wrap(
+                        getattr(result, n),
+                        self._node("call_function", getattr, (node, n)),
+                        inputs,
+                    )
+                    for n in names
+                }
+            )
+        raise TraceFailure(f"{node.target} gives an object of type {type(result).__name__}")
+
+    # -- modules ---------------------------------------------------------------------------
+
+    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call of a submodule, which stays a call."""
+        path = self.paths.get(id(module))
+        examples = self._as_examples((args, kwargs))
+        with torch._C.DisableTorchFunction(), paused(), _untouched(module):
+            try:
+                with self.fake_mode:
+                    result = self.run_leaf(module, *examples)
+            except TraceFailure:
+                raise
+            except Exception as error:
+                raise TraceFailure(
+                    f"the call of its {type(module).__name__} cannot be evaluated without data "
+                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+                ) from error
+        arguments = tuple(self.argument(a) for a in args)
+        keywords = {k: self.argument(v) for k, v in kwargs.items()}
+        if path:
+            node = self._node("call_module", ".".join(path), arguments, keywords)
+        else:
+            callee = self.constant(module)
+            node = self._node("call_function", operator.call, (callee, *arguments), keywords)
+        return self._wrap(result, node, (args, kwargs))
+
+    def call_autograd(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call of a torch.autograd.Function, whose backward must survive."""
+        result = self._evaluate(function.apply, args, kwargs)
+        arguments = tuple(self.argument(a) for a in args)
+        node = self._node("call_function", function.apply, arguments)
+        return self._wrap(result, node, (args, kwargs))
+
+    def note_read(self, module: nn.Module, name: str, value: Any) -> None:
+        """A plain attribute was read."""
+        path = self.paths.get(id(module))
+        if path is None or (path, name) in self.guards:
+            return
+        if name == "_modules":
+            self.guards[path, name] = Guard(path, name, tuple(value), "keys")
+            return
+        own = object.__getattribute__(module, "__dict__")
+        if name in INTERNAL or name not in own or (path, name) in self.writes:
+            return
+        if (id(module), name) in self._hidden or isinstance(value, Tensor):
+            return
+        if type(value) in (TracedSize, TracedParts) or isinstance(value, _TracedNumber):
+            return
+        if _plain(value):
+            copy = value if isinstance(value, PRIMITIVES) else _copy_plain(value)
+            self.guards[path, name] = Guard(path, name, copy, "equal")
+        elif not _holds_tensor(value) and not isinstance(value, dict):
+            self.guards[path, name] = Guard(path, name, value, "same")
+
+    def note_write(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute was assigned: the generated code assigns it too, unless it is a cache."""
+        path = self.paths.get(id(module))
+        if path is None or name in INTERNAL:
+            raise TraceFailure(f"it assigns {name!r} of a module that it does not hold")
+        if name in module._parameters or name in module._modules:
+            raise TraceFailure(f"it replaces {name!r}, a parameter or a module")
+        if isinstance(value, nn.Module | nn.Parameter):
+            raise TraceFailure(f"it adds {name!r}, a parameter or a module")
+        self.writes.add((path, name))
+        if (id(module), name) in self._hidden:
+            return
+        target = Expression(_access(path))
+        self._node("call_function", setattr, (target, name, self.argument(value)))
+
+    # -- running ---------------------------------------------------------------------------
+
+    def run(self, method: Callable[..., Any], names: list[str], build: Callable[..., Any],
+            tensors: list[Tensor]) -> Trace:  # fmt: skip
+        """Trace ``method``.
+
+        Args:
+            method: Bound method to trace.
+            names: A name for each tensor argument.
+            build: From traced tensors to the method's (args, kwargs).
+            tensors: Tensor arguments, real or fake; only their metadata is used.
+        """
+        self.writes: set[tuple[tuple[str, ...], str]] = set()
+        self.entry_context = context_state()
+        self._last_placeholder: fx.Node | None = None
+        traced = []
+        for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
+            node = self.graph.placeholder(name)
+            self._last_placeholder = node
+            traced.append(TracedTensor(self.example_of(tensor), node, self, index))
+        args, kwargs = build(traced)
+        before = _shape_of((args, kwargs))
+        with self._patched(), self:
+            result = method(*args, **kwargs)
+            output = self.argument(result)
+        if _shape_of((args, kwargs)) != before:
+            raise TraceFailure("it changes a container among its arguments")
+        self.graph.output(output)
+        self.graph.output_node().meta["context"] = self.entry_context
+        return Trace(
+            self.graph, tuple(self.guards.values()), self.dims, self.layout, self.guided,
+            self.constants, self.parameters,
+        )  # fmt: skip
+
+    @contextmanager
+    def _patched(self) -> Iterator[None]:
+        with _TRACE_LOCK, _untouched_all(self._modules, self._hide), _patches():
+            outer, ACTIVE.tracer = ACTIVE.tracer, self
+            try:
+                yield
+            finally:
+                ACTIVE.tracer = outer
+
+    def _hide(self, module: nn.Module) -> None:
+        if self.hide:
+            self._hidden.update((id(module), name) for name in caches.hide(module))
+
+
+def _copy_plain(value: Any) -> Any:
+    if type(value) in (list, set):
+        return type(value)(_copy_plain(v) for v in value) if type(value) is list else set(value)
+    if type(value) is dict:
+        return {k: _copy_plain(v) for k, v in value.items()}
+    return value
+
+
+def _same_dict(result: Any, items: dict[str, Any]) -> Any:
+    kind = type(result)
+    return kind(**items) if dataclasses.is_dataclass(kind) else kind(items)
+
+
+def _access(path: tuple[str, ...]) -> str:
+    """Source of ``self.blocks[0].attn`` for a path, whatever its names look like."""
+    source = "self"
+    for part in path:
+        source = f"{source}.{part}" if part.isidentifier() else f'getattr({source}, "{part}")'
+    return source
+
+
+def _traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
+    if type(value) is TracedTensor:
+        yield value
+    elif depth > 6:
+        return
+    elif isinstance(value, list | tuple | set):
+        for item in tuple.__iter__(value) if isinstance(value, tuple) else list(value):
+            yield from _traced_inside(item, depth + 1)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _traced_inside(item, depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(
+        value, nn.Module | Tensor | type | types.FunctionType | types.ModuleType
+    ):
+        for item in list(vars(value).values()):
+            yield from _traced_inside(item, depth + 1)
+    elif isinstance(value, types.FunctionType) and value.__closure__:
+        for cell in value.__closure__:
+            try:
+                yield from _traced_inside(cell.cell_contents, depth + 1)
+            except ValueError:  # an empty cell
+                continue
+
+
+def _shape_of(value: Any) -> Any:
+    """The structure of containers, with the identity of what they hold."""
+    if isinstance(value, list | tuple):
+        return type(value), [_shape_of(v) for v in tuple(value)]
+    if isinstance(value, dict):
+        return type(value), [(k, _shape_of(v)) for k, v in value.items()]
+    return id(value)
+
+
+def context_state() -> tuple[Any, ...]:
+    """Grad mode and autocast state, which torch.fx would drop."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+        ),
+        torch.is_autocast_cache_enabled(),
+    )
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Run code that must not be recorded."""
+    outer, ACTIVE.tracer = ACTIVE.tracer, None
+    try:
+        yield
+    finally:
+        ACTIVE.tracer = outer
+
+
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    with _untouched_all(list(module.modules()), lambda _: None):
+        yield
+
+
+@contextmanager
+def _untouched_all(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Put every attribute of these modules back as it was."""
+    saved = []
+    for module in modules:
+        attributes = dict(module.__dict__)
+        containers = [
+            (v, v.copy()) for k, v in attributes.items()
+            if type(v) in (dict, list, set) and k not in ("_parameters", "_modules")
+        ]  # fmt: skip
+        saved.append((module, attributes, containers, dict(module._buffers)))
+    try:
+        for module in modules:
+            prepare(module)
+        yield
+    finally:
+        for module, attributes, containers, buffers in saved:
+            _restore(module.__dict__, attributes)
+            _restore(module._buffers, buffers)
+            for container, content in containers:
+                if isinstance(container, dict):
+                    _restore(container, content)
+                elif isinstance(container, list):
+                    container[:] = content
+                else:
+                    container.clear()
+                    container.update(content)
+
+
+def _restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
+    for name in [n for n in target if n not in content]:
+        del target[name]
+    for name, value in content.items():
+        if target.get(name, MISSING) is not value:
+            target[name] = value
+
+
+@contextmanager
+def _patches() -> Iterator[None]:
+    """Let module calls, attribute reads and writes, and autograd functions pass by the tracer.
+
+    Other threads go through the original code; the patches are removed at the end.
+    """
+    call, set_attribute = nn.Module.__call__, nn.Module.__setattr__
+    apply = torch.autograd.Function.__dict__["apply"]
+    inner = "__getattribute__" in nn.Module.__dict__
+
+    def patched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tracer = ACTIVE.tracer
+        return call(self, *args, **kwargs) if tracer is None else tracer.call_module(self, args, kwargs)
+
+    def patched_read(self: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        tracer = ACTIVE.tracer
+        if tracer is not None:
+            tracer.note_read(self, name, value)
+        return value
+
+    def patched_write(self: nn.Module, name: str, value: Any) -> None:
+        tracer = ACTIVE.tracer
+        if tracer is None:
+            return set_attribute(self, name, value)
+        tracer.note_write(self, name, value)
+        if name in self._buffers:
+            self._buffers[name] = value
+        else:
+            self.__dict__[name] = value
+        return None
+
+    def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = ACTIVE.tracer
+        if tracer is None:
+            return apply.__get__(None, cls)(*args, **kwargs)
+        return tracer.call_autograd(cls, args, kwargs)
+
+    nn.Module.__call__ = patched_call
+    nn.Module.__setattr__ = patched_write
+    if not inner:
+        nn.Module.__getattribute__ = patched_read
+    torch.autograd.Function.apply = classmethod(patched_apply)
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = call
+        nn.Module.__setattr__ = set_attribute
+        if not inner:
+            del nn.Module.__getattribute__
+        torch.autograd.Function.apply = apply

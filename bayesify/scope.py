@@ -1,0 +1,362 @@
+"""Draw scopes, modes and seeds: inside one scope every parameter is drawn once.
+
+The outermost call of a converted model opens a scope; a parameter read inside it is drawn at its
+first read, or when the scope opens, and kept until the scope closes. Each thread has its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from . import gaussian
+from .errors import ArgumentError
+from .kernels.noise import fold, noise
+from .posterior import STATE, Slot, bayesian_sites, owner_state, raw_name
+
+_SEED_BOUND = 1 << 62
+
+
+class Scope:
+    """One draw of every weight: a seed and the tensors realised from it so far.
+
+    Tensors are kept per (slot, grad mode): one drawn without a graph must not serve a call that
+    needs gradients.
+    """
+
+    __slots__ = ("drawing", "realised", "seed")
+
+    def __init__(self, seed: Tensor | None) -> None:
+        self.seed = seed
+        self.drawing = seed is not None
+        self.realised: dict[tuple[int, int], Tensor] = {}
+
+    def fork(self, *, keep: bool) -> Scope:
+        """A scope of the same seed, with a copy of what is realised or with nothing."""
+        child = Scope(self.seed)
+        if keep:
+            child.realised = dict(self.realised)
+        return child
+
+    def read(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
+        """The draw of one slot, whose parameters are those that ``module`` holds now."""
+        grad_mode = 2 if torch.is_inference_mode_enabled() else int(torch.is_grad_enabled())
+        index = (slot.uid, grad_mode)
+        tensor = self.realised.get(index)
+        if tensor is None:
+            tensor = realise(module, attribute, slot, self.seed)
+            self.realised[index] = tensor
+        return tensor
+
+
+AT_MEAN = Scope(None)
+
+
+class _Mode:
+    """An entry of the stack that ``sampled``, ``at_mean`` and ``one_draw`` push."""
+
+    __slots__ = ("drawing", "modules", "scope")
+
+    def __init__(self, modules: frozenset[int], drawing: bool, scope: Scope | None) -> None:
+        self.modules = modules
+        self.drawing = drawing
+        self.scope = scope
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.scope: Scope | None = None
+        self.modes: tuple[_Mode, ...] = ()
+        self.on_checkpoint: Callable[[], None] | None = None
+
+
+LOCAL = _Local()
+
+
+def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None) -> Tensor:
+    """Draw one parameter: the plain-torch reference of every faster draw.
+
+    The draw is made in float32, or in float64 for a float64 mean, and has the mean's dtype.
+    """
+    mean = module._parameters[attribute]
+    raw = module._parameters[raw_name(attribute, slot)]
+    assert mean is not None and raw is not None and seed is not None
+    # Not autocast and not a torch-function mode: the mode that swaps reads must not see this one.
+    with torch._C.DisableTorchFunction():
+        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+        std = gaussian.std_from_raw(raw, slot.parameterization)
+        return gaussian.draw(mean, std, noise(seed, slot.key, mean.shape, dtype, mean.device))
+
+
+def new_seed() -> Tensor:
+    """A seed from torch's global CPU generator, with the rank folded in when distributed."""
+    seed = torch.randint(0, _SEED_BOUND, (), dtype=torch.int64, device="cpu")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # wraps around in int64; the noise mixes all bits of it
+        seed = seed + fold(0, torch.distributed.get_rank())
+    return seed
+
+
+def as_seed(seed: int | Tensor | None) -> Tensor:
+    """A seed given by a user as the int64 CPU scalar that scopes carry.
+
+    Raises:
+        ArgumentError: ``seed`` is neither None, nor an int in [0, 2**63), nor an integer scalar.
+    """
+    if seed is None:
+        return new_seed()
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype.is_floating_point or seed.device.type != "cpu":
+            raise ArgumentError(
+                "seed must be an int or an integer CPU tensor with no dimension, got a "
+                f"{seed.dtype} tensor of shape {tuple(seed.shape)} on {seed.device}."
+            )
+        return seed.to(torch.int64)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ArgumentError(f"seed must be an integer in [0, 2**63), got {seed!r}.")
+    return torch.tensor(seed, dtype=torch.int64, device="cpu")
+
+
+def read(module: nn.Module, attribute: str) -> Tensor:
+    """What a rewritten forward reads instead of ``module.attribute``."""
+    slot = module.__dict__[STATE].slots[attribute]
+    scope = LOCAL.scope
+    assert scope is not None
+    return scope.read(module, attribute, slot)
+
+
+def _wanted(module: nn.Module) -> Scope | None:
+    """The scope in which an outermost call of ``module`` runs; None: a new one that draws."""
+    modes = LOCAL.modes
+    if not modes:
+        return None if module.training else AT_MEAN
+    drawing: bool | None = None
+    for mode in reversed(modes):
+        if id(module) in mode.modules:
+            if drawing is None:
+                drawing = mode.drawing
+                if not drawing:
+                    return AT_MEAN
+            if mode.scope is not None:
+                return mode.scope
+    if drawing is None:
+        drawing = module.training
+    return None if drawing else AT_MEAN
+
+
+def _prefill(module: nn.Module, scope: Scope) -> None:
+    """Draw every weight below ``module`` now, except those that are sharded.
+
+    Made here, a draw lies outside every checkpointed region and every compiled sub-graph; a
+    sharded parameter is drawn by the module that reads it, after its own all-gather.
+    """
+    for child in module.modules():
+        state = owner_state(child)
+        if state is not None:
+            for attribute, slot in state.slots.items():
+                if type(child._parameters[attribute]) is nn.Parameter:
+                    scope.read(child, attribute, slot)
+
+
+def enter(module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, at_mean: Any) -> Any:
+    """Run an outermost call of ``module``: ``run`` inside a scope that draws, else ``at_mean``."""
+    scope = _wanted(module)
+    if scope is AT_MEAN:
+        LOCAL.scope = scope
+        try:
+            return at_mean(*args, **kwargs)
+        finally:
+            LOCAL.scope = None
+    held = scope is not None
+    if scope is None:
+        scope = Scope(new_seed())
+    LOCAL.scope = scope
+    try:
+        if torch.compiler.is_compiling():
+            _prefill(module, scope)
+            return run(*args, **kwargs)
+        with _checkpoint_seam:
+            _prefill(module, scope)
+            return run(*args, **kwargs)
+    finally:
+        LOCAL.scope = None
+        if not held:
+            scope.realised.clear()
+
+
+@contextlib.contextmanager
+def _pushed(mode: _Mode) -> Iterator[None]:
+    previous = LOCAL.modes
+    LOCAL.modes = (*previous, mode)
+    try:
+        with _checkpoint_seam:
+            yield
+    finally:
+        LOCAL.modes = previous
+
+
+def _modules_of(model: nn.Module) -> frozenset[int]:
+    bayesian_sites(model)
+    return frozenset(map(id, model.modules()))
+
+
+@contextlib.contextmanager
+def sampled(model: nn.Module) -> Iterator[None]:
+    """Every call of ``model`` in this block draws its weights, also in ``eval()``.
+
+    Raises:
+        UnsupportedModuleError: ``model`` has no posterior.
+    """
+    with _pushed(_Mode(_modules_of(model), True, None)):
+        yield
+
+
+@contextlib.contextmanager
+def at_mean(model: nn.Module) -> Iterator[None]:
+    """Every call of ``model`` in this block uses the posterior means, also in ``train()``.
+
+    Raises:
+        UnsupportedModuleError: ``model`` has no posterior.
+    """
+    with _pushed(_Mode(_modules_of(model), False, None)):
+        yield
+
+
+@contextlib.contextmanager
+def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[None]:
+    """All calls of ``model`` in this block share one draw of its weights, also in ``eval()``.
+
+    Args:
+        model: A converted model, or a module that holds one.
+        seed: The draw is a function of it and of the parameters' names alone, whatever the order
+            of the calls. None takes a number from torch's global generator.
+
+    Raises:
+        ArgumentError: ``seed`` is not a non-negative integer.
+        UnsupportedModuleError: ``model`` has no posterior.
+    """
+    scope = Scope(as_seed(seed))
+    with _pushed(_Mode(_modules_of(model), True, scope)):
+        try:
+            yield
+        finally:
+            scope.realised.clear()
+
+
+def draws(model: nn.Module, seed: int | Tensor | None = None) -> dict[str, Tensor]:
+    """The weights that ``one_draw(model, seed)`` uses, for ``torch.func.functional_call``.
+
+    Returns:
+        ``{name: draw}`` over the Bayesian parameters, tied ones once; differentiable in means
+        and log variances; batched if ``seed`` is batched by ``torch.vmap``.
+
+    Raises:
+        ArgumentError: ``seed`` is not a non-negative integer.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    >>> import torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1)).eval()
+    >>> x = torch.ones(1, 2)
+    >>> with bayesify.one_draw(model, seed=0):
+    ...     y = model(x)
+    >>> torch.equal(y, torch.func.functional_call(model, bayesify.draws(model, seed=0), (x,)))
+    True
+    """
+    tensor = as_seed(seed)
+    return {s.name: realise(s.module, s.attribute, s.slot, tensor) for s in bayesian_sites(model)}
+
+
+@contextlib.contextmanager
+def recording(on_checkpoint: Callable[[], None]) -> Iterator[None]:
+    """Call ``on_checkpoint`` before any activation checkpoint of this thread in this block."""
+    outer, LOCAL.on_checkpoint = LOCAL.on_checkpoint, on_checkpoint
+    try:
+        with _checkpoint_seam:
+            yield
+    finally:
+        LOCAL.on_checkpoint = outer
+
+
+def _carried(function: Callable[..., Any], *, keep: bool) -> Callable[..., Any]:
+    """``function`` bound to the present scope and modes, whenever and wherever it is called."""
+    if LOCAL.on_checkpoint is not None:
+        LOCAL.on_checkpoint()
+    scope, modes = LOCAL.scope, LOCAL.modes
+    if scope is None and not modes:
+        return function
+    snapshot = None if scope is None else scope.fork(keep=keep)
+    frozen = [(m, None if m.scope is None else m.scope.fork(keep=keep)) for m in modes]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        outer = LOCAL.scope, LOCAL.modes
+        LOCAL.scope = None if snapshot is None else snapshot.fork(keep=True)
+        LOCAL.modes = tuple(
+            _Mode(m.modules, m.drawing, None if s is None else s.fork(keep=True)) for m, s in frozen
+        )
+        try:
+            with _checkpoint_seam:
+                return function(*args, **kwargs)
+        finally:
+            LOCAL.scope, LOCAL.modes = outer
+
+    return run
+
+
+class _CheckpointSeam:
+    """While a scope or mode is active, activation checkpoints remember it for their recomputation.
+
+    ``torch.utils.checkpoint`` recomputes a region inside backward, after the scope of its forward
+    has closed. Its two entry points are wrapped, counted over threads, and put back at the end.
+    """
+
+    _GENERATORS = (
+        "_checkpoint_without_reentrant_generator_impl",
+        "_checkpoint_without_reentrant_generator",
+    )
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._originals: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._install()
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                for name, original in self._originals.items():
+                    setattr(torch.utils.checkpoint, name, original)
+
+    def _install(self) -> None:
+        module = torch.utils.checkpoint
+        name = next(n for n in self._GENERATORS if hasattr(module, n))
+        reentrant, generator = module.CheckpointFunction, getattr(module, name)
+        self._originals = {"CheckpointFunction": reentrant, name: generator}
+
+        class CheckpointFunction:
+            # A reentrant region runs its own backward: it must not share a graph with its
+            # surroundings, so it draws anew from the seed.
+            @staticmethod
+            def apply(function: Any, *args: Any) -> Any:
+                return reentrant.apply(_carried(function, keep=False), *args)
+
+        def without_reentrant(function: Any, *args: Any, **kwargs: Any) -> Any:
+            # recomputes what the forward saved: it must find what was realised at its start
+            return generator(_carried(function, keep=True), *args, **kwargs)
+
+        setattr(module, "CheckpointFunction", CheckpointFunction)  # noqa: B010
+        setattr(module, name, without_reentrant)
+
+
+_checkpoint_seam = _CheckpointSeam()

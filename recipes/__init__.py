@@ -1,0 +1,1 @@
+"""Training recipes built on the public names of bayesify, imported as ``bayesify.recipes``."""

@@ -1,0 +1,1 @@
+"""BYOV, self-supervised learning with a Bayesian student: the recipe is not in this release yet."""

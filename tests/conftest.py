@@ -1,0 +1,42 @@
+"""What holds for every test: fixed random numbers, and no GPU test without a GPU."""
+
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# The first call of a torch op can take longer than hypothesis' deadline; derandomize gives the same
+# examples on every run, so that a failure is one that everybody sees.
+hypothesis.settings.register_profile("bayesify", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("bayesify")
+
+
+class TorchRandom:
+    """Torch's generator for hypothesis, so that a failing example fails again on replay."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps no reference of its own
+hypothesis.register_random(TORCH_RANDOM)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked ``gpu`` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """A test gives the same result alone, in any order and in any worker."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries that use the global state must be fixed as well
+    torch.manual_seed(0)

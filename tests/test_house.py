@@ -1,0 +1,196 @@
+"""The order of the house: who may import whom, what an import may cost, what is packaged."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the ground up; units on one floor do not import each other.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("gaussian",),
+    ("kernels",),
+    ("priors",),
+    ("posterior",),
+    ("scope",),
+    ("selection",),
+    ("rewriter",),
+    ("convert",),
+    ("objective", "inference", "pruning", "metrics", "storage"),
+    ("models",),
+    ("data",),
+    ("training",),
+    ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`
+    ("report",),
+    ("cli",),
+)
+FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
+HEAVY = {"timm", "torchvision"}
+NOT_AT_IMPORT = {"matplotlib", "rich", "timm", "torchvision", "typer"}
+
+
+class Import(NamedTuple):
+    line: int
+    module: str  # absolute, with the imported name where that may be a module itself
+    at_top: bool  # runs when the file is imported
+
+
+def imports(tree: ast.Module, package: str) -> Iterator[Import]:
+    """Every import statement of a file in ``package``, also those inside functions."""
+
+    def visit(node: ast.AST, at_top: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(child.lineno, alias.name, at_top)
+            elif isinstance(child, ast.ImportFrom):
+                base = resolve_name("." * child.level + (child.module or ""), package)
+                for alias in child.names:
+                    yield Import(child.lineno, f"{base}.{alias.name}", at_top)
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                for part in child.body:
+                    yield from visit(ast.Module([part], []), False)
+                for part in child.orelse:
+                    yield from visit(ast.Module([part], []), at_top)
+            else:
+                is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+                yield from visit(child, at_top and not is_function)
+
+    yield from visit(tree, True)
+
+
+def unit_of(parts: tuple[str, ...]) -> str:
+    """The file or folder directly below ``bayesify/`` that a module belongs to."""
+    return parts[1] if len(parts) > 1 and parts[1] in (*FLOOR_OF, "recipes") else "bayesify"
+
+
+def faults(root: Path) -> list[str]:
+    """What breaks the rules in ``root/bayesify``, one line a fault."""
+    found = []
+    for file in sorted((root / "bayesify").rglob("*.py")):
+        path = file.relative_to(root)
+        parts = path.with_suffix("").parts
+        package = ".".join(parts[:-1])
+        own = "bayesify" if parts[1:] == ("__init__",) else parts[1]
+        if own not in FLOOR_OF:
+            found.append(f"{path}: '{own}' has no floor; give it one in FLOORS")
+            continue
+        for line, module, at_top in imports(ast.parse(file.read_text("utf-8")), package):
+            top = module.partition(".")[0]
+            where = f"{path}:{line}: {module}"
+            if top == "bayesify":
+                unit = unit_of(tuple(module.split(".")))
+                if unit == "recipes":
+                    found.append(f"{where}: only entry points lead to a recipe")
+                elif own != "bayesify" and unit != own and FLOOR_OF[unit] >= FLOOR_OF[own]:
+                    found.append(f"{where}: '{unit}' is not below '{own}'")
+            elif top == "recipes":
+                found.append(f"{where}: only entry points lead to a recipe")
+            elif top == "rich" and own != "cli":
+                found.append(f"{where}: rich belongs to bayesify/cli")
+            elif top in HEAVY and at_top:
+                found.append(f"{where}: import it in the function that needs it")
+    return found
+
+
+def run_python(code: str, folder: Path, path: str | None) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a new process, in ``folder``, with PYTHONPATH set to ``path``."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if path is not None:
+        env["PYTHONPATH"] = path
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True
+    )
+
+
+def test_every_file_imports_only_from_below() -> None:
+    assert faults(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "fault"),
+    [
+        ("gaussian.py", "from bayesify.priors import x", "'priors' is not below 'gaussian'"),
+        ("gaussian.py", "from .priors import x", "'priors' is not below 'gaussian'"),
+        ("gaussian.py", "from . import priors", "'priors' is not below 'gaussian'"),
+        ("gaussian.py", "import bayesify.cli.app", "'cli' is not below 'gaussian'"),
+        ("gaussian.py", "def f():\n    from .cli import app", "'cli' is not below 'gaussian'"),
+        ("gaussian.py", "from bayesify import to_bbb", "'bayesify' is not below 'gaussian'"),
+        ("metrics.py", "from .storage import save", "'storage' is not below 'metrics'"),
+        ("data.py", "from .training import fit", "'training' is not below 'data'"),
+        ("rewriter/owner.py", "from ..convert import x", "'convert' is not below 'rewriter'"),
+        ("cli/app.py", "import bayesify.recipes.byov", "only entry points"),
+        ("cli/app.py", "from recipes import byov", "only entry points"),
+        ("report/page.py", "from rich.table import Table", "rich belongs"),
+        ("models.py", "import timm", "in the function"),
+        ("models.py", "try:\n    import torchvision\nexcept ImportError:\n    pass", "in the func"),
+        ("models.py", "class A:\n    import timm.data", "in the function"),
+        ("utils.py", "", "no floor"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path: Path, file: str, source: str, fault: str) -> None:
+    path = tmp_path / "bayesify" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    [found] = faults(tmp_path)
+    assert found.startswith(f"bayesify/{file}:")
+    assert fault in found
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("__init__.py", "from .cli import app\nfrom bayesify.errors import BayesifyError"),
+        ("priors.py", "from . import gaussian\nfrom .gaussian import kl\nimport torch"),
+        ("training.py", "from .data import x\nfrom bayesify import models, objective"),
+        ("rewriter/owner.py", "from .passes import x\nfrom bayesify.rewriter import tracer"),
+        ("cli/render.py", "from rich.table import Table\nfrom bayesify import to_bbb"),
+        ("models.py", "def f():\n    import timm"),
+        ("models.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import timm"),
+    ],
+)
+def test_a_right_import_is_accepted(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / "bayesify" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert faults(tmp_path) == []
+
+
+def test_import_is_lean(tmp_path: Path) -> None:
+    code = "import bayesify, json, sys; print(json.dumps(list(sys.modules)))"
+    result = run_python(code, tmp_path, str(ROOT))
+    assert result.returncode == 0, result.stderr
+    assert NOT_AT_IMPORT & set(json.loads(result.stdout)) == set()
+
+
+def test_public_names_resolve() -> None:
+    import bayesify
+
+    names = getattr(bayesify, "__all__", [])
+    assert len(names) == len(set(names))
+    assert [name for name in names if not hasattr(bayesify, name)] == []
+
+
+def test_installed_package_holds_the_recipe(tmp_path: Path) -> None:
+    installed = "import importlib.util as u, sys; sys.exit(u.find_spec('bayesify') is None)"
+    if run_python(installed, tmp_path, None).returncode:
+        pytest.skip("bayesify is not installed here")
+    result = run_python("import bayesify.recipes.byov", tmp_path, None)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_package_folder_is_packaged() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    folders = {file.parent.relative_to(ROOT) for file in ROOT.glob("bayesify/**/*.py")}
+    folders |= {"bayesify" / file.parent.relative_to(ROOT) for file in ROOT.glob("recipes/**/*.py")}
+    assert {".".join(folder.parts) for folder in folders} - set(setuptools["packages"]) == set()
