@@ -561,9 +561,13 @@ class MethodTracer(TorchFunctionMode):
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a submodule, which stays a call."""
+        with torch._C.DisableTorchFunction():
+            return self._call_module(module, args, kwargs)
+
+    def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.paths.get(id(module))
         examples = self._as_examples((args, kwargs))
-        with torch._C.DisableTorchFunction(), paused(), _untouched(module):
+        with paused(), _untouched(module):
             try:
                 with self.fake_mode:
                     result = self.run_leaf(module, *examples)
@@ -585,10 +589,11 @@ class MethodTracer(TorchFunctionMode):
 
     def call_autograd(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a torch.autograd.Function, whose backward must survive."""
-        result = self._evaluate(function.apply, args, kwargs)
-        arguments = tuple(self.argument(a) for a in args)
-        node = self._node("call_function", function.apply, arguments)
-        return self._wrap(result, node, (args, kwargs))
+        with torch._C.DisableTorchFunction():
+            result = self._evaluate(function.apply, args, kwargs)
+            arguments = tuple(self.argument(a) for a in args)
+            node = self._node("call_function", function.apply, arguments)
+            return self._wrap(result, node, (args, kwargs))
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
         """A plain attribute was read."""
@@ -624,7 +629,8 @@ class MethodTracer(TorchFunctionMode):
         if (id(module), name) in self._hidden:
             return
         target = Expression(_access(path))
-        self._node("call_function", setattr, (target, name, self.argument(value)))
+        with torch._C.DisableTorchFunction():
+            self._node("call_function", setattr, (target, name, self.argument(value)))
 
     # -- running ---------------------------------------------------------------------------
 
@@ -650,7 +656,8 @@ class MethodTracer(TorchFunctionMode):
         before = _shape_of((args, kwargs))
         with self._patched(), self:
             result = method(*args, **kwargs)
-            output = self.argument(result)
+            with torch._C.DisableTorchFunction():
+                output = self.argument(result)
         if _shape_of((args, kwargs)) != before:
             raise TraceFailure("it changes a container among its arguments")
         self.graph.output(output)

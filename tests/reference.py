@@ -1,0 +1,263 @@
+"""Slow, obvious checks of what must hold for every converted model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bayesify
+from bayesify import scope
+from bayesify.posterior import sites
+from bayesify.rewriter.owner import rungs
+
+
+class Probe(TorchDispatchMode):
+    """Records every Bayesian mean that reaches an op other than its own draw."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.means = {id(site.mean): site.name for site in sites(model)}
+        self.raws = {id(site.raw): site.name for site in sites(model)}
+        self.leaks: set[str] = set()
+        self.drawn: set[str] = set()
+        self.drawing = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                if self.drawing:
+                    self.drawn.update({self.means[id(leaf)]} if id(leaf) in self.means else ())
+                elif id(leaf) in self.means and "detach" not in str(func):
+                    self.leaks.add(f"{self.means[id(leaf)]} reaches {func}")
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def watching(self) -> Iterator[Probe]:
+        realise = scope.realise
+
+        def marked(*args: Any) -> Tensor:
+            outer, self.drawing = self.drawing, True
+            try:
+                return realise(*args)
+            finally:
+                self.drawing = outer
+
+        with mock.patch.object(scope, "realise", marked), self:
+            yield self
+
+
+def outputs(value: Any) -> list[Tensor]:
+    return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
+
+
+def perturb_(model: nn.Module, scale: float = 0.02) -> nn.Module:
+    """Move every parameter a little, or checks on zero-initialised tensors are vacuous."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                noise = torch.empty(parameter.shape).normal_(generator=generator)
+                parameter.add_((scale * noise).to(parameter.dtype))
+    return model
+
+
+def clear_caches(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            internal = name in ("_parameters", "_buffers", "_modules")
+            if not internal and type(value) is dict and any(isinstance(v, Tensor) for v in value.values()):
+                value.clear()
+
+
+@dataclass
+class Report:
+    problems: list[str] = field(default_factory=list)
+    owners: int = 0
+    fx_owners: int = 0
+    swapped: list[str] = field(default_factory=list)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.named_buffers() if "_prior_mean" not in k}
+
+
+def same(a: Any, b: Any, rtol: float = 0.0) -> bool:
+    left, right = outputs(a), outputs(b)
+    if len(left) != len(right):
+        return False
+    for x, y in zip(left, right, strict=True):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return False
+        if rtol == 0.0:
+            if not torch.equal(x, y) and not torch.equal(x.isnan(), y.isnan()):
+                return False
+            if not torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)):
+                return False
+        elif not torch.allclose(x, y, rtol=rtol, atol=rtol * float(y.abs().max())):
+            return False
+    return True
+
+
+def check(
+    model: nn.Module,
+    make_input: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]],
+    *,
+    batches: tuple[int, ...] = (2, 3),
+    rtol: float = 0.0,
+    logvar: float | None = None,
+    gradients: bool = True,
+) -> Report:
+    """Check invariants 1-5 of a model in eval and in train.
+
+    Args:
+        model: Deterministic; changed only by :func:`perturb_`.
+        make_input: From a batch size to the (args, kwargs) of one call.
+        batches: Batch sizes to try.
+        rtol: Tolerance of 1b; 0 asks for equal bits.
+        logvar: Initial log variance; None for the default.
+        gradients: Whether to check the gradients.
+    """
+    report = Report()
+    say = report.problems.append
+    perturb_(model)
+    original = copy.deepcopy(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    converted = bayesify.to_bbb(model, logvar=logvar)
+    for key, value in before.items():
+        if key not in converted.state_dict():
+            say(f"lost key {key}")
+        elif not torch.equal(value, model.state_dict()[key]):
+            say(f"the original's {key} changed")
+    for (name, a), (_, b) in zip(original.named_modules(), converted.named_modules(), strict=True):
+        if not isinstance(b, type(a)) or type(a).__name__ != type(b).__name__:
+            say(f"class of {name} changed")
+    for training in (False, True):
+        converted.train(training)
+        original.train(training)
+        label = "train" if training else "eval"
+        for batch in batches:
+            args, kwargs = make_input(batch)
+            clear_caches(original), clear_caches(converted)
+            state_a, state_b = state_of(original), state_of(converted)
+            torch.manual_seed(7)
+            expected = original(*args, **kwargs)
+            rng = torch.get_rng_state()
+            torch.manual_seed(7)
+            with bayesify.at_mean(converted):
+                found = converted(*args, **kwargs)
+            if not same(found, expected):
+                say(f"1a: {label} batch {batch}: differs at the means")
+            if not torch.equal(rng, torch.get_rng_state()):
+                say(f"1a: {label}: RNG")
+            _restore(original, state_a), _restore(converted, state_b)
+            # 1b, with a cache filled at the means standing in the way
+            draws = bayesify.draws(converted, seed=11)
+            clear_caches(original)
+            torch.manual_seed(7)
+            expected = torch.func.functional_call(original, draws, args, kwargs)
+            rng = torch.get_rng_state()
+            expected_state = state_of(original)
+            with bayesify.one_draw(converted, seed=12):
+                converted(*args, **kwargs)  # traced here, so that the probe sees only what runs
+            _restore(converted, state_b)
+            probe = Probe(converted)
+            torch.manual_seed(7)
+            with probe.watching(), bayesify.one_draw(converted, seed=11):
+                found = converted(*args, **kwargs)
+            if not same(found, expected, rtol):
+                worst = max(
+                    (float((x - y).abs().max()) for x, y in zip(outputs(found), outputs(expected))
+                     if x.shape == y.shape and x.numel() and x.is_floating_point()), default=-1.0
+                )  # fmt: skip
+                say(f"1b: {label} batch {batch}: differs by {worst:.3g}")
+            if not torch.equal(rng, torch.get_rng_state()):
+                say(f"1b: {label}: RNG differs")
+            if rtol == 0.0:
+                for key, value in state_of(converted).items():
+                    if not torch.equal(value, expected_state[key]):
+                        say(f"1b: {label} batch {batch}: buffer {key} differs")
+            for leak in sorted(probe.leaks):
+                say(f"2: {label}: {leak}")
+            _restore(original, state_a), _restore(converted, state_b)
+        if gradients:
+            args, kwargs = make_input(batches[-1])
+            clear_caches(original)
+            _gradients(original, converted, args, kwargs, label, say)
+            _restore(original, state_a), _restore(converted, state_b)
+    args, kwargs = make_input(batches[0])
+    converted.eval()
+    with torch.no_grad(), bayesify.sampled(converted):
+        first, second = converted(*args, **kwargs), converted(*args, **kwargs)
+    if same(first, second):
+        say("4: two scopes gave the same output")
+    back = bayesify.to_deterministic(converted)
+    if any(type(a) is not type(b) for a, b in zip(original.modules(), back.modules(), strict=True)):
+        say("back: another class")
+    for key, value in back.state_dict().items():
+        if not torch.equal(value, before[key]):
+            say(f"back: {key} differs")
+    if set(back.state_dict()) != set(before):
+        say("back: other keys")
+    taken: dict[str, bool] = {}
+    for rung in rungs(converted):
+        if rung.own_parameters:
+            taken[rung.owner] = taken.get(rung.owner, True) and rung.rung != "swap"
+        if rung.rung == "swap":
+            report.swapped.append(f"{rung.owner} {rung.type}.{rung.method}: {rung.reason}")
+    report.owners = len(taken)
+    report.fx_owners = sum(taken.values())
+    return report
+
+
+def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in state:
+                buffer.copy_(state[name])
+
+
+def _loss(value: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    total = torch.zeros(())
+    for tensor in outputs(value):
+        if tensor.is_floating_point() and tensor.requires_grad and tensor.numel():
+            weight = torch.empty(tensor.shape).normal_(generator=generator)
+            total = total + (tensor.float() * weight).sum()
+    return total
+
+
+def _gradients(
+    original: nn.Module, converted: nn.Module, args: Any, kwargs: Any, label: str,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    draws = {k: v.detach().requires_grad_() for k, v in bayesify.draws(converted, seed=5).items()}
+    torch.manual_seed(7)
+    loss = _loss(torch.func.functional_call(original, draws, args, kwargs))
+    names = list(draws)
+    grads = dict(zip(names, torch.autograd.grad(loss, list(draws.values()), allow_unused=True)))
+    converted.zero_grad()
+    torch.manual_seed(7)
+    with bayesify.one_draw(converted, seed=5):
+        _loss(converted(*args, **kwargs)).backward()
+    for site in sites(converted):
+        expected = grads[site.name]
+        if expected is None:
+            continue
+        if site.mean.grad is None or site.raw.grad is None:
+            say(f"5: {label}: {site.name} has no gradient")
+            continue
+        scale = float(expected.abs().max()) + 1e-12
+        if float((site.mean.grad - expected).abs().max()) > 2e-3 * scale:
+            say(f"5: {label}: gradient of {site.name} differs")
+        if float(expected.abs().max()) > 0 and float(site.raw.grad.abs().max()) == 0:
+            say(f"5: {label}: gradient of the log variance of {site.name} is zero")
+    converted.zero_grad()
