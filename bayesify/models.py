@@ -432,7 +432,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     for prefix in ("module.", "_orig_mod."):  # left by DistributedDataParallel and torch.compile
         if not any(key.startswith(prefix) for key in own):
             consume_prefix_in_state_dict_if_present(state, prefix)
-    missing, unexpected = sorted(own.keys() - state), sorted(state.keys() - own)
+    missing: Iterable[str] = own.keys() - state
+    unexpected: Iterable[str] = state.keys() - own
     reshaped = [
         f"{key} (file {tuple(state[key].shape)}, model {tuple(own[key].shape)})"
         for key in own.keys() & state
@@ -442,14 +443,14 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     broken = [
         key
         for key in own.keys() & state
-        if not state[key].isfinite().all() and own[key].isfinite().all()
+        if state[key].isnan().any() or (state[key].isinf().any() and not own[key].isinf().any())
     ]
     if not reshaped:
         # The model's own answer: some modules complete or rename the keys of older files.
         missing, unexpected = model.load_state_dict(state, strict=False)
     problems = {
-        "missing from the file": missing,
-        "not in the model": unexpected,
+        "missing from the file": sorted(missing),
+        "not in the model": sorted(unexpected),
         "of another shape": sorted(reshaped),
         "with NaN or infinity": sorted(broken),
     }
@@ -460,9 +461,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     ]
     if found:
         raise ModelError(
-            f"The weights in {path} do not fit {type(model).__name__}. Tensors "
-            + "; ".join(found)
-            + ". Check the model's name and num_classes."
+            f"The weights in {path} cannot be loaded into {type(model).__name__}. Tensors: "
+            f"{'; '.join(found)}. Check the model's name and num_classes"
+            f"{', and whether the training diverged.' if broken else '.'}"
         )
 
 

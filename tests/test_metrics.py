@@ -1,6 +1,7 @@
 """bayesify.metrics against numpy ports of the published definitions and against known answers."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_batches_add_up_to_the_whole(seed: int, cuts: list[int]) -> None:
     probs, labels = softmax_case(seed, 100, 5, 2.0)
     streamed = ClassificationMetrics()
     edges = [0, *sorted(set(cuts)), 100]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         streamed.update(probs[start:stop], labels[start:stop])
     assert streamed.compute() == pytest.approx(classification_metrics(probs, labels), abs=1e-12)
 

@@ -512,16 +512,15 @@ class MethodTracer(TorchFunctionMode):
 
     def _wrap(self, result: Any, node: fx.Node, inputs: Any, parts: bool = False) -> Any:
         if isinstance(result, Tensor):
-            for tensor in _traced_inside(inputs):
-                if tensor.example is result:  # an in-place method gives back its subject
-                    return tensor
-            for real, example in self._examples.values():
-                if example is result:
-                    return real
+            # also where it is the very input: dropout gives its input back only in eval
             return TracedTensor(result, node, self)
         if result is None or isinstance(result, PRIMITIVES):
-            if isinstance(result, bool | int | float) and any(True for _ in _traced_inside(inputs)):
-                raise TraceFailure(f"{node.target} makes a number of a tensor's value")
+            # examples hold no data, so a number can only come of shapes
+            if type(result) in (int, float) and any(True for _ in _traced_inside(inputs)):
+                kind = TracedInt if type(result) is int else TracedFloat
+                return kind(result, self, None, lambda: node)
+            if type(result) is bool and any(True for _ in _traced_inside(inputs)):
+                self.note_dims(None)
             return result
         if isinstance(result, tuple | list):
             items = tuple(

@@ -1,0 +1,340 @@
+"""What is minimised: the KL divergence of the posterior, the ELBO around any loss, its weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import gaussian
+from .errors import ArgumentError
+from .kernels.noise import noise
+from .posterior import Site, bayesian_sites, gaussian_prior
+from .priors import ScaleMixturePrior
+from .scope import LOCAL, new_seed
+
+KLReduction = Literal["num_data", "num_weights", "sum"]
+ScheduleShape = Literal["cosine", "linear", "constant"]
+
+_REDUCTIONS = ("num_data", "num_weights", "sum")
+_SHAPES = ("cosine", "linear", "constant")
+
+
+def kl_divergence(model: nn.Module) -> Tensor:
+    r"""KL divergence from the posterior to the prior, summed over all weights, tied ones once.
+
+    .. math:: \mathrm{KL} = \sum_i \mathbb{E}_{q(w_i)} [\log q(w_i) - \log p(w_i)]
+
+    Gaussian and live priors have a closed form. A scale mixture has none: its term is
+    ``log q(w) - log p(w)`` at one draw ``w``, that of the enclosing ``one_draw`` or a fresh one,
+    and its expectation over draws is the KL divergence.
+
+    Args:
+        model: A converted model, or a module that holds one.
+
+    Returns:
+        A scalar in nats, differentiable in the means and log variances, in float32 or in float64
+        if a mean is; on the device of the first Bayesian parameter. It is the sum over the whole
+        model also where FSDP2 has sharded it.
+
+    Raises:
+        UnsupportedModuleError: ``model`` has no posterior.
+        ArgumentError: A live prior gives values that are no mean and variance of the tensor.
+
+    Reference:
+        Blundell et al., 2015, arXiv:1505.05424, equations 1 and 2.
+
+    >>> import torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1), logvar=0.0)
+    >>> kl = kl_divergence(model)  # sigma is the prior's: only the means differ from it
+    >>> torch.isclose(kl, 0.5 * sum(p.mean.square().sum() for p in bayesify.posteriors(model)))
+    tensor(True)
+    """
+    found = bayesian_sites(model)
+    seed: Tensor | None = None
+    terms = []
+    for site in found:
+        if isinstance(site.slot.prior, ScaleMixturePrior):
+            if seed is None:
+                seed = _seed_of(found)
+            term = _drawn_term(site, site.slot.prior, seed)
+        else:
+            term = _closed_term(site)
+        # FSDP2: the sum of a sharded tensor is a partial one until it is gathered
+        terms.append(term.full_tensor() if hasattr(term, "full_tensor") else term)
+    device = terms[0].device
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in terms) else torch.float32
+    return torch.stack([t.to(device, dtype) for t in terms]).sum()
+
+
+def elbo_loss(
+    loss: Tensor,
+    model: nn.Module,
+    *,
+    num_data: int | None = None,
+    kl_weight: float = 1.0,
+    kl_reduction: KLReduction = "num_data",
+) -> Tensor:
+    r"""The generalised negative ELBO around any loss, to be minimised.
+
+    .. math:: \mathcal{L} = \mathrm{loss} + \beta \, s \, \mathrm{KL}
+
+    Which factor s, before the KL summed in nats:
+
+    - ``"num_data"``: s = 1/N, for a loss that is the **mean** negative log likelihood per training
+      example (``cross_entropy`` as it comes). At ``kl_weight=1`` this is the ELBO over N, and the
+      posterior is Bayes'. Take it for supervised training on N labelled examples.
+    - ``"num_weights"``: s = 1/P, P being the number of Bayesian weights: the mean KL of a weight.
+      For a loss that is no likelihood, such as a self-supervised one, where 1/N would let the noise
+      grow until the loss has risen by up to P / 2N (:func:`noise_budget`).
+    - ``"sum"``: s = 1, for a loss that is the **sum** over the whole data set.
+
+    Args:
+        loss: A scalar, the loss of one batch at drawn weights.
+        model: The converted model.
+        num_data: Number N of training examples, not of the batch and not of batches. Demanded by
+            ``"num_data"``, refused by the others.
+        kl_weight: The factor beta, at least 0; see :func:`kl_schedule`. At 0 no KL is computed.
+        kl_reduction: ``"num_data"``, ``"num_weights"`` or ``"sum"``.
+
+    Returns:
+        A scalar on the device of ``loss``.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    Reference:
+        Blundell et al., 2015, arXiv:1505.05424, equations 2 and 8.
+
+    >>> import torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1))
+    >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
+    >>> loss = torch.nn.functional.mse_loss(model(x), y)
+    >>> elbo_loss(loss, model, num_data=8).backward()
+    """
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ArgumentError(
+            f"elbo_loss: loss must be a tensor with no dimension, got {given}. Reduce it first: "
+            "loss.mean()."
+        )
+    factor = _checked_weight(kl_weight) * kl_scale(
+        model, num_data=num_data, kl_reduction=kl_reduction
+    )
+    if factor == 0.0:
+        return loss
+    return loss + factor * kl_divergence(model).to(loss.device)
+
+
+def kl_scale(
+    model: nn.Module, *, num_data: int | None = None, kl_reduction: KLReduction = "num_data"
+) -> float:
+    """The factor s that :func:`elbo_loss` puts before the summed KL: 1/N, 1/P or 1.
+
+    Args:
+        model: The converted model.
+        num_data: As :func:`elbo_loss`.
+        kl_reduction: As :func:`elbo_loss`.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work.
+        UnsupportedModuleError: ``model`` has no posterior.
+    """
+    weights = _num_weights(model)
+    if kl_reduction not in _REDUCTIONS:
+        raise ArgumentError(
+            f"kl_reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got "
+            f"{kl_reduction!r}."
+        )
+    if kl_reduction != "num_data":
+        if num_data is not None:
+            raise ArgumentError(
+                f"kl_reduction={kl_reduction!r} does not use num_data, but num_data={num_data!r} "
+                "was given: leave it out, or take kl_reduction='num_data'."
+            )
+        return 1.0 if kl_reduction == "sum" else 1.0 / weights
+    if num_data is None:
+        raise ArgumentError(
+            "kl_reduction='num_data' needs num_data, the number of training examples (not of the "
+            "batch): num_data=len(train_set). For a loss that is no mean over examples take "
+            "kl_reduction='num_weights' or 'sum'."
+        )
+    if not _is_integer(num_data) or num_data < 1:
+        raise ArgumentError(
+            "num_data must be a positive integer, the number of training examples (not of the "
+            f"batch), got {num_data!r}."
+        )
+    return 1.0 / num_data
+
+
+def noise_budget(
+    model: nn.Module,
+    kl_weight: float = 1.0,
+    *,
+    num_data: int | None = None,
+    kl_reduction: KLReduction = "num_data",
+) -> float:
+    r"""The most by which the drawn weights' noise can raise the loss at the optimum.
+
+    .. math:: \tfrac12 \, \beta \, s \, P
+
+    Where the loss is stationary in every log variance, its expected increase over the loss at the
+    means is :math:`\tfrac12 \beta s \gamma` to second order, with :math:`\gamma \le P` the number
+    of well-determined weights (MacKay, 1992). A budget far above the loss of an ignorant model
+    lets the posterior run to the prior: take a smaller ``kl_weight`` or another reduction.
+
+    Args:
+        model: The converted model, with P Bayesian weights.
+        kl_weight: The factor beta, as :func:`elbo_loss`.
+        num_data: As :func:`elbo_loss`.
+        kl_reduction: As :func:`elbo_loss`.
+
+    Returns:
+        The budget in units of the loss.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    Reference:
+        MacKay, 1992, Bayesian Interpolation, Neural Computation 4(3), section 4.
+
+    >>> import torch, bayesify
+    >>> noise_budget(bayesify.to_bbb(torch.nn.Linear(9, 10)), num_data=50)
+    1.0
+    """
+    scale = kl_scale(model, num_data=num_data, kl_reduction=kl_reduction)
+    return 0.5 * _checked_weight(kl_weight) * scale * _num_weights(model)
+
+
+@dataclass(frozen=True)
+class KLSchedule:
+    """A KL weight as a function of the step; made by :func:`kl_schedule`."""
+
+    shape: ScheduleShape
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.shape not in _SHAPES:
+            raise ArgumentError(
+                f"kl_schedule: shape must be one of {', '.join(map(repr, _SHAPES))}, got "
+                f"{self.shape!r}."
+            )
+        _checked_weight(self.start, "kl_schedule: start")
+        _checked_weight(self.end, "kl_schedule: end")
+        if not _is_integer(self.steps) or self.steps < 1:
+            raise ArgumentError(
+                f"kl_schedule: steps must be a positive integer, got {self.steps!r}."
+            )
+        if self.shape == "constant" and self.start != self.end:
+            raise ArgumentError(
+                f"kl_schedule: a constant schedule needs start == end, got {self.start!r} and "
+                f"{self.end!r}. Take 'linear' or 'cosine' to go from one to the other."
+            )
+
+    def __call__(self, step: int) -> float:
+        if step < 0:
+            raise ArgumentError(f"kl_schedule: step must not be negative, got {step!r}.")
+        if step >= self.steps:
+            return float(self.end)
+        done = step / self.steps
+        if self.shape == "cosine":
+            done = 0.5 * (1.0 - math.cos(math.pi * done))
+        return self.start + (self.end - self.start) * done
+
+
+def kl_schedule(shape: ScheduleShape, start: float, end: float, steps: int) -> KLSchedule:
+    r"""A KL weight that goes from ``start`` to ``end`` over ``steps`` steps and stays there.
+
+    Linear: :math:`\beta_0 + (\beta_1 - \beta_0) t/T`; cosine:
+    :math:`\beta_0 + (\beta_1 - \beta_0) (1 - \cos(\pi t/T)) / 2`.
+
+    Args:
+        shape: ``"cosine"``, ``"linear"`` or ``"constant"`` (which needs ``start == end``).
+        start: The weight at step 0, at least 0.
+        end: The weight from step ``steps`` on, at least 0.
+        steps: Number of optimizer steps T over which it changes, at least 1.
+
+    Returns:
+        A picklable function of the step, for ``elbo_loss(..., kl_weight=schedule(step))``.
+
+    Raises:
+        ArgumentError: A value is out of its range.
+
+    >>> schedule = kl_schedule("linear", 0.0, 1.0, 10)
+    >>> schedule(0), schedule(5), schedule(99)
+    (0.0, 0.5, 1.0)
+    """
+    return KLSchedule(shape, start, end, steps)
+
+
+def _seed_of(found: list[Site]) -> Tensor:
+    """The seed of the draw that the model is in now, or a new one."""
+    running = LOCAL.scope
+    if running is not None and running.seed is not None:
+        return running.seed
+    module = id(found[0].module)
+    for mode in reversed(LOCAL.modes):
+        if mode.scope is not None and mode.scope.seed is not None and module in mode.modules:
+            return mode.scope.seed
+    return new_seed()
+
+
+def _closed_term(site: Site) -> Tensor:
+    mean = site.mean
+    prior_mean, prior_var = (_beside(value, mean) for value in gaussian_prior(site))
+    if not isinstance(prior_var, Tensor) and not prior_var > 0:
+        raise ArgumentError(
+            f"The prior variance of {site.name!r} is {prior_var!r}, expected a positive number."
+        )
+    logvar = gaussian.logvar_from_raw(_wide(site.raw, mean), site.slot.parameterization)
+    return gaussian.kl_divergence(mean, logvar, prior_mean, prior_var)
+
+
+def _drawn_term(site: Site, prior: ScaleMixturePrior, seed: Tensor) -> Tensor:
+    mean, std = site.mean, _wide(site.std, site.mean)
+    epsilon = _beside(noise(seed, site.slot.key, mean.shape, std.dtype, mean.device), mean)
+    assert isinstance(epsilon, Tensor)
+    # From the noise itself: (w - mean) / std would lose it where w has been rounded to bfloat16.
+    log_q = gaussian.log_density(epsilon, 0.0, 1.0) - torch.log(std)
+    value = gaussian.draw(mean.to(std.dtype), std, epsilon)
+    return (log_q - prior.log_density(value)).sum()
+
+
+def _wide(tensor: Tensor, mean: Tensor) -> Tensor:
+    return tensor.double() if mean.dtype == torch.float64 else tensor.float()
+
+
+def _beside(value: Tensor | float, mean: Tensor) -> Tensor | float:
+    """``value`` on the device of ``mean``, and sharded as it is under FSDP2."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(mean.device)
+    sharded: Any = mean
+    if not hasattr(mean, "placements") or hasattr(value, "placements") or value.dim() == 0:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # every rank holds the whole value, so that nothing is sent
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def _num_weights(model: nn.Module) -> int:
+    return sum(site.mean.numel() for site in bayesian_sites(model))
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _checked_weight(value: float, what: str = "kl_weight") -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value < math.inf:
+        raise ArgumentError(f"{what} must be a finite number of at least 0, got {value!r}.")
+    return float(value)

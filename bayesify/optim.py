@@ -1,0 +1,176 @@
+"""Optimizers and posteriors: parameter groups that are right, and a check of any other ones."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ArgumentError
+from .posterior import Site, bayesian_sites, owner_state
+
+# A sigma above this is no initial value of a network's weight, but what a parameter near 0 gives.
+_WIDE_STD = 0.5
+
+
+def param_groups(
+    model: nn.Module, *, lr: float, logvar_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for any optimizer, with no weight decay on a log variance.
+
+    Decay of a log variance pulls sigma towards 1. The prior already pulls the means, so that
+    ``weight_decay`` on them is a second prior: leave it at 0 unless the KL is left out.
+
+    Args:
+        model: A converted model, or a module that holds one.
+        lr: Learning rate of the means and of the deterministic parameters, at least 0.
+        logvar_lr: Learning rate of the log variances (or of rho), at least 0; ``lr`` if None. Adam
+            moves a log variance by at most about ``logvar_lr`` a step, so that a short training
+            needs 5 to 20 times ``lr``.
+        weight_decay: Decay of the means and of the deterministic parameters, at least 0.
+
+    Returns:
+        Groups called ``means``, ``deterministic`` and ``logvars`` (key ``name``), without empty
+        ones. Every parameter that requires a gradient is in one of them, tied ones once.
+
+    Raises:
+        ArgumentError: A number is out of its range.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    >>> import torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1))
+    >>> optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, logvar_lr=1e-2))
+    >>> [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    [('means', 0.001, 0.0), ('logvars', 0.01, 0.0)]
+    """
+    logvar_lr = lr if logvar_lr is None else logvar_lr
+    for name, value in (("lr", lr), ("logvar_lr", logvar_lr), ("weight_decay", weight_decay)):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value < math.inf:
+            raise ArgumentError(
+                f"param_groups: {name} must be a finite number of at least 0, got {value!r}."
+            )
+    found = bayesian_sites(model)
+    means = {id(site.mean) for site in found}
+    raws = {id(site.raw) for site in found}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {
+            "name": "means",
+            "params": [p for p in trained if id(p) in means],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {
+            "name": "deterministic",
+            "params": [p for p in trained if id(p) not in means | raws],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {
+            "name": "logvars",
+            "params": [p for p in trained if id(p) in raws],
+            "lr": logvar_lr,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Find what would ruin the posterior of ``model`` in training with ``optimizer``.
+
+    An error: weight decay or a layer-wise trust ratio (LARS, LAMB) on a log variance, a log
+    variance that the optimizer does not hold, NaN or Inf in one. A warning: a posterior so wide
+    that its weights are mere noise, which is what an initialisation loop over ``parameters()``
+    leaves behind.
+
+    Args:
+        model: A converted model, or a module that holds one.
+        optimizer: Any object with torch's ``param_groups``.
+
+    Raises:
+        ArgumentError: With every problem found and its remedy.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    >>> import torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1))
+    >>> check_optimizer(model, torch.optim.AdamW(model.parameters()))
+    Traceback (most recent call last):
+    ...
+    bayesify.errors.ArgumentError: The optimizer does not suit the posterior:
+      weight decay on 2 log variances (weight_logvar, bias_logvar) pulls sigma towards 1: ...
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list):
+        raise ArgumentError(
+            "check_optimizer: optimizer must be a torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}."
+        )
+    found = bayesian_sites(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    raws = {id(site.raw): names.get(id(site.raw), site.name) for site in found}
+    held = {key: group_of[key] for key in raws if key in group_of}
+    decayed = [raws[key] for key, group in held.items() if group.get("weight_decay", 0)]
+    adapted = [raws[key] for key, group in held.items() if group.get("always_adapt")]
+    missing = [raws[id(s.raw)] for s in found if s.raw.requires_grad and id(s.raw) not in held]
+    broken = [raws[id(s.raw)] for s in found if not bool(torch.isfinite(s.raw.detach()).all())]
+    problems = []
+    if decayed:
+        problems.append(
+            f"weight decay on {_listed(decayed)} pulls sigma towards 1: make the optimizer from "
+            "bayesify.param_groups(model, lr=...)."
+        )
+    if adapted:
+        problems.append(
+            f"always_adapt on {_listed(adapted)} scales their steps with the norm of the log "
+            "variance, which means nothing: switch it off for the group of the log variances."
+        )
+    if missing:
+        strange = sum(key not in names for key in group_of)
+        problems.append(
+            f"the optimizer does not hold {_listed(missing)}"
+            + (f", but {strange} parameters that are not the model's" if strange else "")
+            + ": make it after to_bbb and from the converted model, with "
+            "bayesify.param_groups(model, lr=...). To keep them fixed: .requires_grad_(False)."
+        )
+    if broken:
+        problems.append(
+            f"NaN or Inf in {_listed(broken)}: training has diverged or a file is damaged; load "
+            "or convert the model anew, and lower logvar_lr."
+        )
+    if problems:
+        raise ArgumentError("\n  ".join(["The optimizer does not suit the posterior:", *problems]))
+    wide = [raws[id(site.raw)] for site in found if _is_noise(site)]
+    if wide:
+        warnings.warn(
+            f"The posterior is wider than its weights in {_listed(wide)}: draws are mere noise. "
+            "Was it initialised by a loop over model.parameters()? Initialise before to_bbb, or "
+            "leave out the log variances. (If training has led here, lower kl_weight.)",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _is_noise(site: Site) -> bool:
+    """Whether a tensor's sigma is that of a log variance near 0, without anyone's wish."""
+    state = owner_state(site.module)
+    asked = None if state is None or state.spec is None else state.spec.logvar
+    if asked is not None and math.exp(0.5 * asked) > _WIDE_STD:
+        return False
+    with torch.no_grad():
+        std = torch.exp(0.5 * site.logvar.double().mean()).item()
+        rms = site.mean.double().square().mean().sqrt().item()
+    return std > _WIDE_STD and std > 0.5 * rms
+
+
+def _listed(names: Iterable[str]) -> str:
+    """``3 log variances (a, b, c)``, the names cut off where they are many."""
+    names = list(names)
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} log variance{'s' if len(names) > 1 else ''} ({shown})"
