@@ -390,7 +390,7 @@ def to_bbb(
     """
     _check_model(model)
     try:
-        copied = copy.deepcopy(model)
+        copied = _copy(model)
     except BayesifyError:
         raise
     except Exception as error:
@@ -402,6 +402,20 @@ def to_bbb(
         copied, skip=skip, only=only, preset=preset, prior=prior, logvar=logvar,
         estimator=estimator, config=config,
     )  # fmt: skip
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps results of its last call, without their graphs."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*module.__dict__.values(), *module._buffers.values()):
+            items = value if isinstance(value, list | tuple) else [value]
+            if isinstance(value, dict):
+                items = list(value.values())
+            for item in items:
+                if isinstance(item, Tensor) and not item.is_leaf:
+                    memo[id(item)] = item.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def to_bbb_(
@@ -587,7 +601,7 @@ def to_deterministic(model: nn.Module) -> nn.Module:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no Bayesian parameter: it is deterministic already."
         )
-    copied = copy.deepcopy(model)
+    copied = _copy(model)
     for module in copied.modules():
         _revert(module)
     caches.drop(copied)

@@ -46,7 +46,9 @@ class Scope:
 
     def read(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """The draw of one slot, whose parameters are those that ``module`` holds now."""
-        grad_mode = 2 if torch.is_inference_mode_enabled() else int(torch.is_grad_enabled())
+        grad_mode = int(torch.is_grad_enabled())
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            grad_mode = 2
         index = (slot.uid, grad_mode)
         tensor = self.realised.get(index)
         if tensor is None:
@@ -74,6 +76,7 @@ class _Local(threading.local):
         self.scope: Scope | None = None
         self.modes: tuple[_Mode, ...] = ()
         self.on_checkpoint: Callable[[], None] | None = None
+        self.reads: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 LOCAL = _Local()
@@ -287,7 +290,7 @@ def _carried(function: Callable[..., Any], *, keep: bool) -> Callable[..., Any]:
     """``function`` bound to the present scope and modes, whenever and wherever it is called."""
     if LOCAL.on_checkpoint is not None:
         LOCAL.on_checkpoint()
-    scope, modes = LOCAL.scope, LOCAL.modes
+    scope, modes, reads = LOCAL.scope, LOCAL.modes, LOCAL.reads
     if scope is None and not modes:
         return function
     snapshot = None if scope is None else scope.fork(keep=keep)
@@ -300,7 +303,7 @@ def _carried(function: Callable[..., Any], *, keep: bool) -> Callable[..., Any]:
             _Mode(m.modules, m.drawing, None if s is None else s.fork(keep=True)) for m, s in frozen
         )
         try:
-            with _checkpoint_seam:
+            with _checkpoint_seam, reads():
                 return function(*args, **kwargs)
         finally:
             LOCAL.scope, LOCAL.modes = outer

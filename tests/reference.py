@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bayesify
 from bayesify import scope
+from bayesify.convert import _copy
 from bayesify.posterior import sites
 from bayesify.rewriter.owner import rungs
 
@@ -86,6 +86,16 @@ class Report:
     swapped: list[str] = field(default_factory=list)
 
 
+def functional_call(model: nn.Module, draws: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """torch's, without the parameters that it leaves swapped where a module has two names."""
+    kept = [(m, n, p) for m in model.modules() for n, p in m._parameters.items()]
+    try:
+        return torch.func.functional_call(model, draws, args, kwargs)
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.named_buffers() if "_prior_mean" not in k}
 
@@ -129,7 +139,7 @@ def check(
     report = Report()
     say = report.problems.append
     perturb_(model)
-    original = copy.deepcopy(model)
+    original = _copy(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     converted = bayesify.to_bbb(model, logvar=logvar)
     for key, value in before.items():
@@ -163,7 +173,7 @@ def check(
             draws = bayesify.draws(converted, seed=11)
             clear_caches(original)
             torch.manual_seed(7)
-            expected = torch.func.functional_call(original, draws, args, kwargs)
+            expected = functional_call(original, draws, args, kwargs)
             rng = torch.get_rng_state()
             expected_state = state_of(original)
             with bayesify.one_draw(converted, seed=12):
@@ -195,8 +205,10 @@ def check(
             _restore(original, state_a), _restore(converted, state_b)
     args, kwargs = make_input(batches[0])
     converted.eval()
+    final = state_of(converted)
     with torch.no_grad(), bayesify.sampled(converted):
         first, second = converted(*args, **kwargs), converted(*args, **kwargs)
+    _restore(converted, final)
     if same(first, second):
         say("4: two scopes gave the same output")
     back = bayesify.to_deterministic(converted)
@@ -241,7 +253,7 @@ def _gradients(
 ) -> None:  # fmt: skip
     draws = {k: v.detach().requires_grad_() for k, v in bayesify.draws(converted, seed=5).items()}
     torch.manual_seed(7)
-    loss = _loss(torch.func.functional_call(original, draws, args, kwargs))
+    loss = _loss(functional_call(original, draws, args, kwargs))
     names = list(draws)
     grads = dict(zip(names, torch.autograd.grad(loss, list(draws.values()), allow_unused=True)))
     converted.zero_grad()

@@ -7,6 +7,7 @@ import dataclasses
 import dis
 import functools
 import inspect
+import itertools
 import logging
 import threading
 import types
@@ -119,6 +120,9 @@ def flatten(value: Any, tensors: list[Tensor], names: list[str], name: str) -> A
         TypeError: Something is opaque or mutable in a way that a graph cannot follow.
     """
     if isinstance(value, Tensor):
+        for index, known in enumerate(tensors):
+            if known is value:  # attention asks whether query is key
+                return ("same", index)
         tensors.append(value)
         names.append(name)
         return (
@@ -155,21 +159,23 @@ def flatten(value: Any, tensors: list[Tensor], names: list[str], name: str) -> A
     raise TypeError(f"an argument of type {kind.__name__}")
 
 
-def unflatten(structure: Any, tensors: Iterator[Any]) -> Any:
-    """Inverse of :func:`flatten`."""
+def unflatten(structure: Any, tensors: list[Any], used: Iterator[int]) -> Any:
+    """Inverse of :func:`flatten`; ``used`` counts the tensors that were taken."""
     kind = structure[0]
     if kind == "tensor":
-        return next(tensors)
+        return tensors[next(used)]
+    if kind == "same":
+        return tensors[structure[1]]
     if kind == "value":
         return structure[2]
     if kind == "dataclass":
-        return structure[1](**{k: unflatten(v, tensors) for k, v in structure[2]})
+        return structure[1](**{k: unflatten(v, tensors, used) for k, v in structure[2]})
     items = structure[1]
     if kind is slice:
-        return slice(*(unflatten(v, tensors) for v in items))
+        return slice(*(unflatten(v, tensors, used) for v in items))
     if issubclass(kind, dict):
-        return kind((k, unflatten(v, tensors)) for k, v in items)
-    values = [unflatten(v, tensors) for v in items]
+        return kind((k, unflatten(v, tensors, used)) for k, v in items)
+    values = [unflatten(v, tensors, used) for v in items]
     return kind(*values) if hasattr(kind, "_fields") else kind(values)
 
 
@@ -371,12 +377,18 @@ def _trace(
     names = _argument_names(original, args_structure, kwargs_structure)
 
     def build(traced: list[Any]) -> tuple[Any, Any]:
-        source = iter(traced)
-        return unflatten(args_structure, source), unflatten(kwargs_structure, source)
+        used = itertools.count()
+        return unflatten(args_structure, traced, used), unflatten(kwargs_structure, traced, used)
 
     tracer = MethodTracer(owner, run_at_mean, hide)
-    with scopes.recording(_refuse_checkpoint):
+    # what examples save for backward must not reach the hooks of an enclosing checkpoint
+    unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
+    with scopes.recording(_refuse_checkpoint), unseen:
         return tracer.run(functools.partial(original, owner), names, build, tensors)
+
+
+def _identity(tensor: Any) -> Any:
+    return tensor
 
 
 def _refuse_checkpoint() -> None:
@@ -473,8 +485,12 @@ def _swap(
                 )
             known.append(Variant(None, (), frozenset(), False, (), None, "", "swap", reason))
     mode = SwapMode(owner)
-    with caches.hidden(owner), mode:
-        result = original(owner, *args, **kwargs)
+    outer, LOCAL.reads = LOCAL.reads, functools.partial(SwapMode, owner)
+    try:
+        with caches.hidden(owner), mode:
+            result = original(owner, *args, **kwargs)
+    finally:
+        LOCAL.reads = outer
     return mode.exchange(result)  # a parameter merely handed on passes through no function
 
 

@@ -239,9 +239,10 @@ class MethodTracer(TorchFunctionMode):
         """A fake tensor with the metadata of a real one."""
         known = self._examples.get(id(tensor))
         if known is None:
-            if tensor.layout != torch.strided or type(tensor) not in (
-                Tensor, nn.Parameter, nn.Buffer,
-            ):  # fmt: skip
+            # a sharded parameter has its global shape
+            sharded = hasattr(tensor, "full_tensor")
+            plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or sharded
+            if tensor.layout != torch.strided or not plain:
                 raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
             with torch._C.DisableTorchFunction(), self.fake_mode:
                 example = torch.empty_strided(
@@ -566,7 +567,7 @@ class MethodTracer(TorchFunctionMode):
     def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.paths.get(id(module))
         examples = self._as_examples((args, kwargs))
-        with paused(), _untouched(module):
+        with paused(), self._as_outline(module):
             try:
                 with self.fake_mode:
                     result = self.run_leaf(module, *examples)
@@ -585,6 +586,22 @@ class MethodTracer(TorchFunctionMode):
             callee = self.constant(module)
             node = self._node("call_function", operator.call, (callee, *arguments), keywords)
         return self._wrap(result, node, (args, kwargs))
+
+    @contextmanager
+    def _as_outline(self, module: nn.Module) -> Iterator[None]:
+        """A submodule with examples in place of its parameters and without collective hooks."""
+        modules = list(module.modules())
+        kept = [(m, dict(m._parameters)) for m in modules]
+        with _untouched_all(modules, _without_collectives):
+            try:
+                for child, parameters in kept:
+                    for name, parameter in parameters.items():
+                        if parameter is not None:
+                            child._parameters[name] = self.example_of(parameter)  # type: ignore[assignment]
+                yield
+            finally:
+                for child, parameters in kept:
+                    _restore(child._parameters, parameters)
 
     def call_autograd(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a torch.autograd.Function, whose backward must survive."""
@@ -651,9 +668,9 @@ class MethodTracer(TorchFunctionMode):
             node = self.graph.placeholder(name)
             self._last_placeholder = node
             traced.append(TracedTensor(self.example_of(tensor), node, self, index))
-        args, kwargs = build(traced)
-        before = _shape_of((args, kwargs))
         with self._patched(), self:
+            args, kwargs = build(traced)
+            before = _shape_of((args, kwargs))
             result = method(*args, **kwargs)
             with torch._C.DisableTorchFunction():
                 output = self.argument(result)
@@ -757,10 +774,17 @@ def paused() -> Iterator[None]:
         ACTIVE.tracer = outer
 
 
-@contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    with _untouched_all(list(module.modules()), lambda _: None):
-        yield
+def _without_collectives(module: nn.Module) -> None:
+    """Drop the hooks of torch.distributed for a while: they would gather real shards."""
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = module.__dict__[name]
+        if any(_of_distributed(hook) for hook in hooks.values()):
+            kept = ((k, h) for k, h in hooks.items() if not _of_distributed(h))
+            module.__dict__[name] = type(hooks)(kept)
+
+
+def _of_distributed(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
 
 
 @contextmanager

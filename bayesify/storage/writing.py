@@ -1,0 +1,206 @@
+"""From a model to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib import metadata
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..convert import Conversion
+from ..errors import ArgumentError, CheckpointError, ModelError
+from ..models import ModelSpec, input_config
+from ..posterior import PRIOR_MEAN_SUFFIX, bayesian_sites, owner_state, sites
+from ..priors import LivePrior
+from .files import replacing
+from .layout import FORMAT, KEY, Row, conversion_to_json
+
+SPEC = "_bayesify_spec"
+"""Attribute under which a model that was built by its name carries its ModelSpec."""
+_PACKAGES = ("bayesify", "numpy", "safetensors", "timm", "torch", "torchvision")
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    spec: ModelSpec | None = None,
+    info: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a Bayesian model into one safetensors file, whole or not at all.
+
+    The same model gives the same bytes. Of a compiled model, or one inside
+    DistributedDataParallel, the model itself is saved.
+
+    Args:
+        model: A converted model.
+        path: The file to write; by convention it ends in ``.bbb.safetensors``.
+        spec: How :func:`load` builds the model. A model of ``create_model`` brings its own; one
+            without needs ``load(path, model=...)``.
+        info: Anything of your own that JSON can hold; :func:`read_header` returns it.
+        overwrite: Replace a file that exists.
+
+    Raises:
+        ArgumentError: ``info`` cannot be JSON.
+        CheckpointError: The path exists, is a folder or cannot be written; or the model holds what
+            such a file cannot: a live prior, sharded or meta tensors, extra state.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    >>> import tempfile, torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(model, folder + "/a.bbb.safetensors")
+    ...     sorted(read_header(folder + "/a.bbb.safetensors")["elements"].items())
+    [('bayesian', 3), ('total', 3)]
+    """
+    model = _unwrapped(model)
+    with replacing(path, overwrite=overwrite) as temporary:
+        header = _header(model, spec, info)
+        tensors, header["aliases"] = _tensors(model)
+        text = json.dumps(header, sort_keys=True, allow_nan=False)
+        # More than one key: safetensors writes them in an order that differs from run to run.
+        try:
+            save_file(tensors, temporary, metadata={KEY: text})
+        except KeyError as error:
+            raise CheckpointError(
+                f"safetensors cannot hold tensors of {error}: convert them to another dtype."
+            ) from error
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a compiled or a data-parallel one."""
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = inner.module
+    return inner
+
+
+def _header(
+    model: nn.Module, spec: ModelSpec | None, info: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    bayesian_sites(model)
+    rows = [row.to_json() for row in _rows(model)]
+    if spec is None:
+        spec = model.__dict__.get(SPEC)
+    try:
+        built_by = None if spec is None else spec.to_json()
+    except ModelError:  # an argument that JSON cannot hold: load asks for the model
+        built_by = None
+    img_size, in_chans = (None, None) if spec is None else (spec.img_size, spec.in_chans)
+    try:
+        shown = asdict(input_config(model, img_size=img_size, in_chans=in_chans))
+    except ModelError:
+        shown = None
+    try:
+        added = json.loads(json.dumps(dict(info or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"info must be what JSON can hold: {error}.") from error
+    raws = {id(site.raw) for site in sites(model)}
+    kind = type(model)
+    return {
+        "format": FORMAT,
+        "model": {"class": f"{kind.__module__}.{kind.__qualname__}", "spec": built_by},
+        "input": shown,
+        "elements": {
+            "total": sum(p.numel() for p in model.parameters() if id(p) not in raws),
+            "bayesian": sum(site.mean.numel() for site in sites(model)),
+        },
+        "conversions": _conversions(model),
+        "posterior": rows,
+        "versions": _versions(),
+        "info": added,
+    }
+
+
+def _rows(model: nn.Module) -> list[Row]:
+    names: dict[int, list[str]] = defaultdict(list)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        state = owner_state(module)
+        for attribute, slot in state.slots.items() if state is not None else ():
+            names[slot.uid].append(f"{prefix}.{attribute}" if prefix else attribute)
+    rows = []
+    first: dict[int, str] = {}
+    for name, module, attribute, slot in sites(model):
+        twin = first.setdefault(id(module._parameters[attribute]), name)
+        if twin != name:
+            raise CheckpointError(
+                f"{twin!r} and {name!r} are one tied parameter with two posteriors: convert the "
+                "whole model at once, not its parts one by one."
+            )
+        aliases = tuple(sorted(set(names[slot.uid]) - {name}))
+        rows.append(
+            Row(name, aliases, slot.name, slot.parameterization, slot.prior, slot.prior_scale)
+        )
+    return rows
+
+
+def _conversions(model: nn.Module) -> list[dict[str, Any]]:
+    """The arguments of each conversion, with the module that it was called on."""
+    found = []
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        state = owner_state(module)
+        if state is None or id(module) in inside:
+            continue
+        inside.update(map(id, module.modules()))
+        conversion: Conversion = state.spec
+        if isinstance(conversion.prior, LivePrior):  # set_prior_ has replaced it, or _rows raises
+            conversion = replace(conversion, prior=next(sites(module)).slot.prior)
+        found.append({"root": path, "arguments": conversion_to_json(conversion)})
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    return found
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors to write, each piece of memory once, and the keys that share one."""
+    state: dict[str, Any] = dict(model.state_dict(keep_vars=True))
+    for site in sites(model):
+        prior_mean = site.module._buffers.get(site.attribute + PRIOR_MEAN_SUFFIX)
+        if prior_mean is not None:
+            state[site.name + PRIOR_MEAN_SUFFIX] = prior_mean
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    stored: dict[Any, str] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{key!r} is a {type(value).__name__}, not a tensor: extra state would need a "
+                "pickle, which bayesify neither writes nor reads."
+            )
+        if type(value) not in (Tensor, nn.Parameter):
+            raise CheckpointError(
+                f"{key!r} is a {type(value).__name__}, of which this process may hold a part only. "
+                "Save the whole, unsharded model."
+            )
+        if value.device.type == "meta" or value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(
+                f"{key!r} is no dense tensor with data ({value.device}, {value.layout}, "
+                f"{value.dtype}): give it data, or make it dense, before saving."
+            )
+        memory = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and memory in stored:
+            aliases[key] = stored[memory]
+            continue
+        stored[memory] = key
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()  # a view: safetensors takes no two tensors of one storage
+        tensors[key] = tensor
+    return tensors, aliases
