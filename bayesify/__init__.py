@@ -1,20 +1,81 @@
 """bayesify turns any PyTorch model into a Bayesian one: a Gaussian posterior over every weight."""
 
-from .convert import BBBConfig as BBBConfig
-from .convert import ConversionPlan as ConversionPlan
-from .convert import plan as plan
-from .convert import to_bbb as to_bbb
-from .convert import to_bbb_ as to_bbb_
-from .convert import to_deterministic as to_deterministic
-from .errors import *  # noqa: F403
-from .posterior import posterior_stats as posterior_stats
-from .posterior import posteriors as posteriors
-from .posterior import set_prior_ as set_prior_
-from .posterior import stddev as stddev
-from .priors import GaussianPrior as GaussianPrior
-from .priors import LivePrior as LivePrior
-from .priors import ScaleMixturePrior as ScaleMixturePrior
-from .scope import at_mean as at_mean
-from .scope import draws as draws
-from .scope import one_draw as one_draw
-from .scope import sampled as sampled
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .convert import to_bbb as to_bbb
+    from .convert import to_bbb_ as to_bbb_
+    from .convert import to_deterministic as to_deterministic
+    from .errors import ArgumentError as ArgumentError
+    from .errors import BayesifyError as BayesifyError
+    from .errors import CheckpointError as CheckpointError
+    from .errors import DataError as DataError
+    from .errors import ModelError as ModelError
+    from .errors import NoMatchError as NoMatchError
+    from .errors import NoMatchWarning as NoMatchWarning
+    from .errors import UnsupportedModuleError as UnsupportedModuleError
+    from .inference import calibrate_ as calibrate_
+    from .inference import predict as predict
+    from .inference import recompute_batchnorm_ as recompute_batchnorm_
+    from .models import create_model as create_model
+    from .objective import elbo_loss as elbo_loss
+    from .objective import kl_divergence as kl_divergence
+    from .objective import kl_schedule as kl_schedule
+    from .optim import check_optimizer as check_optimizer
+    from .optim import param_groups as param_groups
+    from .planning import BBBConfig as BBBConfig
+    from .planning import ConversionPlan as ConversionPlan
+    from .planning import plan as plan
+    from .posterior import posterior_stats as posterior_stats
+    from .posterior import posteriors as posteriors
+    from .posterior import set_prior_ as set_prior_
+    from .posterior import stddev as stddev
+    from .priors import GaussianPrior as GaussianPrior
+    from .priors import LivePrior as LivePrior
+    from .priors import ScaleMixturePrior as ScaleMixturePrior
+    from .rewriter.variants import generated_code as generated_code
+    from .rewriter.variants import rungs as rungs
+    from .scope import at_mean as at_mean
+    from .scope import draws as draws
+    from .scope import one_draw as one_draw
+    from .scope import sampled as sampled
+    from .storage import load as load
+    from .storage import save as save
+
+__version__ = "0.1.0"
+
+# Resolved at first use (PEP 562), so that `bayesify --help` does not import torch.
+_HOMES = {
+    "planning": "BBBConfig ConversionPlan plan",
+    "convert": "to_bbb to_bbb_ to_deterministic",
+    "errors": "ArgumentError BayesifyError CheckpointError DataError ModelError NoMatchError "
+    "NoMatchWarning UnsupportedModuleError",
+    "inference": "calibrate_ predict recompute_batchnorm_",
+    "models": "create_model",
+    "objective": "elbo_loss kl_divergence kl_schedule",
+    "optim": "check_optimizer param_groups",
+    "posterior": "posterior_stats posteriors set_prior_ stddev",
+    "priors": "GaussianPrior LivePrior ScaleMixturePrior",
+    "rewriter.variants": "generated_code rungs",
+    "scope": "at_mean draws one_draw sampled",
+    "storage": "load save",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'bayesify' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,18 +1,30 @@
-"""From a deterministic model to a Bayesian one and back: plan, convert, revert."""
+"""From a deterministic model to a Bayesian one and back."""
 
 from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
-from .gaussian import Parameterization, raw_from_logvar
+from .errors import BayesifyError, NoMatchWarning, UnsupportedModuleError
+from .gaussian import raw_from_logvar
+from .planning import (
+    BBBConfig,
+    Conversion,
+    ConversionPlan,
+    Estimator,
+    Found,
+    check_model,
+    initial_std,
+    make_plan,
+    specify,
+)
 from .posterior import (
     PRIOR_MEAN_SUFFIX,
     RAW_SUFFIX,
@@ -21,203 +33,19 @@ from .posterior import (
     Site,
     Slot,
     attach_prior,
-    initial_logvar,
     owner_state,
     raw_name,
     sites,
 )
-from .priors import GaussianPrior, Prior
+from .priors import Prior
 from .rewriter import caches
-from .rewriter.owner import DrawnHook, adopt, generated_class, methods_to_wrap, original_class
-from .selection import Pattern, parse_patterns, select
-
-Estimator = Literal["weight"]
-
-
-@dataclass(frozen=True)
-class BBBConfig:
-    """What a conversion does beyond the choice of parameters and prior.
-
-    Args:
-        relative_std: Initial standard deviation in units of each tensor's root mean square, when
-            no ``logvar`` is given.
-        parameterization: ``"exp"``: the trained parameter is the log variance, under the key
-            ``weight_logvar`` (the BYOV paper's choice); ``"softplus"``: sigma = softplus(rho),
-            under ``weight_rho`` (Blundell et al., 2015).
-        include_frozen: Give parameters with ``requires_grad=False`` a posterior too; their means
-            stay frozen.
-        strict: A pattern that matches nothing, and later a forward that cannot become a graph,
-            is an error instead of a warning.
-
-    Raises:
-        ArgumentError: A value is out of its range.
-    """
-
-    relative_std: float = 0.005
-    parameterization: Parameterization = "exp"
-    include_frozen: bool = False
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.relative_std) and self.relative_std > 0):
-            raise ArgumentError(
-                f"BBBConfig: relative_std must be positive and finite, got {self.relative_std!r}."
-            )
-        if self.parameterization not in RAW_SUFFIX:
-            raise ArgumentError(
-                "BBBConfig: parameterization must be 'exp' or 'softplus', got "
-                f"{self.parameterization!r}."
-            )
+from .rewriter.fallback import DrawnHook
+from .rewriter.owner import generated_class, original_class
+from .rewriter.variants import adopt
+from .selection import Pattern
 
 
-@dataclass(frozen=True)
-class PlanRow:
-    """One parameter of a model and what the conversion does with it.
-
-    ``action`` is ``bayes``, ``frozen``, ``integer`` or ``skipped: <pattern>``; ``std`` the initial
-    standard deviation (None where it has no posterior, or no data: the meta device).
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    owner: str
-    shape: tuple[int, ...]
-    elements: int
-    action: str
-    rewrite: str
-    prior: str
-    std: float | None
-
-    @property
-    def bayes(self) -> bool:
-        return self.action == "bayes"
-
-
-@dataclass(frozen=True)
-class ConversionPlan:
-    """What :func:`to_bbb` will do: one row for each floating-point parameter, and visible notes."""
-
-    model: str
-    rows: tuple[PlanRow, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def elements(self) -> int:
-        """Parameters of the model, tied ones once."""
-        return sum(row.elements for row in self.rows)
-
-    @property
-    def bayesian_elements(self) -> int:
-        """Parameters that get a posterior, tied ones once."""
-        return sum(row.elements for row in self.rows if row.bayes)
-
-    @property
-    def share(self) -> float:
-        """Share of the parameters that get a posterior, in [0, 1]."""
-        return self.bayesian_elements / self.elements if self.elements else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain values."""
-        return {
-            "model": self.model,
-            "elements": self.elements,
-            "bayesian_elements": self.bayesian_elements,
-            "share": self.share,
-            "notes": list(self.notes),
-            "rows": [asdict(row) for row in self.rows],
-        }
-
-    def __str__(self) -> str:
-        width = max([len(r.name) for r in self.rows] + [9])
-        lines = [f"{'parameter':{width}}  {'owner':20}  {'shape':18}  {'action':20}  std"]
-        for r in self.rows:
-            std = "" if r.std is None else f"{r.std:.3g}"
-            lines.append(
-                f"{r.name:{width}}  {r.owner:20}  {r.shape!s:18}  {r.action:20}  {std}"
-            )
-        lines.append(
-            f"{self.model}: {self.bayesian_elements:,} of {self.elements:,} parameters "
-            f"({100 * self.share:.2f} %) get a posterior"
-        )
-        return "\n".join([*lines, *self.notes])
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """The arguments of one conversion, kept so that new layers can be converted alike."""
-
-    skip: tuple[Pattern, ...] = ()
-    only: tuple[Pattern, ...] = ()
-    preset: str | None = None
-    prior: Prior = field(default_factory=GaussianPrior)
-    logvar: float | None = None
-    estimator: Estimator = "weight"
-    config: BBBConfig = field(default_factory=BBBConfig)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.prior, Prior):
-            raise ArgumentError(
-                "prior must be a GaussianPrior, ScaleMixturePrior or LivePrior, got "
-                f"{self.prior!r}."
-            )
-        if self.logvar is not None and not (
-            isinstance(self.logvar, int | float) and math.isfinite(self.logvar)
-        ):
-            raise ArgumentError(
-                f"logvar must be a finite number (log of the variance) or None, got {self.logvar!r}."
-            )
-        if self.estimator != "weight":
-            raise ArgumentError(f"estimator must be 'weight', got {self.estimator!r}.")
-        if not isinstance(self.config, BBBConfig):
-            raise ArgumentError(f"config must be a BBBConfig, got {self.config!r}.")
-
-
-@dataclass
-class _Found:
-    """One parameter: every place that holds it, the first being canonical."""
-
-    parameter: Tensor
-    places: list[tuple[str, nn.Module, str]]
-
-    @property
-    def name(self) -> str:
-        return self.places[0][0]
-
-
-def _parameters(model: nn.Module) -> list[_Found]:
-    found: dict[int, _Found] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                entry = found.setdefault(id(parameter), _Found(parameter, []))
-                entry.places.append((name, module, attribute))
-    return list(found.values())
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}. "
-            "bayesify.create_model builds one by name."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModuleError(
-            "The model is a ScriptModule: scripted code cannot be traced. Convert the Python "
-            "model before torch.jit.script."
-        )
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedModuleError(
-            "The model is already compiled. Convert first: torch.compile(to_bbb(model)); the "
-            "original is model._orig_mod."
-        )
-    if next(model.parameters(), None) is None:
-        raise UnsupportedModuleError(
-            f"{type(model).__name__} has no parameter, so there is nothing to convert."
-        )
-
-
-def _problems(chosen: list[_Found], scripted: dict[int, str], suffix: str) -> list[str]:
+def _problems(chosen: list[Found], scripted: dict[int, str], suffix: str) -> list[str]:
     """Everything that forbids the conversion, each with its remedy."""
     problems = []
     for item in chosen:
@@ -246,106 +74,6 @@ def _problems(chosen: list[_Found], scripted: dict[int, str], suffix: str) -> li
     return problems
 
 
-def _initial_std(item: _Found, spec: Conversion) -> float | None:
-    if spec.logvar is not None:
-        return math.exp(0.5 * spec.logvar)
-    if item.parameter.device.type == "meta":
-        return None
-    return math.exp(0.5 * initial_logvar(item.parameter, _reference_rms(item), spec.config.relative_std))
-
-
-def _reference_rms(item: _Found) -> float:
-    """A scale for a tensor of zeros: that of the largest tensor beside it, else one."""
-    _, module, _ = item.places[0]
-    siblings = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
-    scales = [p.detach().double().square().mean().sqrt().item() for p in siblings if p.numel()]
-    return max(scales, default=0.0) or 1.0
-
-
-def _rewrite(item: _Found) -> str:
-    names = []
-    for _, module, attribute in item.places:
-        cls = type(module)
-        wrapped = methods_to_wrap(original_class(cls), frozenset({attribute}))
-        names += [f"{cls.__name__}.{m}" for m in wrapped if m == "forward" or "forward" not in m]
-        names += [f"hook {type(h).__name__}" for h in module._forward_pre_hooks.values()]
-    return ", ".join(dict.fromkeys(names))
-
-
-def _plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[_Found]]:
-    selection = select(
-        model, skip=spec.skip, only=spec.only, preset=spec.preset, strict=spec.config.strict
-    )
-    raws = {id(site.raw) for site in sites(model)}
-    means = {id(site.mean) for site in sites(model)}
-    rows, chosen = [], []
-    for item in _parameters(model):
-        if id(item.parameter) in raws:
-            continue
-        _, module, _ = item.places[0]
-        if not item.parameter.is_floating_point():
-            action = "integer"
-        elif item.name in selection.skipped:
-            action = f"skipped: {selection.skipped[item.name]}"
-        elif not item.parameter.requires_grad and not spec.config.include_frozen:
-            action = "frozen"
-        else:
-            action = "bayes"
-            if id(item.parameter) not in means:
-                chosen.append(item)
-        bayes = action == "bayes"
-        rows.append(
-            PlanRow(
-                name=item.name,
-                aliases=tuple(name for name, _, _ in item.places[1:]),
-                owner=type(module).__name__,
-                shape=tuple(item.parameter.shape),
-                elements=item.parameter.numel(),
-                action=action,
-                rewrite=_rewrite(item) if bayes else "",
-                prior=str(spec.prior) if bayes else "",
-                std=_initial_std(item, spec) if bayes else None,
-            )
-        )
-    return ConversionPlan(type(model).__name__, tuple(rows), selection.notes), chosen
-
-
-def _spec(
-    skip: Any, only: Any, preset: str | None, prior: Prior | None, logvar: float | None,
-    estimator: Any, config: BBBConfig,
-) -> Conversion:  # fmt: skip
-    return Conversion(
-        parse_patterns(skip), parse_patterns(only), preset,
-        GaussianPrior() if prior is None else prior, logvar, estimator, config,
-    )  # fmt: skip
-
-
-def plan(
-    model: nn.Module,
-    *,
-    skip: Pattern | Sequence[Pattern] = (),
-    only: Pattern | Sequence[Pattern] = (),
-    preset: str | None = None,
-    prior: Prior | None = None,
-    logvar: float | None = None,
-    estimator: Estimator = "weight",
-    config: BBBConfig = BBBConfig(),  # noqa: B008 (immutable)
-) -> ConversionPlan:
-    """The dry run of :func:`to_bbb`, with the same arguments; the model is not changed.
-
-    Raises:
-        ArgumentError: An argument has a value that cannot work.
-        UnsupportedModuleError: The model cannot be converted at all.
-
-    >>> import torch, bayesify
-    >>> p = bayesify.plan(torch.nn.Linear(3, 1), skip="bias")
-    >>> [(row.name, row.action) for row in p.rows]
-    [('weight', 'bayes'), ('bias', 'skipped: bias')]
-    """
-    _check_model(model)
-    return _plan(model, _spec(skip, only, preset, prior, logvar, estimator, config))[0]
-
-
 def to_bbb(
     model: nn.Module,
     *,
@@ -355,7 +83,7 @@ def to_bbb(
     prior: Prior | None = None,
     logvar: float | None = None,
     estimator: Estimator = "weight",
-    config: BBBConfig = BBBConfig(),  # noqa: B008 (immutable)
+    config: BBBConfig = BBBConfig(),
 ) -> nn.Module:
     """A Bayesian copy of ``model``: a Gaussian posterior over each selected parameter.
 
@@ -388,9 +116,9 @@ def to_bbb(
     >>> sorted(model.state_dict())
     ['bias', 'bias_logvar', 'weight', 'weight_logvar']
     """
-    _check_model(model)
+    check_model(model)
     try:
-        copied = _copy(model)
+        copied = copy_detached(model)
     except BayesifyError:
         raise
     except Exception as error:
@@ -404,7 +132,7 @@ def to_bbb(
     )  # fmt: skip
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_detached(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that keeps results of its last call, without their graphs."""
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -427,13 +155,13 @@ def to_bbb_(
     prior: Prior | None = None,
     logvar: float | None = None,
     estimator: Estimator = "weight",
-    config: BBBConfig = BBBConfig(),  # noqa: B008 (immutable)
+    config: BBBConfig = BBBConfig(),
 ) -> nn.Module:
     """Convert ``model`` itself; arguments, result and errors as :func:`to_bbb`.
 
     A model that cannot be converted is left exactly as it was.
     """
-    _check_model(model)
+    check_model(model)
     already = [site.name for site in sites(model)]
     if already:
         raise UnsupportedModuleError(
@@ -441,20 +169,28 @@ def to_bbb_(
             f"being {already[0]!r}). Use it as it is, set_prior_(model, prior) for another prior, "
             "or to_deterministic(model) first."
         )
-    spec = _spec(skip, only, preset, prior, logvar, estimator, config)
+    spec = specify(skip, only, preset, prior, logvar, estimator, config)
     apply_(model, spec)
     return model
 
 
 def apply_(model: nn.Module, spec: Conversion) -> ConversionPlan:
     """Convert what ``spec`` selects and is not Bayesian yet."""
-    result, chosen = _plan(model, spec)
+    result, chosen = make_plan(model, spec)
     if not any(row.bayes for row in result.rows):
         actions = ", ".join(sorted({row.action for row in result.rows})) or "no parameter at all"
         raise UnsupportedModuleError(
             f"No parameter of {type(model).__name__} is selected ({actions}). "
             + "; ".join(result.notes)
         )
+    for note in result.notes:
+        warnings.warn(note, NoMatchWarning, stacklevel=3)
+    _convert(model, spec, chosen, "")
+    return result
+
+
+def _convert(model: nn.Module, spec: Conversion, chosen: list[Found], prefix: str) -> None:
+    """Give the chosen parameters a posterior, or change nothing and say why."""
     suffix = RAW_SUFFIX[spec.config.parameterization]
     scripted = {
         id(inner): name
@@ -467,35 +203,25 @@ def apply_(model: nn.Module, spec: Conversion) -> ConversionPlan:
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be converted:\n  " + "\n  ".join(problems)
         )
-    for note in result.notes:
-        _warn(note)
     undo: list[Callable[[], None]] = []
     try:
-        _apply(model, spec, chosen, undo)
+        _apply(model, spec, chosen, prefix, undo)
     except BaseException:
         for step in reversed(undo):
             step()
         raise
     caches.drop(model)
-    return result
-
-
-def _warn(note: str) -> None:
-    import warnings
-
-    from .errors import NoMatchWarning
-
-    warnings.warn(note, NoMatchWarning, stacklevel=4)
 
 
 def _apply(
-    model: nn.Module, spec: Conversion, chosen: list[_Found], undo: list[Callable[[], None]]
-) -> None:
+    model: nn.Module, spec: Conversion, chosen: list[Found], prefix: str,
+    undo: list[Callable[[], None]],
+) -> None:  # fmt: skip
     slots: dict[int, dict[str, Slot]] = {}
     parameterization = spec.config.parameterization
     for item in chosen:
-        slot = Slot(item.name, spec.prior, parameterization)
-        std = _initial_std(item, spec)
+        slot = Slot(prefix + item.name, spec.prior, parameterization)
+        std = initial_std(item, spec)
         logvar = torch.tensor(-10.0 if std is None else 2.0 * math.log(std))
         value = float(raw_from_logvar(logvar.double(), parameterization))
         raw = nn.Parameter(
@@ -507,7 +233,9 @@ def _apply(
                 module.register_parameter(name, raw)
                 undo.append(lambda m=module, n=name: m._parameters.pop(n, None))  # type: ignore[misc]
             slots.setdefault(id(module), {})[attribute] = slot
-        undo.append(lambda m=item.places[0][1], n=item.places[0][2] + PRIOR_MEAN_SUFFIX: _forget(m, n))  # type: ignore[misc]
+        undo.append(
+            lambda m=item.places[0][1], n=item.places[0][2] + PRIOR_MEAN_SUFFIX: _forget(m, n)
+        )  # type: ignore[misc]
         attach_prior(Site(item.name, item.places[0][1], item.places[0][2], slot), spec.prior)
         for _, module, attribute in item.places[1:]:
             _share_prior_mean(item.places[0], module, attribute)
@@ -548,14 +276,16 @@ def _adopt(
         for name, value in module.__dict__.items()
         if name.startswith("forward") and callable(value)
     }
-    state = OwnerState(slots=slots, methods=methods, strict=spec.config.strict, spec=spec)
+    state = OwnerState(
+        slots=slots, methods=methods, strict=spec.config.strict, spec=spec, extend=extend_
+    )
     try:
         module.__class__ = cls
     except TypeError as error:
         raise UnsupportedModuleError(
             f"{original.__name__} does not allow a subclass in its place ({error}). Skip it."
         ) from error
-    undo.append(lambda: _revert(module))
+    undo.append(lambda: revert_(module))
     for name in methods:
         del module.__dict__[name]
     if hooked:
@@ -566,7 +296,7 @@ def _adopt(
     adopt(module)
 
 
-def _revert(module: nn.Module) -> None:
+def revert_(module: nn.Module) -> None:
     """Take state, class and posterior off one module; its means stay."""
     state = module.__dict__.pop(STATE, None)
     module.__class__ = original_class(type(module))
@@ -601,16 +331,20 @@ def to_deterministic(model: nn.Module) -> nn.Module:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no Bayesian parameter: it is deterministic already."
         )
-    copied = _copy(model)
+    copied = copy_detached(model)
     for module in copied.modules():
-        _revert(module)
+        revert_(module)
     caches.drop(copied)
     return copied
 
 
-def reconvert_(model: nn.Module) -> None:
-    """Convert parameters that a method such as ``reset_classifier`` has added, as the rest was."""
+def extend_(model: nn.Module) -> None:
+    """Convert what a converted model has been given since, such as a new classifier."""
     state = owner_state(model)
-    if state is not None and state.spec is not None:
-        spec: Conversion = state.spec
-        apply_(model, replace(spec, config=replace(spec.config, strict=False)))
+    if state is None or state.spec is None:
+        return
+    spec: Conversion = state.spec
+    # names of a part go on from its place in the model that was converted
+    prefix = next((s.slot.name.removesuffix(s.name) for s in sites(model)), "")
+    _, chosen = make_plan(model, replace(spec, config=replace(spec.config, strict=False)))
+    _convert(model, spec, chosen, prefix)

@@ -1,4 +1,7 @@
-"""The error kinds of bayesify. Each message says what failed, where, what was expected and what to do."""
+"""The error kinds of bayesify.
+
+Each message says what failed, where, what was expected and what to do.
+"""
 
 
 class BayesifyError(RuntimeError):

@@ -268,25 +268,19 @@ def calibrate_(
 
 def _largest(keeps: Callable[[float], bool]) -> float:
     """The largest exponent of two that ``keeps``, to within 0.04."""
-    low, high = -20.0, 20.0
-    step, probe = 1.0, 0.0
-    grows = keeps(probe)
-    while True:
-        probe += step if grows else -step
-        if not low <= probe <= high:
+    grows = keeps(0.0)
+    edge = 0.0
+    while keeps(edge + 1.0 if grows else edge - 1.0) == grows:
+        edge += 1.0 if grows else -1.0
+        if abs(edge) == 20.0:
             raise ArgumentError(
-                "calibrate_: "
-                + (
-                    "the output does not depend on the drawn weights: no factor up to 2**20 "
-                    "misses the target."
-                    if grows
-                    else "no factor down to 2**-20 meets the target. Does the output hold NaN or "
-                    "ties, or random numbers of the model's own?"
-                )
+                "calibrate_: the output does not depend on the drawn weights: no factor up to "
+                "2**20 misses the target."
+                if grows
+                else "calibrate_: no factor down to 2**-20 meets the target. Does the output hold "
+                "NaN or ties, or random numbers of the model's own?"
             )
-        if keeps(probe) != grows:
-            break
-    low, high = (probe - step, probe) if grows else (probe, probe + step)
+    low, high = (edge, edge + 1.0) if grows else (edge - 1.0, edge)
     while high - low > 0.04:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if keeps(middle) else (low, middle)

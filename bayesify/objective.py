@@ -15,6 +15,8 @@ from .errors import ArgumentError
 from .kernels.noise import noise
 from .posterior import Site, bayesian_sites, gaussian_prior
 from .priors import ScaleMixturePrior
+from .rewriter.tracer import ACTIVE
+from .rewriter.values import TraceFailure
 from .scope import LOCAL, new_seed
 
 KLReduction = Literal["num_data", "num_weights", "sum"]
@@ -54,21 +56,25 @@ def kl_divergence(model: nn.Module) -> Tensor:
     >>> torch.isclose(kl, 0.5 * sum(p.mean.square().sum() for p in bayesify.posteriors(model)))
     tensor(True)
     """
+    if ACTIVE.tracer is not None:
+        raise TraceFailure("it computes a KL divergence, which reads means and not draws")
     found = bayesian_sites(model)
-    seed: Tensor | None = None
-    terms = []
-    for site in found:
-        if isinstance(site.slot.prior, ScaleMixturePrior):
-            if seed is None:
-                seed = _seed_of(found)
-            term = _drawn_term(site, site.slot.prior, seed)
-        else:
-            term = _closed_term(site)
-        # FSDP2: the sum of a sharded tensor is a partial one until it is gathered
-        terms.append(term.full_tensor() if hasattr(term, "full_tensor") else term)
-    device = terms[0].device
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in terms) else torch.float32
-    return torch.stack([t.to(device, dtype) for t in terms]).sum()
+    # a forward that calls this may run with its reads of parameters exchanged for draws
+    with torch._C.DisableTorchFunction():
+        seed: Tensor | None = None
+        terms = []
+        for site in found:
+            if isinstance(site.slot.prior, ScaleMixturePrior):
+                if seed is None:
+                    seed = _seed_of(found)
+                term = _drawn_term(site, site.slot.prior, seed)
+            else:
+                term = _closed_term(site)
+            # FSDP2: the sum of a sharded tensor is a partial one until it is gathered
+            terms.append(term.full_tensor() if hasattr(term, "full_tensor") else term)
+        device = terms[0].device
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in terms) else torch.float32
+        return torch.stack([t.to(device, dtype) for t in terms]).sum()
 
 
 def elbo_loss(

@@ -1,10 +1,10 @@
-"""Which parameters of a model are Bayesian, by slot: names, initial values, KL, optimizer groups."""
+"""Which parameters of a model are Bayesian, by slot: names, initial values, priors."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,17 +57,17 @@ class OwnerState:
     variants: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
     spec: Any = None
+    extend: Callable[[nn.Module], None] | None = None
     handle: int = field(default_factory=lambda: next(_uids))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # variants are code generated for this instance: a copy makes its own, and its own handle
-        return _restore_state, (self.slots, self.methods, self.strict, self.spec)
+        kept = {k: getattr(self, k) for k in ("slots", "methods", "strict", "spec", "extend")}
+        return _restore_state, (kept,)
 
 
-def _restore_state(
-    slots: dict[str, Slot], methods: dict[str, Any], strict: bool, spec: Any
-) -> OwnerState:
-    return OwnerState(slots=slots, methods=methods, strict=strict, spec=spec)
+def _restore_state(kept: dict[str, Any]) -> OwnerState:
+    return OwnerState(**kept)
 
 
 class Site(NamedTuple):
@@ -134,7 +134,8 @@ def sites(model: nn.Module) -> Iterator[Site]:
         for attribute, slot in state.slots.items():
             if slot.uid not in seen:
                 seen.add(slot.uid)
-                yield Site(f"{prefix}.{attribute}" if prefix else attribute, module, attribute, slot)
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                yield Site(name, module, attribute, slot)
 
 
 def bayesian_sites(model: nn.Module) -> list[Site]:

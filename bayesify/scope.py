@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import gaussian
 from .errors import ArgumentError
 from .kernels.noise import fold, noise
-from .posterior import STATE, Slot, bayesian_sites, owner_state, raw_name
+from .posterior import STATE, Site, Slot, bayesian_sites, owner_state, raw_name
 
 _SEED_BOUND = 1 << 62
 
@@ -30,16 +30,17 @@ class Scope:
     needs gradients.
     """
 
-    __slots__ = ("drawing", "realised", "seed")
+    __slots__ = ("drawing", "keys", "realised", "seed")
 
-    def __init__(self, seed: Tensor | None) -> None:
+    def __init__(self, seed: Tensor | None, keys: dict[int, int] | None = None) -> None:
         self.seed = seed
         self.drawing = seed is not None
+        self.keys = keys or {}
         self.realised: dict[tuple[int, int], Tensor] = {}
 
     def fork(self, *, keep: bool) -> Scope:
         """A scope of the same seed, with a copy of what is realised or with nothing."""
-        child = Scope(self.seed)
+        child = Scope(self.seed, self.keys)
         if keep:
             child.realised = dict(self.realised)
         return child
@@ -52,7 +53,8 @@ class Scope:
         index = (slot.uid, grad_mode)
         tensor = self.realised.get(index)
         if tensor is None:
-            tensor = realise(module, attribute, slot, self.seed)
+            key = self.keys.get(slot.uid, slot.key)
+            tensor = realise(module, attribute, slot, self.seed, key)
             self.realised[index] = tensor
         return tensor
 
@@ -82,19 +84,21 @@ class _Local(threading.local):
 LOCAL = _Local()
 
 
-def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None) -> Tensor:
+def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, key: int) -> Tensor:
     """Draw one parameter: the plain-torch reference of every faster draw.
 
     The draw is made in float32, or in float64 for a float64 mean, and has the mean's dtype.
     """
     mean = module._parameters[attribute]
     raw = module._parameters[raw_name(attribute, slot)]
-    assert mean is not None and raw is not None and seed is not None
+    assert mean is not None
+    assert raw is not None
+    assert seed is not None
     # Not autocast and not a torch-function mode: the mode that swaps reads must not see this one.
     with torch._C.DisableTorchFunction():
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
         std = gaussian.std_from_raw(raw, slot.parameterization)
-        return gaussian.draw(mean, std, noise(seed, slot.key, mean.shape, dtype, mean.device))
+        return gaussian.draw(mean, std, noise(seed, key, mean.shape, dtype, mean.device))
 
 
 def new_seed() -> Tensor:
@@ -209,6 +213,17 @@ def _modules_of(model: nn.Module) -> frozenset[int]:
     return frozenset(map(id, model.modules()))
 
 
+def _distinct_keys(found: list[Site]) -> dict[int, int]:
+    """Noise keys for parts that were converted apart and share a name; by slot, usually none."""
+    seen: dict[int, int] = {}
+    keys: dict[int, int] = {}
+    for site in found:
+        count = seen[site.slot.key] = seen.get(site.slot.key, -1) + 1
+        if count:
+            keys[site.slot.uid] = fold(site.slot.key, count)
+    return keys
+
+
 @contextlib.contextmanager
 def sampled(model: nn.Module) -> Iterator[None]:
     """Every call of ``model`` in this block draws its weights, also in ``eval()``.
@@ -244,7 +259,7 @@ def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[Non
         ArgumentError: ``seed`` is not a non-negative integer.
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    scope = Scope(as_seed(seed))
+    scope = Scope(as_seed(seed), _distinct_keys(bayesian_sites(model)))
     with _pushed(_Mode(_modules_of(model), True, scope)):
         try:
             yield
@@ -271,8 +286,12 @@ def draws(model: nn.Module, seed: int | Tensor | None = None) -> dict[str, Tenso
     >>> torch.equal(y, torch.func.functional_call(model, bayesify.draws(model, seed=0), (x,)))
     True
     """
-    tensor = as_seed(seed)
-    return {s.name: realise(s.module, s.attribute, s.slot, tensor) for s in bayesian_sites(model)}
+    tensor, found = as_seed(seed), bayesian_sites(model)
+    keys = _distinct_keys(found)
+    return {
+        s.name: realise(s.module, s.attribute, s.slot, tensor, keys.get(s.slot.uid, s.slot.key))
+        for s in found
+    }
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bayesify
 from bayesify import scope
-from bayesify.convert import _copy
+from bayesify.convert import copy_detached
 from bayesify.posterior import sites
-from bayesify.rewriter.owner import rungs
+from bayesify.rewriter.variants import rungs
 
 
 class Probe(TorchDispatchMode):
@@ -139,7 +139,7 @@ def check(
     report = Report()
     say = report.problems.append
     perturb_(model)
-    original = _copy(model)
+    original = copy_detached(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     converted = bayesify.to_bbb(model, logvar=logvar)
     for key, value in before.items():

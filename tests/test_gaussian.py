@@ -123,7 +123,7 @@ def test_std_and_logvar_follow_their_definition(
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
-@given(logvar=st.floats(-60.0, 10.0))
+@given(logvar=st.floats(-60.0, 16.0))  # sigma from 1e-13 to 3000, whose exponential overflows
 def test_raw_is_the_inverse_of_logvar(parameterization: Parameterization, logvar: float) -> None:
     raw = gaussian.raw_from_logvar(scalar(logvar), parameterization)
     assert gaussian.logvar_from_raw(raw, parameterization).item() == pytest.approx(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import bayesify
 from bayesify import BBBConfig, GaussianPrior, LivePrior, ScaleMixturePrior, storage
+from bayesify.convert import extend_
 from bayesify.errors import ArgumentError, CheckpointError, UnsupportedModuleError
 from bayesify.models import ModelSpec
 from bayesify.posterior import gaussian_prior, is_bayesian, sites
@@ -191,15 +192,13 @@ def test_parts_converted_one_by_one(tmp_path: Path) -> None:
 
 
 def test_layers_added_after_loading_are_converted_alike(tmp_path: Path) -> None:
-    from bayesify.convert import reconvert_
-
     model: Any = bayesify.to_bbb(convnet(), skip=[nn.BatchNorm2d, "*.bias"], logvar=-5.0)
     path = tmp_path / "a.bbb.safetensors"
     save(model, path)
     back: Any = load(path, model=convnet())
     for m in (model, back):
         m[4] = nn.Linear(12, 7)
-        reconvert_(m)
+        extend_(m)  # as reset_classifier does
         assert [s.name for s in sites(m)] == ["1.weight", "4.weight"]
         assert float(m[4].weight_logvar.detach().max()) == pytest.approx(-5.0)
 
@@ -239,6 +238,14 @@ def test_models_are_built_by_name(tmp_path: Path, spec: ModelSpec) -> None:
     again = tmp_path / "b.bbb.safetensors"
     save(back, again)  # the model has brought its spec
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_new_classifier_is_stored(tmp_path: Path) -> None:
+    spec = ModelSpec("test_resnet")
+    model: Any = bayesify.to_bbb(spec.build())
+    model.reset_classifier(7)
+    save(model, tmp_path / "a", spec=spec)
+    assert_same(dict(load(tmp_path / "a").state_dict()), dict(model.state_dict()))
 
 
 def test_a_half_model_is_built_half(tmp_path: Path) -> None:
@@ -314,7 +321,7 @@ def test_layout_of_the_file(tmp_path: Path) -> None:
     assert sorted(arrays) == [
         "embed.weight", "embed.weight_logvar", "embed.weight_prior_mean", "head.bias",
     ]  # fmt: skip
-    assert (arrays["embed.weight"] == model.get_submodule("embed").weight.detach().numpy()).all()
+    assert (arrays["embed.weight"] == model.get_parameter("embed.weight").detach().numpy()).all()
 
 
 def test_stats_of_a_file_are_those_of_the_model(tmp_path: Path) -> None:

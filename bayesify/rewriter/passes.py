@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import scope
-from .tracer import Expression, Trace, _access
+from .tracer import Expression, Trace, access
 
 
 def draw(module: Any, attribute: str) -> Any:
@@ -34,7 +34,7 @@ def reads_to_draws(trace: Trace, bayesian: set[tuple[tuple[str, ...], str]]) -> 
             continue
         path, attribute = where
         node.op, node.target = "call_function", draw
-        node.args = (Expression(_access(path)), attribute)
+        node.args = (Expression(access(path)), attribute)
         count += 1
     return count
 

@@ -12,7 +12,6 @@ import dataclasses
 import enum
 import functools
 import operator
-import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,17 @@ from torch.overrides import TorchFunctionMode
 
 from . import caches
 from .caches import INTERNAL
+from .guards import MISSING, PRIMITIVES, Guard, copy_plain, holds_tensor, plain
+from .outside import (
+    ACTIVE,
+    TRACE_LOCK,
+    context_state,
+    patches,
+    paused,
+    restore,
+    untouched,
+    without_collectives,
+)
 from .values import (
     Dims,
     TracedFloat,
@@ -37,27 +47,29 @@ from .values import (
     unpacks_into_names,
 )
 
-PRIMITIVES = (
-    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
-    torch.memory_format, enum.Enum, type(Ellipsis),
-)  # fmt: skip
 _CONCRETE_ATTRIBUTES = {
     "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
     "is_meta", "is_mps", "is_xpu", "is_quantized", "is_sparse", "is_sparse_csr", "is_mkldnn",
     "is_nested", "is_vulkan", "is_ipu", "is_maia", "is_mtia", "is_xla", "itemsize", "names",
     "output_nr", "retains_grad", "_is_view", "is_inference",
 }  # fmt: skip
+
+
 _CONCRETE_METHODS = {
     "dim", "ndimension", "element_size", "is_floating_point", "is_complex", "is_signed",
     "get_device", "is_inference", "is_conj", "is_neg", "has_names", "is_same_size", "type",
     "data_ptr", "_is_view",
 }  # fmt: skip
+
+
 _VALUE_METHODS = {
     "__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy",
     "__array__", "__contains__", "is_nonzero", "equal", "allclose", "__repr__", "__format__",
     "__deepcopy__", "__reduce_ex__", "data_ptr", "storage", "untyped_storage", "__dlpack__",
     "nonzero_static", "backward", "register_hook", "__setstate__", "_typed_storage",
 }  # fmt: skip
+
+
 _OPERATORS = {
     f"__{name}__": getattr(operator, name)
     for name in (
@@ -66,14 +78,19 @@ _OPERATORS = {
     ).split()
     if hasattr(operator, name)
 }
+
+
 _OPERATORS.update({"__and__": operator.and_, "__or__": operator.or_})
+
+
 _REVERSED = {"__radd__": operator.add, "__rmul__": operator.mul, "__rsub__": operator.sub,
              "__rtruediv__": operator.truediv, "__rpow__": operator.pow,
              "__rmatmul__": operator.matmul, "__rfloordiv__": operator.floordiv,
              "__rmod__": operator.mod}  # fmt: skip
+
+
 _PARTS = {"unbind", "split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk",
           "unsafe_split", "hsplit", "vsplit", "dsplit"}  # fmt: skip
-MISSING: Any = type("Missing", (), {"__repr__": lambda self: "absent"})()
 
 
 class Expression:
@@ -84,32 +101,6 @@ class Expression:
 
     def __repr__(self) -> str:
         return self.source
-
-
-@dataclasses.dataclass(frozen=True)
-class Guard:
-    """A plain attribute of the module or of one below it, as the traced forward saw it."""
-
-    path: tuple[str, ...]
-    name: str
-    value: Any
-    kind: str  # "equal", "same", "keys" (of _modules) or "shape" (of a buffer)
-
-    def holds(self, owner: nn.Module) -> bool:
-        module: Any = owner
-        for part in self.path:
-            module = module._modules.get(part)
-            if module is None:
-                return False
-        if self.kind == "keys":
-            return tuple(module._modules) == self.value
-        if self.kind == "shape":
-            buffer = module._buffers.get(self.name)
-            return buffer is not None and tuple(buffer.shape) == self.value
-        found = module.__dict__.get(self.name, MISSING)
-        if self.kind == "same":
-            return found is self.value
-        return type(found) is type(self.value) and bool(found == self.value)
 
 
 @dataclasses.dataclass
@@ -134,39 +125,6 @@ class Trace:
     guided: bool
     constants: dict[str, Any]
     parameters: dict[str, tuple[tuple[str, ...], str]]
-
-
-class _Active(threading.local):
-    def __init__(self) -> None:
-        self.tracer: MethodTracer | None = None
-
-
-ACTIVE = _Active()
-_TRACE_LOCK = threading.RLock()
-
-
-def _plain(value: Any, depth: int = 0) -> bool:
-    """Whether ``value`` is built of immutable primitives and small containers of them."""
-    if isinstance(value, PRIMITIVES):
-        return True
-    if depth > 4:
-        return False
-    if type(value) in (tuple, list, set, frozenset, torch.Size) or (
-        isinstance(value, tuple) and hasattr(value, "_fields")
-    ):
-        return len(value) <= 256 and all(_plain(v, depth + 1) for v in value)
-    if type(value) is dict:
-        return len(value) <= 256 and all(
-            _plain(k, depth + 1) and _plain(v, depth + 1) for k, v in value.items()
-        )
-    if isinstance(value, slice):
-        return _plain((value.start, value.stop, value.step), depth + 1)
-    return False
-
-
-def _holds_tensor(value: Any) -> bool:
-    items = value if isinstance(value, list | tuple) else (value,)
-    return any(isinstance(v, Tensor) for v in items)
 
 
 class MethodTracer(TorchFunctionMode):
@@ -295,7 +253,7 @@ class MethodTracer(TorchFunctionMode):
             if where is None:
                 return self.constant(value)
             if where[0] == "item":
-                return Expression(_access((*where[1],)) + "." + where[2])
+                return Expression(access((*where[1],)) + "." + where[2])
             return self._read(*where[:3])
         if kind is TracedParts:
             return value.node
@@ -314,7 +272,7 @@ class MethodTracer(TorchFunctionMode):
         if isinstance(value, dict) or dataclasses.is_dataclass(value):
             return self._built(value)
         if isinstance(value, nn.Module) and id(value) in self.paths:
-            return Expression(_access(self.paths[id(value)]))
+            return Expression(access(self.paths[id(value)]))
         if any(True for _ in _traced_inside(value)):
             raise TraceFailure(f"an object of type {kind.__name__} that holds traced tensors")
         return self.constant(value)
@@ -332,7 +290,9 @@ class MethodTracer(TorchFunctionMode):
         if isinstance(value, type) or not any(True for _ in _traced_inside(value)):
             return self.constant(value)
         fields = [f for f in dataclasses.fields(value) if f.init]
-        return self._build(kind, (), {f.name: self.argument(getattr(value, f.name)) for f in fields})
+        return self._build(
+            kind, (), {f.name: self.argument(getattr(value, f.name)) for f in fields}
+        )
 
     def _build(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         return self._node("call_function", kind, args, kwargs)
@@ -592,7 +552,7 @@ class MethodTracer(TorchFunctionMode):
         """A submodule with examples in place of its parameters and without collective hooks."""
         modules = list(module.modules())
         kept = [(m, dict(m._parameters)) for m in modules]
-        with _untouched_all(modules, _without_collectives):
+        with untouched(modules, without_collectives):
             try:
                 for child, parameters in kept:
                     for name, parameter in parameters.items():
@@ -601,7 +561,7 @@ class MethodTracer(TorchFunctionMode):
                 yield
             finally:
                 for child, parameters in kept:
-                    _restore(child._parameters, parameters)
+                    restore(child._parameters, parameters)
 
     def call_autograd(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a torch.autograd.Function, whose backward must survive."""
@@ -626,10 +586,10 @@ class MethodTracer(TorchFunctionMode):
             return
         if type(value) in (TracedSize, TracedParts) or isinstance(value, _TracedNumber):
             return
-        if _plain(value):
-            copy = value if isinstance(value, PRIMITIVES) else _copy_plain(value)
+        if plain(value):
+            copy = value if isinstance(value, PRIMITIVES) else copy_plain(value)
             self.guards[path, name] = Guard(path, name, copy, "equal")
-        elif not _holds_tensor(value) and not isinstance(value, dict):
+        elif not holds_tensor(value) and not isinstance(value, dict):
             self.guards[path, name] = Guard(path, name, value, "same")
 
     def note_write(self, module: nn.Module, name: str, value: Any) -> None:
@@ -644,7 +604,7 @@ class MethodTracer(TorchFunctionMode):
         self.writes.add((path, name))
         if (id(module), name) in self._hidden:
             return
-        target = Expression(_access(path))
+        target = Expression(access(path))
         with torch._C.DisableTorchFunction():
             self._node("call_function", setattr, (target, name, self.argument(value)))
 
@@ -685,7 +645,7 @@ class MethodTracer(TorchFunctionMode):
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
-        with _TRACE_LOCK, _untouched_all(self._modules, self._hide), _patches():
+        with TRACE_LOCK, untouched(self._modules, self._hide), patches():
             outer, ACTIVE.tracer = ACTIVE.tracer, self
             try:
                 yield
@@ -697,20 +657,12 @@ class MethodTracer(TorchFunctionMode):
             self._hidden.update((id(module), name) for name in caches.hide(module))
 
 
-def _copy_plain(value: Any) -> Any:
-    if type(value) in (list, set):
-        return type(value)(_copy_plain(v) for v in value) if type(value) is list else set(value)
-    if type(value) is dict:
-        return {k: _copy_plain(v) for k, v in value.items()}
-    return value
-
-
 def _same_dict(result: Any, items: dict[str, Any]) -> Any:
     kind = type(result)
     return kind(**items) if dataclasses.is_dataclass(kind) else kind(items)
 
 
-def _access(path: tuple[str, ...]) -> str:
+def access(path: tuple[str, ...]) -> str:
     """Source of ``self.blocks[0].attn`` for a path, whatever its names look like."""
     source = "self"
     for part in path:
@@ -749,129 +701,3 @@ def _shape_of(value: Any) -> Any:
     if isinstance(value, dict):
         return type(value), [(k, _shape_of(v)) for k, v in value.items()]
     return id(value)
-
-
-def context_state() -> tuple[Any, ...]:
-    """Grad mode and autocast state, which torch.fx would drop."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(
-            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in ("cpu", "cuda")
-        ),
-        torch.is_autocast_cache_enabled(),
-    )
-
-
-@contextmanager
-def paused() -> Iterator[None]:
-    """Run code that must not be recorded."""
-    outer, ACTIVE.tracer = ACTIVE.tracer, None
-    try:
-        yield
-    finally:
-        ACTIVE.tracer = outer
-
-
-def _without_collectives(module: nn.Module) -> None:
-    """Drop the hooks of torch.distributed for a while: they would gather real shards."""
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = module.__dict__[name]
-        if any(_of_distributed(hook) for hook in hooks.values()):
-            kept = ((k, h) for k, h in hooks.items() if not _of_distributed(h))
-            module.__dict__[name] = type(hooks)(kept)
-
-
-def _of_distributed(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
-
-
-@contextmanager
-def _untouched_all(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Put every attribute of these modules back as it was."""
-    saved = []
-    for module in modules:
-        attributes = dict(module.__dict__)
-        containers = [
-            (v, v.copy()) for k, v in attributes.items()
-            if type(v) in (dict, list, set) and k not in ("_parameters", "_modules")
-        ]  # fmt: skip
-        saved.append((module, attributes, containers, dict(module._buffers)))
-    try:
-        for module in modules:
-            prepare(module)
-        yield
-    finally:
-        for module, attributes, containers, buffers in saved:
-            _restore(module.__dict__, attributes)
-            _restore(module._buffers, buffers)
-            for container, content in containers:
-                if isinstance(container, dict):
-                    _restore(container, content)
-                elif isinstance(container, list):
-                    container[:] = content
-                else:
-                    container.clear()
-                    container.update(content)
-
-
-def _restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
-    for name in [n for n in target if n not in content]:
-        del target[name]
-    for name, value in content.items():
-        if target.get(name, MISSING) is not value:
-            target[name] = value
-
-
-@contextmanager
-def _patches() -> Iterator[None]:
-    """Let module calls, attribute reads and writes, and autograd functions pass by the tracer.
-
-    Other threads go through the original code; the patches are removed at the end.
-    """
-    call, set_attribute = nn.Module.__call__, nn.Module.__setattr__
-    apply = torch.autograd.Function.__dict__["apply"]
-    inner = "__getattribute__" in nn.Module.__dict__
-
-    def patched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tracer = ACTIVE.tracer
-        return call(self, *args, **kwargs) if tracer is None else tracer.call_module(self, args, kwargs)
-
-    def patched_read(self: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(self, name)
-        tracer = ACTIVE.tracer
-        if tracer is not None:
-            tracer.note_read(self, name, value)
-        return value
-
-    def patched_write(self: nn.Module, name: str, value: Any) -> None:
-        tracer = ACTIVE.tracer
-        if tracer is None:
-            return set_attribute(self, name, value)
-        tracer.note_write(self, name, value)
-        if name in self._buffers:
-            self._buffers[name] = value
-        else:
-            self.__dict__[name] = value
-        return None
-
-    def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        tracer = ACTIVE.tracer
-        if tracer is None:
-            return apply.__get__(None, cls)(*args, **kwargs)
-        return tracer.call_autograd(cls, args, kwargs)
-
-    nn.Module.__call__ = patched_call
-    nn.Module.__setattr__ = patched_write
-    if not inner:
-        nn.Module.__getattribute__ = patched_read
-    torch.autograd.Function.apply = classmethod(patched_apply)
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = call
-        nn.Module.__setattr__ = set_attribute
-        if not inner:
-            del nn.Module.__getattribute__
-        torch.autograd.Function.apply = apply

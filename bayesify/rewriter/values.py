@@ -61,9 +61,7 @@ class TracedTensor(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in _tensors_in((args, kwargs)):
             return value.recorder.record(func, args, kwargs or {})
         raise TraceFailure(f"{func} on a traced value that it does not name")
@@ -103,7 +101,9 @@ def _fixed(value: Any) -> Any:
 
 def _arithmetic(target: Callable[..., Any], *, swap: bool = False) -> Callable[..., Any]:
     def method(self: Any, *others: Any) -> Any:
-        if any(type(o) not in (int, float, bool) and not isinstance(o, _TracedNumber) for o in others):
+        if any(
+            type(o) not in (int, float, bool) and not isinstance(o, _TracedNumber) for o in others
+        ):
             return NotImplemented
         operands = (*others, self) if swap else (self, *others)
         value = target(*(o.value if isinstance(o, _TracedNumber) else o for o in operands))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,10 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     target = check_target(path, overwrite=overwrite)
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        with open(temporary, "xb") as empty:
+            mode = stat.S_IMODE(os.fstat(empty.fileno()).st_mode)
         yield temporary
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
         _sync(temporary)
         os.replace(temporary, target)
         _sync(target.parent)

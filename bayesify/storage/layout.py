@@ -13,13 +13,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..convert import BBBConfig, Conversion
 from ..errors import BayesifyError, CheckpointError
 from ..gaussian import Parameterization
+from ..planning import BBBConfig, Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX
 from ..priors import GaussianPrior, LivePrior, Prior, ScaleMixturePrior
 
 FORMAT = 1
+_KEYS = {
+    "aliases", "conversions", "elements", "info", "input", "model", "posterior", "versions",
+}  # fmt: skip
 KEY = "bayesify"
 
 
@@ -198,7 +201,9 @@ def _header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
         header: dict[str, Any] = json.loads(text)
         version = header["format"]
         newer = version > FORMAT
-    except (ValueError, TypeError, KeyError) as error:
+        if not newer and not header.keys() >= _KEYS:
+            raise KeyError(*sorted(_KEYS - header.keys()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, error) from error
     if newer:
         raise CheckpointError(

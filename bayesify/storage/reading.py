@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import gaussian
-from ..convert import BBBConfig, Conversion, _revert, apply_
+from ..convert import apply_, revert_
 from ..errors import ArgumentError, BayesifyError, CheckpointError, ModelError
 from ..gaussian import Parameterization
 from ..kernels.noise import key_of
 from ..models import ModelSpec
+from ..planning import BBBConfig, Conversion
 from ..posterior import (
     PRIOR_MEAN_SUFFIX,
     Site,
@@ -205,7 +206,7 @@ def _convert(path: Path, model: nn.Module, file: Contents) -> None:
     except (BayesifyError, AttributeError) as error:
         for module in model.modules():
             if owner_state(module) is not None:
-                _revert(module)
+                revert_(module)
         raise CheckpointError(
             f"{path} cannot be loaded into this {type(model).__name__}: {error}"
         ) from error

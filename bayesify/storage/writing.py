@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..convert import Conversion
 from ..errors import ArgumentError, CheckpointError, ModelError
 from ..models import ModelSpec, input_config
+from ..planning import Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, bayesian_sites, owner_state, sites
 from ..priors import LivePrior
 from .files import replacing
@@ -88,8 +88,7 @@ def _header(
 ) -> dict[str, Any]:
     bayesian_sites(model)
     rows = [row.to_json() for row in _rows(model)]
-    if spec is None:
-        spec = model.__dict__.get(SPEC)
+    spec = _present_spec(model, model.__dict__.get(SPEC) if spec is None else spec)
     try:
         built_by = None if spec is None else spec.to_json()
     except ModelError:  # an argument that JSON cannot hold: load asks for the model
@@ -118,6 +117,14 @@ def _header(
         "versions": _versions(),
         "info": added,
     }
+
+
+def _present_spec(model: nn.Module, spec: ModelSpec | None) -> ModelSpec | None:
+    """The spec with the classes that a model of timm has now, after ``reset_classifier`` too."""
+    classes = getattr(model, "num_classes", None)
+    if spec is None or spec.source != "timm" or type(classes) is not int or classes < 1:
+        return spec
+    return replace(spec, num_classes=classes)
 
 
 def _rows(model: nn.Module) -> list[Row]:

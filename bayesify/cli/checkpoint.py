@@ -1,0 +1,62 @@
+"""The model in a file, for the commands that run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..models import InputConfig, ModelSpec
+
+
+class Opened(NamedTuple):
+    """A model from a file, how its images are prepared, and what else the file says."""
+
+    model: nn.Module
+    spec: ModelSpec
+    input: InputConfig
+    header: dict[str, Any]
+
+
+def open_model(file: Path, model_name: str | None, device: torch.device) -> Opened:
+    """Build the model of a file and load it.
+
+    Args:
+        file: What ``bayesify convert`` or ``fit`` wrote.
+        model_name: The function that builds it; None takes the name in the file.
+        device: Where to.
+
+    Raises:
+        ArgumentError: The file does not say all that is needed to run it.
+        CheckpointError: It cannot be read, or does not fit the model.
+    """
+    from .. import storage
+    from ..errors import ArgumentError
+    from ..models import InputConfig, ModelSpec
+    from . import render
+
+    header = storage.read_header(file)
+    saved = header["model"]["spec"] or {}
+    if model_name is None and (not saved or ":" in saved["name"].removeprefix("torchvision:")):
+        known = f"of {saved['name']}" if saved else f"of the class {header['model']['class']}"
+        raise ArgumentError(
+            f"{file} is {known}, and a file does not choose which code runs. Say what builds the "
+            "model: --model package.module:factory."
+        )
+    if header["input"] is None:
+        raise ArgumentError(
+            f"{file} does not say what size of image its model takes: write it anew by bayesify "
+            "convert --img-size PIXELS."
+        )
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in header["input"].items()
+    }
+    config = InputConfig(**fields)
+    spec = ModelSpec.from_json({**saved, "name": model_name or saved["name"]}, allow_factory=True)
+    with render.status(f"Loading {file}..."):
+        given = None if model_name is None else spec.build().eval()
+        model = storage.load(file, given, device=device)
+    return Opened(model, spec, config, header)

@@ -1,0 +1,305 @@
+"""``bayesify convert``: a deterministic model becomes a file of a Bayesian one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .guard import guard
+from .options import Debug, Force, Json, Quiet, Seed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models import ModelSpec
+    from ..planning import ConversionPlan, PlanRow
+
+SUFFIX = ".bbb.safetensors"
+_PATTERNS = (
+    "a class name (LayerNorm), a module (patch_embed), a glob on names (blocks.*.attn.*), or re:..."
+)
+
+
+def convert(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A timm name, torchvision:NAME, or package.module:factory."
+        ),
+    ],
+    skip: Annotated[
+        list[str] | None, typer.Option(help=f"Stays deterministic: {_PATTERNS}. Repeatable.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this may become Bayesian. Repeatable.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="full, no-conv, linear-only, no-layernorm, last-layer.")
+    ] = None,
+    prior_std: Annotated[float, typer.Option(help="Standard deviation of the prior.")] = 1.0,
+    prior_mean: Annotated[
+        str, typer.Option(help="Mean of the prior: a number, or initial for the weights given.")
+    ] = "0",
+    logvar: Annotated[
+        float | None,
+        typer.Option(
+            help="Initial log variance of every weight; without it sigma scales with each tensor, "
+            "which keeps a pretrained model's function."
+        ),
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Outputs of the classifier.")] = None,
+    in_chans: Annotated[int | None, typer.Option(help="Channels of the input.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A safetensors file, or a torch file of a state_dict."),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Fetch the published weights.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help=f"Default: ./NAME{SUFFIX}."),
+    ] = None,
+    force: Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
+    ] = False,
+    show: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE", help="Print a module's forward before and after; . is the model."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="A pattern that matches nothing is an error.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="One row for each parameter.")
+    ] = False,
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Give the weights of a model a Gaussian posterior, and write the result into a file.
+
+    For example: bayesify convert resnet50 --skip BatchNorm2d --pretrained
+    """
+    with guard(debug):
+        import torch
+
+        from .. import storage
+        from ..convert import to_bbb_
+        from ..models import ModelSpec, create_model
+        from ..planning import BBBConfig, plan
+        from ..priors import GaussianPrior
+        from . import render
+
+        target = out or Path(default_name(name))
+        if not dry_run:
+            storage.check_target(target, overwrite=force)
+        prior = GaussianPrior(
+            prior_std, "initial" if prior_mean == "initial" else _number(prior_mean)
+        )
+        spec = ModelSpec(name, num_classes, in_chans, img_size)
+        arguments: dict[str, Any] = {
+            "skip": skip or (), "only": only or (), "preset": preset, "prior": prior,
+            "logvar": logvar, "config": BBBConfig(strict=strict),
+        }  # fmt: skip
+        with render.status(f"Building {name}..."):
+            torch.manual_seed(seed)
+            model = create_model(
+                name, num_classes=num_classes, in_chans=in_chans, img_size=img_size,
+                weights=weights, pretrained=pretrained,
+            )  # fmt: skip
+        result = plan(model, **arguments)
+        to_bbb_(model, **arguments)
+        notes = list(result.notes)
+        if weights is None and not pretrained:
+            notes.append(
+                f"The weights of {name} are random. Give real ones: --weights FILE"
+                + ("." if spec.source == "factory" else ", or --pretrained.")
+            )
+        listing = None if show is None else before_and_after(model, spec, show)
+        if not dry_run:
+            source = "pretrained" if pretrained else "random" if weights is None else weights.name
+            storage.save(model, target, spec=spec, info={"weights": source}, overwrite=force)
+
+        written = None if dry_run else str(target)
+        if json:
+            document = {"file": written, **result.to_json(), "notes": notes}
+            render.as_json(document if listing is None else {**document, "code": listing})
+            return
+        if not quiet:
+            print_plan(result, verbose)
+        for line in notes:
+            render.note(line)
+        for entry in listing or ():
+            print_code(entry)
+        if written is not None and not quiet:
+            render.text(
+                f"\nWrote {written} ({target.stat().st_size / 2**20:.1f} MiB). In Python:\n"
+            )
+            render.text("\n".join(f"    {line}" for line in python_lines(spec, written)))
+
+
+def _number(value: str) -> float:
+    from ..errors import ArgumentError
+
+    try:
+        return float(value)
+    except ValueError:
+        raise ArgumentError(f"--prior-mean must be a number or initial, not {value!r}.") from None
+
+
+def default_name(name: str) -> str:
+    """The file that a model of this name is written to: ``resnet50.bbb.safetensors``."""
+    return re.sub(r"[^\w.-]", "_", name.rpartition(":")[2]) + SUFFIX
+
+
+def python_lines(spec: ModelSpec, file: str) -> list[str]:
+    """Three lines of Python that load the file and predict."""
+    lines = ["import bayesify", f"model = bayesify.load({file!r})"]
+    if spec.source == "factory":
+        module, _, factory = spec.name.partition(":")
+        lines = [
+            f"import bayesify, {module}",
+            f"model = bayesify.load({file!r}, model={module}.{factory}())",
+        ]
+    return [*lines, "outputs = bayesify.predict(model, images, num_samples=16)  # (16, batch, ...)"]
+
+
+def print_plan(plan: ConversionPlan, verbose: bool) -> None:
+    """Print what becomes Bayesian: a row for each part of the model, or for each parameter."""
+    from . import render
+
+    if verbose:
+        render.table(
+            ("parameter", "layer", "shape", "action", "sigma", "read in"),
+            [
+                (" = ".join((r.name, *r.aliases)), r.owner, " x ".join(map(str, r.shape)),
+                 _action(r), r.std, r.rewrite)
+                for r in plan.rows
+            ],
+        )  # fmt: skip
+    else:
+        render.table(
+            ("part", "layers", "parameters", "action", "sigma"),
+            [
+                (part, _layers(rows), sum(r.elements for r in rows), action, _sigmas(rows))
+                for (part, action), rows in parts(plan.rows).items()
+            ],
+        )
+    priors = ", ".join(sorted({r.prior for r in plan.rows if r.bayes}))
+    render.text(
+        f"{plan.model}: {plan.bayesian_elements:,} of {plan.elements:,} parameters "
+        f"({plan.share:.2%}) get a posterior, prior {priors}."
+    )
+
+
+def parts(rows: tuple[PlanRow, ...]) -> dict[tuple[str, str], list[PlanRow]]:
+    """The rows by part of the model and action; a part is the first name in which rows differ."""
+    paths = [r.name.split(".") for r in rows]
+    depth = 1
+    while len({tuple(p[:depth]) for p in paths}) == 1 and any(len(p) > depth + 1 for p in paths):
+        depth += 1
+    found: dict[tuple[str, str], list[PlanRow]] = defaultdict(list)
+    for row, path in zip(rows, paths, strict=True):
+        part = ".".join("*" if step.isdigit() else step for step in path[:depth])
+        found[part, _action(row)].append(row)
+    return dict(found)
+
+
+def _action(row: PlanRow) -> str:
+    return "posterior" if row.bayes else row.action
+
+
+def _layers(rows: list[PlanRow]) -> str:
+    owners = {row.name.rpartition(".")[0]: row.owner for row in rows}
+    return ", ".join(f"{n} {kind}" for kind, n in Counter(owners.values()).most_common())
+
+
+def _sigmas(rows: list[PlanRow]) -> str:
+    stds = [row.std for row in rows if row.std is not None]
+    if not stds:
+        return ""
+    low, high = f"{min(stds):.2g}", f"{max(stds):.2g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def before_and_after(model: nn.Module, spec: ModelSpec, path: str) -> list[dict[str, Any]]:
+    """The forward methods of a module and of those below it that draw, before and after.
+
+    Returns:
+        ``module``, ``alike`` (the modules with the same code), ``class``, ``method``, ``rung``
+        (plain or guided fx, or swap: the original with each read of a parameter exchanged), and
+        the sources ``before`` and ``after``.
+
+    Raises:
+        ArgumentError: There is no such module, or its forward does not run on zeros.
+    """
+    import difflib
+    import inspect
+    import textwrap
+
+    import torch
+
+    from ..errors import ArgumentError
+    from ..models import input_config
+    from ..rewriter.owner import original_class
+    from ..rewriter.variants import generated_code, rungs
+    from ..scope import sampled
+
+    modules = dict(model.named_modules())
+    name = "" if path == "." else path
+    if name not in modules:
+        close = difflib.get_close_matches(path, modules, n=3, cutoff=0.0)
+        raise ArgumentError(f"--show: there is no module {path!r}. Closest: {', '.join(close)}.")
+    size = input_config(model, img_size=spec.img_size, in_chans=spec.in_chans).size
+    training = model.training
+    try:
+        with torch.no_grad(), sampled(model.eval()):
+            model(torch.zeros(1, *size))
+    except Exception as error:
+        raise ArgumentError(
+            f"--show: the model does not take one image of {' x '.join(map(str, size))} "
+            f"({type(error).__name__}: {error}). Give its --img-size and --in-chans."
+        ) from error
+    finally:
+        model.train(training)
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for rung in rungs(model):
+        below = rung.owner.startswith(f"{name}." if name else "") and rung.reason != "0 draws"
+        if rung.owner != name and not below:
+            continue
+        kind = original_class(type(modules[rung.owner]))
+        after = generated_code(modules[rung.owner]).get(rung.method, "").rstrip()
+        entry = {
+            "module": rung.owner, "alike": [], "class": kind.__name__, "method": rung.method,
+            "rung": rung.rung, "reason": rung.reason, "after": after,
+            "before": textwrap.dedent(inspect.getsource(getattr(kind, rung.method))).rstrip(),
+        }  # fmt: skip
+        first = found.setdefault((kind.__name__, rung.method, after), entry)
+        if first is not entry:
+            first["alike"].append(rung.owner)
+    if not found:
+        raise ArgumentError(f"--show: nothing in {path!r} draws: it holds no Bayesian parameter.")
+    return list(found.values())
+
+
+def print_code(entry: dict[str, Any]) -> None:
+    """Print one method before and after."""
+    from . import render
+
+    alike = f" and {len(entry['alike'])} alike" if entry["alike"] else ""
+    title = f"{entry['module'] or 'the model'}{alike}: {entry['class']}.{entry['method']}"
+    render.code(entry["before"], title=f"\n{title}, as it was")
+    render.code(
+        entry["after"] or "# as it was, with each read of a parameter exchanged for a draw",
+        title=f"\n{title}, when it draws ({entry['rung']} rung, {entry['reason']})",
+    )

@@ -1,0 +1,41 @@
+"""What happens around every command: warnings, errors and exit codes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+USAGE = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+@contextmanager
+def guard(debug: bool) -> Iterator[None]:
+    """Turn an exception into a red panel on stderr and an exit code: 2 wrong usage, 1 failure."""
+    from ..errors import ArgumentError, BayesifyError, NoMatchWarning
+    from . import render
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoMatchWarning)  # the commands print a plan's notes
+            warnings.showwarning = lambda message, *_args, **_kwargs: render.note(str(message))
+            yield
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        render.error("Interrupted. What was being written is not there.")
+        raise typer.Exit(INTERRUPTED) from None
+    except BayesifyError as error:
+        if debug:
+            raise
+        render.error(str(error))
+        raise typer.Exit(USAGE if isinstance(error, ArgumentError) else FAILURE) from None
+    except Exception as error:
+        if debug:
+            raise
+        render.error(f"{type(error).__name__}: {error}\nRun it with --debug to see where.")
+        raise typer.Exit(FAILURE) from None

@@ -1,0 +1,76 @@
+"""What a traced method saw of plain attributes, and whether it still holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PRIMITIVES = (
+    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
+    torch.memory_format, enum.Enum, type(Ellipsis),
+)  # fmt: skip
+
+
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "absent"})()
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """A plain attribute of the module or of one below it, as the traced forward saw it."""
+
+    path: tuple[str, ...]
+    name: str
+    value: Any
+    kind: str  # "equal", "same", "keys" (of _modules) or "shape" (of a buffer)
+
+    def holds(self, owner: nn.Module) -> bool:
+        module: Any = owner
+        for part in self.path:
+            module = module._modules.get(part)
+            if module is None:
+                return False
+        if self.kind == "keys":
+            return tuple(module._modules) == self.value
+        if self.kind == "shape":
+            buffer = module._buffers.get(self.name)
+            return buffer is not None and tuple(buffer.shape) == self.value
+        found = module.__dict__.get(self.name, MISSING)
+        if self.kind == "same":
+            return found is self.value
+        return type(found) is type(self.value) and bool(found == self.value)
+
+
+def plain(value: Any, depth: int = 0) -> bool:
+    """Whether ``value`` is built of immutable primitives and small containers of them."""
+    if isinstance(value, PRIMITIVES):
+        return True
+    if depth > 4:
+        return False
+    if type(value) in (tuple, list, set, frozenset, torch.Size) or (
+        isinstance(value, tuple) and hasattr(value, "_fields")
+    ):
+        return len(value) <= 256 and all(plain(v, depth + 1) for v in value)
+    if type(value) is dict:
+        return len(value) <= 256 and all(
+            plain(k, depth + 1) and plain(v, depth + 1) for k, v in value.items()
+        )
+    if isinstance(value, slice):
+        return plain((value.start, value.stop, value.step), depth + 1)
+    return False
+
+
+def holds_tensor(value: Any) -> bool:
+    items = value if isinstance(value, list | tuple) else (value,)
+    return any(isinstance(v, Tensor) for v in items)
+
+
+def copy_plain(value: Any) -> Any:
+    if type(value) in (list, set):
+        return type(value)(copy_plain(v) for v in value) if type(value) is list else set(value)
+    if type(value) is dict:
+        return {k: copy_plain(v) for k, v in value.items()}
+    return value

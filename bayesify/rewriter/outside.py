@@ -1,0 +1,157 @@
+"""What surrounds a trace: the patches that let it see modules, and everything put back after it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .guards import MISSING
+
+if TYPE_CHECKING:
+    from .tracer import MethodTracer
+
+
+class _Active(threading.local):
+    def __init__(self) -> None:
+        self.tracer: MethodTracer | None = None
+
+
+ACTIVE = _Active()
+
+
+TRACE_LOCK = threading.RLock()
+
+
+def context_state() -> tuple[Any, ...]:
+    """Grad mode and autocast state, which torch.fx would drop."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+        ),
+        torch.is_autocast_cache_enabled(),
+    )
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Run code that must not be recorded."""
+    outer, ACTIVE.tracer = ACTIVE.tracer, None
+    try:
+        yield
+    finally:
+        ACTIVE.tracer = outer
+
+
+def without_collectives(module: nn.Module) -> None:
+    """Drop the hooks of torch.distributed for a while: they would gather real shards."""
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = module.__dict__[name]
+        if any(_of_distributed(hook) for hook in hooks.values()):
+            kept = ((k, h) for k, h in hooks.items() if not _of_distributed(h))
+            module.__dict__[name] = type(hooks)(kept)
+
+
+def _of_distributed(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+
+
+@contextmanager
+def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Put every attribute of these modules back as it was."""
+    saved = []
+    for module in modules:
+        attributes = dict(module.__dict__)
+        containers = [
+            (v, v.copy()) for k, v in attributes.items()
+            if type(v) in (dict, list, set) and k not in ("_parameters", "_modules")
+        ]  # fmt: skip
+        saved.append((module, attributes, containers, dict(module._buffers)))
+    try:
+        for module in modules:
+            prepare(module)
+        yield
+    finally:
+        for module, attributes, containers, buffers in saved:
+            restore(module.__dict__, attributes)
+            restore(module._buffers, buffers)
+            for container, content in containers:
+                if isinstance(container, dict):
+                    restore(container, content)
+                elif isinstance(container, list):
+                    container[:] = content
+                else:
+                    container.clear()
+                    container.update(content)
+
+
+def restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
+    for name in [n for n in target if n not in content]:
+        del target[name]
+    for name, value in content.items():
+        if target.get(name, MISSING) is not value:
+            target[name] = value
+
+
+@contextmanager
+def patches() -> Iterator[None]:
+    """Let module calls, attribute reads and writes, and autograd functions pass by the tracer.
+
+    Other threads go through the original code; the patches are removed at the end.
+    """
+    call, set_attribute = nn.Module.__call__, nn.Module.__setattr__
+    apply = torch.autograd.Function.__dict__["apply"]
+    inner = "__getattribute__" in nn.Module.__dict__
+
+    def patched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tracer = ACTIVE.tracer
+        return (
+            call(self, *args, **kwargs)
+            if tracer is None
+            else tracer.call_module(self, args, kwargs)
+        )
+
+    def patched_read(self: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        tracer = ACTIVE.tracer
+        if tracer is not None:
+            tracer.note_read(self, name, value)
+        return value
+
+    def patched_write(self: nn.Module, name: str, value: Any) -> None:
+        tracer = ACTIVE.tracer
+        if tracer is None:
+            return set_attribute(self, name, value)
+        tracer.note_write(self, name, value)
+        if name in self._buffers:
+            self._buffers[name] = value
+        else:
+            self.__dict__[name] = value
+        return None
+
+    def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = ACTIVE.tracer
+        if tracer is None:
+            return apply.__get__(None, cls)(*args, **kwargs)
+        return tracer.call_autograd(cls, args, kwargs)
+
+    nn.Module.__call__ = patched_call
+    nn.Module.__setattr__ = patched_write
+    if not inner:
+        nn.Module.__getattribute__ = patched_read
+    torch.autograd.Function.apply = classmethod(patched_apply)
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = call
+        nn.Module.__setattr__ = set_attribute
+        if not inner:
+            del nn.Module.__getattribute__
+        torch.autograd.Function.apply = apply

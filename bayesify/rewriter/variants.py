@@ -1,0 +1,335 @@
+"""The ways to run one method of a converted module: found, made, or the fallback."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import scope as scopes
+from ..errors import UnsupportedModuleError
+from ..posterior import STATE, OwnerState, owner_state
+from ..scope import LOCAL
+from . import caches
+from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
+from .fallback import SwapMode
+from .guards import Guard
+from .outside import ACTIVE
+from .passes import compile_source, reads_to_draws, restore_contexts, source_of
+from .tracer import MethodTracer, Trace
+from .values import TraceFailure
+
+logger = logging.getLogger(__name__)
+
+
+MAX_VARIANTS = 16
+"""Variants of one method beyond this many take the fallback: something changes at every call."""
+
+
+_OWNERS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+@dataclasses.dataclass(eq=False)
+class Variant:
+    """One way to run one method: generated code, or the fallback (``code`` is None)."""
+
+    key: Any
+    guards: tuple[Guard, ...]
+    dims: frozenset[tuple[int, int]] | None
+    layout: bool
+    shapes: tuple[Any, ...]
+    code: Callable[..., Any] | None
+    source: str
+    rung: str
+    reason: str
+
+    def matches(self, owner: nn.Module, tensors: list[Tensor]) -> bool:
+        """Whether the attributes and shapes on which the code depends are as they were."""
+        for guard in self.guards:
+            if not guard.holds(owner):
+                return False
+        if self.dims is None:
+            return shapes_of(tensors, self.layout) == self.shapes
+        for index, dim in self.dims:
+            if tensors[index].shape[dim] != self.shapes[index][0][dim]:
+                return False
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """How one method of one owner was rewritten: ``plain`` fx, ``guided`` fx, or ``swap``."""
+
+    owner: str
+    type: str
+    method: str
+    rung: str
+    reason: str
+    own_parameters: int
+
+
+def rungs(model: nn.Module) -> list[Rung]:
+    """How every method called so far while drawing was rewritten.
+
+    ``swap`` is the fallback: the original forward runs and each read of a parameter is exchanged
+    for its draw; ``reason`` says why that forward could not become a graph.
+    """
+    found = []
+    for name, module in model.named_modules():
+        state = owner_state(module)
+        if state is None:
+            continue
+        own = sum(p is not None for p in module._parameters.values())
+        for method, variants in state.variants.items():
+            for variant in variants:
+                found.append(
+                    Rung(name, type(module).__name__, method, variant.rung, variant.reason, own)
+                )
+    return found
+
+
+def generated_code(module: nn.Module) -> dict[str, str]:
+    """Source of the rewritten methods of one converted module, by method, as last generated."""
+    state = owner_state(module)
+    if state is None:
+        return {}
+    return {m: v[-1].source for m, v in state.variants.items() if v and v[-1].source}
+
+
+def _ambient() -> tuple[Any, ...]:
+    """Grad mode and autocast: what a forward may ask torch for."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_autocast_dtype("cuda"),
+    )
+
+
+def call(
+    owner: nn.Module, method: str, original: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """Run ``original`` as the present scope wants it: untouched at the means, else rewritten."""
+    state = owner.__dict__.get(STATE)
+    if state is None or ACTIVE.tracer is not None:
+        return original(owner, *args, **kwargs)
+    if method in state.methods:
+        original = _without_self(state.methods[method])
+    scope = LOCAL.scope
+    if scope is None:
+        return scopes.enter(
+            owner,
+            functools.partial(_draw, owner, state, method, original),
+            args,
+            kwargs,
+            functools.partial(original, owner),
+        )
+    if not scope.drawing:
+        return original(owner, *args, **kwargs)
+    return _draw(owner, state, method, original, *args, **kwargs)
+
+
+def _without_self(bound: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that was set on the instance, in the form of a class's function."""
+
+    @functools.wraps(bound)
+    def method(_: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return bound(*args, **kwargs)
+
+    return method
+
+
+def _draw(
+    owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any],
+    /, *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    tensors: list[Tensor] = []
+    names: list[str] = []
+    try:
+        structure = (
+            flatten(args, tensors, names, "input"),
+            flatten(kwargs, tensors, names, ""),
+        )
+    except TypeError as error:
+        return _swap(owner, state, method, original, args, kwargs, str(error))
+    key = (structure, _ambient())
+    if torch.compiler.is_compiling():
+        shapes = tuple((tuple(int(s) for s in t.shape), tuple(t.stride())) for t in tensors)
+        index = _prepare(state.handle, method, key, shapes)
+        variant = state.variants[method][index]
+        if not variant.matches(owner, tensors):
+            raise RuntimeError("bayesify: the module changed while it was compiled")
+    else:
+        variant = find(owner, state, method, key, tensors)
+        if variant is None:
+            variant = make(owner, state, method, original, key, tensors)
+    if variant.code is None:
+        return _swap(owner, state, method, original, args, kwargs, None)
+    return variant.code(owner, *tensors)
+
+
+def find(
+    owner: nn.Module, state: OwnerState, method: str, key: Any, tensors: list[Tensor]
+) -> Variant | None:
+    """The variant that was made for such a call, if there is one."""
+    for variant in state.variants.get(method, ()):
+        if variant.key == key and variant.matches(owner, tensors):
+            found: Variant = variant
+            return found
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _prepare(handle: int, method: str, key: Any, shapes: Any) -> int:
+    """Make the variant of a call that torch.compile is tracing; gives its index."""
+    owner = _OWNERS.get(handle)
+    if owner is None:
+        raise UnsupportedModuleError(
+            "This converted module was copied in a way that bayesify did not see. Call it once "
+            "before torch.compile."
+        )
+    state = owner.__dict__[STATE]
+    descriptors: list[Any] = []
+    describe(key[0], descriptors)
+    tensors = []
+    for (_, dtype, device, index, _, requires_grad), (shape, stride) in zip(
+        descriptors, shapes, strict=True
+    ):
+        place = torch.device(device) if index is None else torch.device(device, index)
+        tensors.append(Outline(shape, stride, dtype, place, requires_grad))
+    original = getattr(type(owner), method).__wrapped__
+    if method in state.methods:
+        original = _without_self(state.methods[method])
+    found: Any = find(owner, state, method, key, tensors)  # type: ignore[arg-type]
+    if found is None:
+        found = make(owner, state, method, original, key, tensors)  # type: ignore[arg-type]
+    return int(state.variants[method].index(found))
+
+
+def make(
+    owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any], key: Any,
+    tensors: list[Tensor],
+) -> Variant:  # fmt: skip
+    """Trace a method for such a call and keep the variant; a failed trace keeps the fallback."""
+    known = state.variants.setdefault(method, [])
+    trace: Trace | None = None
+    reason = ""
+    if sum(v.code is not None for v in known) >= MAX_VARIANTS:
+        reason = f"more than {MAX_VARIANTS} variants: something it reads changes at every call"
+    else:
+        for hide in (True, False):
+            try:
+                trace = _trace(owner, method, original, key, tensors, hide)
+                break
+            except TraceFailure as failure:
+                reason = str(failure)
+            except Exception as error:  # the fallback runs the code itself and shows its errors
+                first = (str(error).splitlines() or [""])[0]
+                reason = f"{type(error).__name__}: {first}"
+    shapes = shapes_of(tensors, trace is not None and trace.layout)
+    if trace is None:
+        if state.strict:
+            raise UnsupportedModuleError(
+                f"{type(owner).__name__}.{method} cannot become a graph: {reason}. Convert "
+                "without strict, or skip this module."
+            )
+        logger.info("%s.%s takes the fallback: %s", type(owner).__name__, method, reason)
+        variant = Variant(key, (), frozenset(), False, shapes, None, "", "swap", reason)
+    else:
+        bayesian = _bayesian_below(owner)
+        drawn = reads_to_draws(trace, bayesian)
+        restore_contexts(trace)
+        source, names = source_of(trace, method)
+        code = compile_source(source, names, method, f"{type(owner).__qualname__}.{method}")
+        rung = "guided" if trace.guided else "plain"
+        variant = Variant(
+            key, trace.guards, trace.dims, trace.layout, shapes, code, source, rung,
+            f"{drawn} draws",
+        )  # fmt: skip
+    known.append(variant)
+    return variant
+
+
+def _bayesian_below(owner: nn.Module) -> set[tuple[tuple[str, ...], str]]:
+    found = set()
+    for name, module in owner.named_modules(remove_duplicate=False):
+        state = owner_state(module)
+        if state is not None:
+            path = tuple(name.split(".")) if name else ()
+            found.update((path, attribute) for attribute in state.slots)
+    return found
+
+
+def _trace(
+    owner: nn.Module, method: str, original: Callable[..., Any], key: Any, tensors: list[Tensor],
+    hide: bool,
+) -> Trace:  # fmt: skip
+    (args_structure, kwargs_structure), _ = key
+    names = argument_names(original, args_structure, kwargs_structure)
+
+    def build(traced: list[Any]) -> tuple[Any, Any]:
+        used = itertools.count()
+        return unflatten(args_structure, traced, used), unflatten(kwargs_structure, traced, used)
+
+    tracer = MethodTracer(owner, run_at_mean, hide)
+    # what examples save for backward must not reach the hooks of an enclosing checkpoint
+    unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
+    with scopes.recording(_refuse_checkpoint), unseen:
+        return tracer.run(functools.partial(original, owner), names, build, tensors)
+
+
+def _identity(tensor: Any) -> Any:
+    return tensor
+
+
+def _refuse_checkpoint() -> None:
+    if ACTIVE.tracer is not None:
+        raise TraceFailure("it checkpoints activations")
+
+
+def run_at_mean(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Call a submodule at the means: on examples only the metadata matters."""
+    outer, LOCAL.scope = LOCAL.scope, scopes.AT_MEAN
+    try:
+        return module(*args, **kwargs)
+    finally:
+        LOCAL.scope = outer
+
+
+def _swap(
+    owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any], args: Any,
+    kwargs: Any, reason: str | None,
+) -> Any:  # fmt: skip
+    """The fallback: run the original method with its parameter reads exchanged for draws."""
+    if reason is not None:
+        known = state.variants.setdefault(method, [])
+        if not any(v.code is None and v.reason == reason for v in known):
+            if state.strict:
+                raise UnsupportedModuleError(
+                    f"{type(owner).__name__}.{method} cannot become a graph: {reason}. Convert "
+                    "without strict, or skip this module."
+                )
+            known.append(Variant(None, (), frozenset(), False, (), None, "", "swap", reason))
+    mode = SwapMode(owner)
+    outer, LOCAL.reads = LOCAL.reads, functools.partial(SwapMode, owner)
+    try:
+        with caches.hidden(owner), mode:
+            result = original(owner, *args, **kwargs)
+    finally:
+        LOCAL.reads = outer
+    return mode.exchange(result)  # a parameter merely handed on passes through no function
+
+
+def adopt(module: nn.Module) -> None:
+    """Make a converted module known by its handle, as torch.compile needs."""
+    state = owner_state(module)
+    if state is not None:
+        _OWNERS[state.handle] = module

@@ -1,0 +1,286 @@
+"""Convert, fit, evaluate, save, load and predict on real images: `make demo`, minutes on a CPU.
+
+A small network is fitted to 6,000 images of Fashion-MNIST three times from the same random weights:
+twice as it is, once after `bayesify.to_bbb`. The 2,000 test images then say what the posterior is
+worth. The settings were chosen with `--holdout`, where 1,000 of the training images take the place
+of the test images.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+import bayesify
+from bayesify.cli import render
+from bayesify.inference import ProbabilitySummary
+from bayesify.models import ModelSpec, input_config
+from bayesify.training import Evaluation, FitResult
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SPEC = ModelSpec("test_efficientnet_gn", num_classes=10, in_chans=1, img_size=28)
+EPOCHS = 20
+STOPPED_EPOCHS = 6  # where the deterministic network is best on held-out training images
+COMMON: dict[str, Any] = {"batch_size": 100, "lr": 3e-3}
+DETERMINISTIC: dict[str, Any] = {**COMMON, "weight_decay": 0.05}
+BAYESIAN: dict[str, Any] = {**COMMON, "kl_weight": 0.05, "kl_warmup": 0.2}
+PRIOR = bayesify.GaussianPrior(1.0, relative=True)
+RELATIVE_STD = 0.05
+NUM_SAMPLES = 30
+
+
+class Data(NamedTuple):
+    """What is fitted and what is measured; ``images`` and ``labels`` are those of ``test``."""
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    images: Tensor  # uint8, as they are stored
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    fitted: str
+    result: Evaluation
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run the demo and return what it writes to result.json."""
+    options = parse(arguments)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    data = load(options.holdout)
+    render.text(f"Fashion-MNIST: fit to {len(data.train)} images, measured on {len(data.test)}.")  # type: ignore[arg-type]
+
+    rows = []
+    for epochs in (options.epochs, min(STOPPED_EPOCHS, options.epochs)):
+        network = new_network(options.seed)
+        fit("Deterministic network", network, data.train, epochs, options.seed, DETERMINISTIC)
+        rows += [Row(f"{epochs} epochs", row) for row in bayesify.evaluate(network, data.test)]
+
+    model = bayesify.to_bbb(
+        new_network(options.seed),
+        prior=PRIOR,
+        config=bayesify.BBBConfig(relative_std=RELATIVE_STD),
+    )
+    fitted = fit("Bayesian network", model, data.train, options.epochs, options.seed, BAYESIAN)
+    with render.progress("Measuring") as bar:
+        measured = bayesify.evaluate(model, data.test, num_samples=NUM_SAMPLES, on_step=bar.to)
+    rows += [Row(f"{options.epochs} epochs", row) for row in measured]
+    print_table(rows)
+
+    file, picture = out / "model.bbb.safetensors", out / "demo.png"
+    summary = save_load_predict(model, data.test, file)
+    doubted = mistakes_in_the_most_doubted_tenth(summary, data.labels)
+    render.text(f"The tenth of the images that it doubts most holds {doubted:.0%} of its mistakes.")
+    draw(data, summary, picture)
+
+    record = {
+        "what": "examples/demo.py" + (" --holdout" if options.holdout else ""),
+        "rows": [{"fitted": row.fitted, **asdict(row.result)} for row in rows],
+        "mistakes_in_the_most_doubted_tenth": doubted,
+        "final_loss": fitted.losses[-1],
+        "final_kl": fitted.kl[-1],
+        "kl_scale": fitted.kl_scale,
+        "noise_budget": fitted.noise_budget,
+        "settings": {
+            "model": SPEC.to_json(), "seed": options.seed, "deterministic": DETERMINISTIC,
+            "bayesian": BAYESIAN, "prior": str(PRIOR), "relative_std": RELATIVE_STD,
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+        **provenance(),
+    }  # fmt: skip
+    result = out / "result.json"
+    result.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    render.text(f"Picture: {picture}   numbers: {result}   next: bayesify inspect {file}")
+    if options.record:
+        shutil.copy(result, ROOT / "benchmarks" / "results" / "demo.json")
+        shutil.copy(picture, ROOT / "docs" / "images" / "demo.png")
+    return record
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and draws")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the data")
+    parser.add_argument("--holdout", action="store_true", help="measure on training images")
+    parser.add_argument("--record", action="store_true", help="keep result and picture in the repo")
+    options = parser.parse_args(arguments)
+    if options.record and (options.holdout or options.epochs != EPOCHS):
+        parser.error("--record keeps the result of the demo as it is: no other option but --seed")
+    return options
+
+
+def new_network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return SPEC.build()
+
+
+def load(holdout: bool) -> Data:
+    config = input_config(SPEC.build(), img_size=SPEC.img_size, in_chans=SPEC.in_chans)
+    train = bayesify.load_dataset("fashion-sample", split="train")
+    if not holdout:
+        test = bayesify.load_dataset("fashion-sample", split="test")
+        kept = range(len(test))
+        prepared = train.dataset(config), test.dataset(config)
+    else:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        test, kept = train, order[:1000]
+        both = train.dataset(config)
+        prepared = Subset(both, order[1000:]), Subset(both, kept)
+    images, labels = zip(*(test.read(index) for index in kept), strict=True)
+    return Data(*prepared, torch.stack(images), torch.tensor(labels), train.classes)
+
+
+def fit(
+    what: str,
+    model: nn.Module,
+    train: Dataset[Any],
+    epochs: int,
+    seed: int,
+    settings: dict[str, Any],
+) -> FitResult:
+    with render.progress(what) as bar:
+        bar.say(f"\n{what}: {epochs} epochs")
+        result = bayesify.fit(
+            model,
+            train,
+            epochs=epochs,
+            seed=seed,
+            on_start=bar.say,
+            on_step=lambda p: bar.to(p.step, p.steps, f"epoch {p.epoch + 1} loss {p.loss:.3f}"),
+            **settings,
+        )
+        bar.say(f"loss of the last epoch {result.losses[-1]:.3f}, {result.seconds:.0f} s")
+    return result
+
+
+def print_table(rows: list[Row]) -> None:
+    columns = ("fitted for", "prediction", "draws", "accuracy", "NLL", "ECE", "Brier")
+    cells = [
+        (
+            row.fitted,
+            row.result.prediction,
+            row.result.num_samples,
+            f"{row.result.accuracy:.2%}",
+            *(f"{v:.4f}" for v in (row.result.nll, row.result.ece, row.result.brier)),
+        )
+        for row in rows
+    ]
+    render.table(columns, cells)
+    best = min((row for row in rows[:-2]), key=lambda row: row.result.nll).result.nll
+    average = rows[-1].result.nll
+    render.text(
+        f"NLL in nats: {average:.3f} of the MC average against {best:.3f} of the better "
+        f"deterministic fit, {'better' if average < best else 'WORSE'} by {abs(1 - average / best):.0%}."
+    )
+
+
+def save_load_predict(model: nn.Module, test: Dataset[Any], file: Path) -> ProbabilitySummary:
+    """Predict with what the file gives back, which must be what the model itself predicts."""
+    bayesify.save(model, file, spec=SPEC, overwrite=True)
+    inputs = torch.stack([test[i][0] for i in range(len(test))])  # type: ignore[arg-type]
+    summaries = [
+        bayesify.predict(m, inputs, num_samples=NUM_SAMPLES, seed=0, reduce="probabilities")
+        for m in (model, bayesify.load(file))
+    ]
+    if not torch.equal(summaries[0].mean, summaries[1].mean):
+        raise SystemExit(f"{file} does not predict as the model that was saved in it.")
+    render.text(f"Saved in {file} and loaded: the same predictions, bit for bit.")
+    return summaries[1]
+
+
+def mistakes_in_the_most_doubted_tenth(summary: ProbabilitySummary, labels: Tensor) -> float:
+    wrong = summary.mean.argmax(1) != labels
+    doubted = summary.predictive_entropy.argsort(descending=True)[: len(labels) // 10]
+    return (wrong[doubted].sum() / wrong.sum().clamp_min(1)).item()
+
+
+def draw(data: Data, summary: ProbabilitySummary, file: Path) -> None:
+    """Draw the images of least and most doubt, no two of one predicted class in a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    order = summary.predictive_entropy.argsort().tolist()
+    rows = {
+        "least doubt": first_of_each(order, summary),
+        "most doubt": first_of_each(order[::-1], summary),
+    }
+    figure, axes = plt.subplots(
+        4, 5, figsize=(11, 8), height_ratios=(1, 1.25, 1, 1.25), layout="constrained"
+    )
+    for row, (what, indices) in enumerate(rows.items()):
+        for column, index in enumerate(indices):
+            picture, bars = axes[2 * row, column], axes[2 * row + 1, column]
+            predicted, label = int(summary.mean[index].argmax()), int(data.labels[index])
+            entropy = float(summary.predictive_entropy[index])
+            picture.imshow(data.images[index, 0], cmap="gray_r")
+            picture.set_title(f"{data.classes[label]}\nentropy {entropy:.2g} nats", fontsize=9)
+            picture.set_axis_off()
+            colors = ["#9aa5b1"] * len(data.classes)
+            colors[predicted] = "#d1495b"
+            colors[label] = "#2e8b57"
+            bars.barh(
+                range(len(data.classes)), summary.mean[index], xerr=summary.std[index], color=colors,
+                error_kw={"elinewidth": 0.8},
+            )  # fmt: skip
+            bars.set(xlim=(0, 1.05), yticks=range(len(data.classes)))
+            bars.set_yticklabels(data.classes if column == 0 else [], fontsize=8)
+            bars.tick_params(axis="x", labelsize=8)
+            bars.invert_yaxis()
+        axes[2 * row, 0].text(-0.75, 0.5, what, transform=axes[2 * row, 0].transAxes, fontsize=13)
+    figure.suptitle(
+        f"Mean probability and standard deviation over {NUM_SAMPLES} draws; true class green",
+        fontsize=11,
+    )
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+def first_of_each(order: list[int], summary: ProbabilitySummary) -> list[int]:
+    """The first five images in ``order`` whose predicted classes differ."""
+    chosen: dict[int, int] = {}
+    for index in order:
+        chosen.setdefault(int(summary.mean[index].argmax()), index)
+    return list(chosen.values())[:5]
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions and commit, for whoever reads the numbers later."""
+    cpu = platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((x.split(": ")[1] for x in lines if x.startswith("model name")), cpu)
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    names = ("torch", "timm", "numpy")
+    return {
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+        "commit": commit,
+    }
+
+
+if __name__ == "__main__":
+    main()
