@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from .scope import sampled as sampled
     from .storage import load as load
     from .storage import save as save
+    from .training import evaluate as evaluate
+    from .training import fit as fit
 
 __version__ = "0.1.0"
 
@@ -62,6 +64,7 @@ _HOMES = {
     "rewriter.variants": "generated_code rungs",
     "scope": "at_mean draws one_draw sampled",
     "storage": "load save",
+    "training": "evaluate fit",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

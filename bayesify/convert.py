@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ from .planning import (
     Estimator,
     Found,
     check_model,
-    initial_std,
     make_plan,
     specify,
 )
@@ -203,7 +203,7 @@ def _convert(model: nn.Module, spec: Conversion, chosen: list[Found], prefix: st
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be converted:\n  " + "\n  ".join(problems)
         )
-    undo: list[Callable[[], None]] = []
+    undo: list[Callable[[], object]] = []
     try:
         _apply(model, spec, chosen, prefix, undo)
     except BaseException:
@@ -215,14 +215,13 @@ def _convert(model: nn.Module, spec: Conversion, chosen: list[Found], prefix: st
 
 def _apply(
     model: nn.Module, spec: Conversion, chosen: list[Found], prefix: str,
-    undo: list[Callable[[], None]],
+    undo: list[Callable[[], object]],
 ) -> None:  # fmt: skip
     slots: dict[int, dict[str, Slot]] = {}
     parameterization = spec.config.parameterization
     for item in chosen:
         slot = Slot(prefix + item.name, spec.prior, parameterization)
-        std = initial_std(item, spec)
-        logvar = torch.tensor(-10.0 if std is None else 2.0 * math.log(std))
+        logvar = torch.tensor(-10.0 if item.std is None else 2.0 * math.log(item.std))
         value = float(raw_from_logvar(logvar.double(), parameterization))
         raw = nn.Parameter(
             torch.full_like(item.parameter, value, dtype=torch.float32, requires_grad=False)
@@ -231,12 +230,11 @@ def _apply(
             name = raw_name(attribute, slot)
             if name not in module._parameters:
                 module.register_parameter(name, raw)
-                undo.append(lambda m=module, n=name: m._parameters.pop(n, None))  # type: ignore[misc]
+                undo.append(functools.partial(module._parameters.pop, name, None))
             slots.setdefault(id(module), {})[attribute] = slot
-        undo.append(
-            lambda m=item.places[0][1], n=item.places[0][2] + PRIOR_MEAN_SUFFIX: _forget(m, n)
-        )  # type: ignore[misc]
-        attach_prior(Site(item.name, item.places[0][1], item.places[0][2], slot), spec.prior)
+        _, home, attribute = item.places[0]
+        undo.append(functools.partial(_forget, home, attribute + PRIOR_MEAN_SUFFIX))
+        attach_prior(Site(item.name, home, attribute, slot), spec.prior)
         for _, module, attribute in item.places[1:]:
             _share_prior_mean(item.places[0], module, attribute)
     for module in model.modules():
@@ -259,14 +257,14 @@ def _forget(module: nn.Module, buffer: str) -> None:
 
 
 def _adopt(
-    module: nn.Module, slots: dict[str, Slot], spec: Conversion, undo: list[Callable[[], None]]
+    module: nn.Module, slots: dict[str, Slot], spec: Conversion, undo: list[Callable[[], object]]
 ) -> None:
     """Give one module its state and its generated class."""
     state = owner_state(module)
     if state is not None:
         state.slots.update(slots)
         state.variants.clear()
-        undo.append(lambda: [state.slots.pop(a, None) for a in slots] and None)
+        undo.extend(functools.partial(state.slots.pop, attribute) for attribute in slots)
         return
     original = type(module)
     hooked = bool(slots) and bool(module._forward_pre_hooks or module._forward_hooks)
@@ -285,7 +283,7 @@ def _adopt(
         raise UnsupportedModuleError(
             f"{original.__name__} does not allow a subclass in its place ({error}). Skip it."
         ) from error
-    undo.append(lambda: revert_(module))
+    undo.append(functools.partial(revert_, module))
     for name in methods:
         del module.__dict__[name]
     if hooked:

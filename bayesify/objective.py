@@ -15,7 +15,7 @@ from .errors import ArgumentError
 from .kernels.noise import noise
 from .posterior import Site, bayesian_sites, gaussian_prior
 from .priors import ScaleMixturePrior
-from .rewriter.tracer import ACTIVE
+from .rewriter.outside import ACTIVE
 from .rewriter.values import TraceFailure
 from .scope import LOCAL, new_seed
 

@@ -18,6 +18,8 @@ from .rewriter.owner import methods_to_wrap, original_class
 from .selection import Pattern, parse_patterns, select
 
 Estimator = Literal["weight"]
+DEFAULT_NOISE = 0.003
+"""Initial sigma over root mean square, added up over all tensors: see benchmarks/initial_sigma.py."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class BBBConfig:
 
     Args:
         relative_std: Initial standard deviation in units of each tensor's root mean square, when
-            no ``logvar`` is given.
+            no ``logvar`` is given. None: 0.003 divided by the square root of the number of
+            Bayesian tensors, which keeps a pretrained network's function. Training from random
+            weights wants more, 0.01 to 0.1.
         parameterization: ``"exp"``: the trained parameter is the log variance, under the key
             ``weight_logvar`` (the BYOV paper's choice); ``"softplus"``: sigma = softplus(rho),
             under ``weight_rho`` (Blundell et al., 2015).
@@ -39,13 +43,14 @@ class BBBConfig:
         ArgumentError: A value is out of its range.
     """
 
-    relative_std: float = 0.005
+    relative_std: float | None = None
     parameterization: Parameterization = "exp"
     include_frozen: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.relative_std) and self.relative_std > 0):
+        fraction = self.relative_std
+        if fraction is not None and not (math.isfinite(fraction) and fraction > 0):
             raise ArgumentError(
                 f"BBBConfig: relative_std must be positive and finite, got {self.relative_std!r}."
             )
@@ -162,6 +167,8 @@ class Found:
 
     parameter: Tensor
     places: list[tuple[str, nn.Module, str]]
+    action: str = "bayes"
+    std: float | None = None
 
     @property
     def name(self) -> str:
@@ -201,14 +208,16 @@ def check_model(model: Any) -> None:
         )
 
 
-def initial_std(item: Found, spec: Conversion) -> float | None:
+def _initial_std(item: Found, spec: Conversion, tensors: int) -> float | None:
     if spec.logvar is not None:
         return math.exp(0.5 * spec.logvar)
     if item.parameter.device.type == "meta":
         return None
-    return math.exp(
-        0.5 * initial_logvar(item.parameter, _reference_rms(item), spec.config.relative_std)
-    )
+    fraction = spec.config.relative_std
+    if fraction is None:
+        # noise adds up over the layers, in variance
+        fraction = DEFAULT_NOISE / math.sqrt(tensors)
+    return math.exp(0.5 * initial_logvar(item.parameter, _reference_rms(item), fraction))
 
 
 def _reference_rms(item: Found) -> float:
@@ -235,35 +244,35 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
     )
     raws = {id(site.raw) for site in sites(model)}
     means = {id(site.mean) for site in sites(model)}
-    rows, chosen = [], []
+    found = []
     for item in _parameters(model):
         if id(item.parameter) in raws:
             continue
-        _, module, _ = item.places[0]
         if not item.parameter.is_floating_point():
-            action = "integer"
+            item.action = "integer"
         elif item.name in selection.skipped:
-            action = f"skipped: {selection.skipped[item.name]}"
+            item.action = f"skipped: {selection.skipped[item.name]}"
         elif not item.parameter.requires_grad and not spec.config.include_frozen:
-            action = "frozen"
-        else:
-            action = "bayes"
-            if id(item.parameter) not in means:
-                chosen.append(item)
-        bayes = action == "bayes"
-        rows.append(
-            PlanRow(
-                name=item.name,
-                aliases=tuple(name for name, _, _ in item.places[1:]),
-                owner=type(module).__name__,
-                shape=tuple(item.parameter.shape),
-                elements=item.parameter.numel(),
-                action=action,
-                rewrite=_rewrite(item) if bayes else "",
-                prior=str(spec.prior) if bayes else "",
-                std=initial_std(item, spec) if bayes else None,
-            )
+            item.action = "frozen"
+        found.append(item)
+    bayes = [item for item in found if item.action == "bayes"]
+    for item in bayes:
+        item.std = _initial_std(item, spec, len(bayes))
+    rows = [
+        PlanRow(
+            name=item.name,
+            aliases=tuple(name for name, _, _ in item.places[1:]),
+            owner=type(item.places[0][1]).__name__,
+            shape=tuple(item.parameter.shape),
+            elements=item.parameter.numel(),
+            action=item.action,
+            rewrite=_rewrite(item) if item.action == "bayes" else "",
+            prior=str(spec.prior) if item.action == "bayes" else "",
+            std=item.std,
         )
+        for item in found
+    ]
+    chosen = [item for item in bayes if id(item.parameter) not in means]
     return ConversionPlan(type(model).__name__, tuple(rows), selection.notes), chosen
 
 

@@ -40,14 +40,14 @@ def main(out: str = "regression.png") -> dict[str, float]:
     torch.manual_seed(0)
     x, y = points(200, -2.0, 2.0, generator)
     network = nn.Sequential(
-        nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+        nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)
     )
     model = bayesify.to_bbb(network)
     bayesify.fit(
         model,
         TensorDataset(x, y),
         loss=negative_log_likelihood,
-        epochs=200,
+        epochs=150,
         batch_size=20,
         lr=1e-2,
         kl_warmup=0.2,

@@ -188,6 +188,13 @@ def test_resnet50_has_no_layer_norm() -> None:
     )
 
 
+def test_the_plan_tells_the_sigma_of_the_file() -> None:
+    document = json.loads(run("convert", "tinyfactory:tiny", "--json").stdout)
+    stats = json.loads(run("inspect", document["file"], "--json").stdout)["posterior"]
+    for row in document["rows"]:
+        assert stats[row["name"]]["max_std"] == pytest.approx(row["std"], rel=1e-5), row["name"]
+
+
 def test_show_prints_code_with_draws() -> None:
     result = run("convert", "test_vit", "--dry-run", "--show", "blocks.0.attn", "--quiet")
     assert "blocks.0.attn: Attention.forward, as it was" in result.stdout
@@ -343,6 +350,12 @@ def test_a_timm_model_needs_no_model_option() -> None:
     assert rows != json.loads(run(*command, "--seed", 1).stdout)["rows"]
 
 
+def test_json_has_no_infinity() -> None:
+    file = converted("--logvar", -1000)  # sigma is 0 in float32
+    document = json.loads(run("inspect", file, "--json").stdout)
+    assert document["posterior"]["head.weight"]["max_snr"] is None
+
+
 def test_models_are_listed() -> None:
     found = json.loads(run("models", "*resnet18", "--json").stdout)
     assert {"name": "resnet18", "source": "timm"} in found
@@ -496,6 +509,10 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
         "assert not heavy, heavy"
     )
     assert "Usage: bayesify" in shown
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"bayesify {bayesify.__version__}\n"
 
 
 def test_help_names_every_command_and_completion() -> None:

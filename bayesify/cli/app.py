@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .. import __version__
 from . import convert, evaluate, fit, inspect, models, predict
 
 RECIPES = "bayesify.recipes"
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"bayesify {metadata.version('bayesify')}")
+        typer.echo(f"bayesify {__version__}")
         raise typer.Exit
 
 

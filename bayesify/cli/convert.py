@@ -244,8 +244,6 @@ def before_and_after(model: nn.Module, spec: ModelSpec, path: str) -> list[dict[
         ArgumentError: There is no such module, or its forward does not run on zeros.
     """
     import difflib
-    import inspect
-    import textwrap
 
     import torch
 
@@ -282,7 +280,7 @@ def before_and_after(model: nn.Module, spec: ModelSpec, path: str) -> list[dict[
         entry = {
             "module": rung.owner, "alike": [], "class": kind.__name__, "method": rung.method,
             "rung": rung.rung, "reason": rung.reason, "after": after,
-            "before": textwrap.dedent(inspect.getsource(getattr(kind, rung.method))).rstrip(),
+            "before": _source(getattr(kind, rung.method)),
         }  # fmt: skip
         first = found.setdefault((kind.__name__, rung.method, after), entry)
         if first is not entry:
@@ -290,6 +288,16 @@ def before_and_after(model: nn.Module, spec: ModelSpec, path: str) -> list[dict[
     if not found:
         raise ArgumentError(f"--show: nothing in {path!r} draws: it holds no Bayesian parameter.")
     return list(found.values())
+
+
+def _source(function: object) -> str:
+    import inspect
+    import textwrap
+
+    try:
+        return textwrap.dedent(inspect.getsource(function)).rstrip()  # type: ignore[arg-type]
+    except OSError:
+        return "# its source is not in a file"
 
 
 def print_code(entry: dict[str, Any]) -> None:

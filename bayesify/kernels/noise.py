@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
-_LIBRARY = torch.library.Library("bayesify", "DEF")
+_LIBRARY: Any = torch.library.Library("bayesify", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "noise(Tensor seed, int key, SymInt[] size, ScalarType dtype, Device device) -> Tensor"
 )

@@ -53,7 +53,7 @@ def entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
         if type(value) is dict:
             if any(isinstance(v, Tensor) for v in value.values()):
                 yield name, {k: v for k, v in value.items() if not isinstance(v, Tensor)}
-        elif _is_cache(value) and name in _stored_by_methods(type(module)):
+        elif _is_cache(value) and name in _stored_by_methods(type(module)):  # type: ignore[arg-type]
             yield name, None
 
 

@@ -34,10 +34,10 @@ class Guard:
             if module is None:
                 return False
         if self.kind == "keys":
-            return tuple(module._modules) == self.value
+            return bool(tuple(module._modules) == self.value)
         if self.kind == "shape":
             buffer = module._buffers.get(self.name)
-            return buffer is not None and tuple(buffer.shape) == self.value
+            return buffer is not None and bool(tuple(buffer.shape) == self.value)
         found = module.__dict__.get(self.name, MISSING)
         if self.kind == "same":
             return found is self.value

@@ -142,16 +142,18 @@ def patches() -> Iterator[None]:
             return apply.__get__(None, cls)(*args, **kwargs)
         return tracer.call_autograd(cls, args, kwargs)
 
-    nn.Module.__call__ = patched_call
-    nn.Module.__setattr__ = patched_write
+    module_class: Any = nn.Module
+    function_class: Any = torch.autograd.Function
+    module_class.__call__ = patched_call
+    module_class.__setattr__ = patched_write
     if not inner:
-        nn.Module.__getattribute__ = patched_read
-    torch.autograd.Function.apply = classmethod(patched_apply)
+        module_class.__getattribute__ = patched_read
+    function_class.apply = classmethod(patched_apply)
     try:
         yield
     finally:
-        nn.Module.__call__ = call
-        nn.Module.__setattr__ = set_attribute
+        module_class.__call__ = call
+        module_class.__setattr__ = set_attribute
         if not inner:
-            del nn.Module.__getattribute__
-        torch.autograd.Function.apply = apply
+            del module_class.__getattribute__
+        function_class.apply = apply

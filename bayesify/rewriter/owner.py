@@ -26,6 +26,11 @@ _NOT_WRAPPED = (
 )  # fmt: skip
 
 
+# what pickle calls for an object without a reduction of its own
+_RECONSTRUCTORS: tuple[Any, ...] = (
+    vars(copyreg)["__newobj__"],
+    vars(copyreg)["_reconstructor"],
+)
 _CLASSES: weakref.WeakKeyDictionary[type, dict[Any, type]] = weakref.WeakKeyDictionary()
 
 
@@ -111,10 +116,7 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         reduced = base.__reduce_ex__(self, protocol)
-        if isinstance(reduced, tuple) and reduced[0] in (
-            copyreg.__newobj__,
-            copyreg._reconstructor,
-        ):  # type: ignore[attr-defined]
+        if isinstance(reduced, tuple) and reduced[0] in _RECONSTRUCTORS:
             return (_rebuild, (original, attributes, hooked), *reduced[2:])
         return reduced
 
@@ -180,6 +182,6 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
 
 
 def _rebuild(original: type, attributes: frozenset[str], hooked: bool) -> Any:
-    module = original.__new__(original)
+    module: Any = object.__new__(original)
     module.__class__ = generated_class(original, attributes, hooked)
     return module

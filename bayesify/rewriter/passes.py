@@ -39,6 +39,11 @@ def reads_to_draws(trace: Trace, bayesian: set[tuple[tuple[str, ...], str]]) -> 
     return count
 
 
+def _argument(expression: Expression) -> Any:
+    """An expression where fx's types expect a node or a constant."""
+    return expression
+
+
 def enter_context(*_: Any) -> None:
     """Marks the start of a ``with`` block; never runs."""
 
@@ -62,7 +67,9 @@ def restore_contexts(trace: Trace) -> None:
             if current != entry:
                 trace.graph.call_function(exit_context)
             if context != entry:
-                trace.graph.call_function(enter_context, (Expression(_with(entry, context)),))
+                trace.graph.call_function(
+                    enter_context, (_argument(Expression(_with(entry, context))),)
+                )
         current = context
 
 

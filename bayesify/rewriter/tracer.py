@@ -349,7 +349,7 @@ class MethodTracer(TorchFunctionMode):
             dims = None if tensor.argument is None else frozenset({(tensor.argument, dim)})
             node = functools.partial(self.number, "size", (tensor, dim), method=True)
             known = TracedInt(tensor.example.shape[dim], self, dims, node)
-            known.tensor = tensor  # keeps id(tensor) taken
+            known.source = tensor  # keeps id(tensor) taken
             self._sizes[key] = known
         return known
 
@@ -498,11 +498,11 @@ class MethodTracer(TorchFunctionMode):
                 return items
             return type(result)(items)  # torch.return_types take one sequence
         if isinstance(result, dict):
-            items = {
+            entries = {
                 k: self._wrap(v, self._node("call_function", operator.getitem, (node, k)), inputs)
                 for k, v in result.items()
             }
-            return items if type(result) is dict else _same_dict(result, items)
+            return entries if type(result) is dict else _same_dict(result, entries)
         if dataclasses.is_dataclass(result) and not isinstance(result, type):
             names = [f.name for f in dataclasses.fields(result) if f.init]
             return type(result)(

@@ -67,7 +67,9 @@ class TracedTensor(torch.Tensor):
         raise TraceFailure(f"{func} on a traced value that it does not name")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise TraceFailure(f"{func} was reached by code that torch.fx cannot see")
 
 
@@ -136,6 +138,7 @@ class _TracedNumber:
         self.dims = dims
         self._make_node = make_node
         self._node: fx.Node | None = None
+        self.source: Any = None
 
     @property
     def node(self) -> fx.Node:
@@ -208,7 +211,7 @@ class _TracedNumber:
         return float(_fixed(self)).is_integer()
 
 
-class TracedInt(_TracedNumber, torch.SymInt):
+class TracedInt(_TracedNumber, torch.SymInt):  # type: ignore[misc]
     """An integer taken from a shape."""
 
     __hash__ = _TracedNumber.__hash__
@@ -216,17 +219,17 @@ class TracedInt(_TracedNumber, torch.SymInt):
     def __index__(self) -> int:
         return int(_fixed(self))
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # user code asks isinstance(size, int)
         return int
 
 
-class TracedFloat(_TracedNumber, torch.SymFloat):
+class TracedFloat(_TracedNumber, torch.SymFloat):  # type: ignore[misc]
     """A float computed from a shape."""
 
     __hash__ = _TracedNumber.__hash__
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return float
 
@@ -236,7 +239,7 @@ class TracedSize(tuple[Any, ...]):
 
     __slots__ = ()
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return torch.Size
 
@@ -274,7 +277,7 @@ class TracedParts(tuple[Any, ...]):
         self.recorder, self.node, self.kind = recorder, node, kind
         return self
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return self.kind
 

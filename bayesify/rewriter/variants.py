@@ -187,7 +187,7 @@ def find(
     return None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(handle: int, method: str, key: Any, shapes: Any) -> int:
     """Make the variant of a call that torch.compile is tracing; gives its index."""
     owner = _OWNERS.get(handle)
@@ -259,7 +259,7 @@ def make(
 
 
 def _bayesian_below(owner: nn.Module) -> set[tuple[tuple[str, ...], str]]:
-    found = set()
+    found: set[tuple[tuple[str, ...], str]] = set()
     for name, module in owner.named_modules(remove_duplicate=False):
         state = owner_state(module)
         if state is not None:

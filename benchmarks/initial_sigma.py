@@ -1,0 +1,171 @@
+"""Do draws at the initial sigma keep the function of a pretrained network?
+
+For real networks and real images: the share of images for which a drawn network has the top-1
+class of the means, over fractions of each tensor's root mean square and for logvar -10.
+
+    python benchmarks/initial_sigma.py --data FOLDER [--images 500] [--draws 5]
+
+FOLDER holds `weights/tf_efficientnet_lite0_timm.safetensors`,
+`weights/cifar10_resnet20_akamaster.safetensors`, `imagenette96_val.zip` (an ImageFolder tree) and
+`cifar10/` (lossless mosaics, `test.webp` and `labels.json`).
+"""
+
+import argparse
+import io
+import json
+import platform
+import subprocess
+import time
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bayesify
+from bayesify.planning import DEFAULT_NOISE, BBBConfig
+
+RESULT = Path(__file__).parent / "results" / "initial_sigma.json"
+
+
+class Block(nn.Module):
+    """A residual block of the CIFAR ResNet of He et al. (2015), with padding shortcuts."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride == 2:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, y.shape[1] // 4, y.shape[1] // 4))
+        return F.relu(x + y)
+
+
+class ResNet20(nn.Module):
+    """The CIFAR ResNet-20 of He et al. (2015, arXiv:1512.03385, section 4.2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(3)))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+def resnet20(folder: Path) -> nn.Module:
+    """The real pretrained network."""
+    model = ResNet20()
+    model.load_state_dict(load_file(folder / "weights/cifar10_resnet20_akamaster.safetensors"))
+    return model.eval()
+
+
+def lite0(folder: Path) -> nn.Module:
+    """The real pretrained network."""
+    model = timm.create_model("tf_efficientnet_lite0")
+    model.load_state_dict(load_file(folder / "weights/tf_efficientnet_lite0_timm.safetensors"))
+    return model.eval()
+
+
+def cifar_images(folder: Path, count: int) -> Tensor:
+    """The first test images of CIFAR-10, normalised as the network expects."""
+    Image.MAX_IMAGE_PIXELS = None
+    mosaic = np.asarray(Image.open(folder / "cifar10/test.webp").convert("RGB"))
+    tiles = mosaic.reshape(100, 32, 100, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
+    images = torch.from_numpy(tiles[:count].copy()).permute(0, 3, 1, 2).float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def imagenette_images(folder: Path, count: int, model: nn.Module) -> Tensor:
+    """Images of Imagenette at 96 px, evenly over the classes, through the model's own transform."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with zipfile.ZipFile(folder / "imagenette96_val.zip") as archive:
+        names = sorted(n for n in archive.namelist() if n.lower().endswith((".jpeg", ".jpg")))
+        chosen = [names[i * len(names) // count] for i in range(count)]
+        images = [Image.open(io.BytesIO(archive.read(n))).convert("RGB") for n in chosen]
+    return torch.stack([transform(image) for image in images])
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, images: Tensor, draws: int, **options: Any) -> list[float]:
+    """For each draw, the share of images whose top-1 class is that of the means."""
+    converted = bayesify.to_bbb(model, **options).eval()
+    batches = images.split(50)
+    means = torch.cat([model(batch) for batch in batches]).argmax(1)
+    shares = []
+    for seed in range(draws):
+        with bayesify.one_draw(converted, seed=seed):
+            drawn = torch.cat([converted(batch) for batch in batches]).argmax(1)
+        shares.append((drawn == means).float().mean().item())
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    network = lite0(options.data)
+    cases = {
+        "resnet20 on CIFAR-10 test": (
+            resnet20(options.data),
+            cifar_images(options.data, 4 * options.images),
+        ),
+        "tf_efficientnet_lite0 on Imagenette-96 val": (
+            network,
+            imagenette_images(options.data, options.images, network),
+        ),
+    }
+    rules: dict[str, dict[str, Any]] = {"default": {}, "logvar -10": {"logvar": -10.0}}
+    for fraction in (0.0005, 0.001, 0.0025, 0.01):
+        rules[f"{fraction} rms"] = {"config": BBBConfig(relative_std=fraction)}
+    rows = []
+    for case, (model, images) in cases.items():
+        for rule, arguments in rules.items():
+            started = time.perf_counter()
+            shares = agreement(model, images, options.draws, **arguments)
+            row = {
+                "case": case, "rule": rule, "images": len(images), "draws": options.draws,
+                "mean_agreement": sum(shares) / len(shares), "min_agreement": min(shares),
+            }  # fmt: skip
+            rows.append(row)
+            print(json.dumps(row), f"{time.perf_counter() - started:.0f} s", flush=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    record = {
+        "command": f"benchmarks/initial_sigma.py --images {options.images} --draws {options.draws}",
+        "default_noise": DEFAULT_NOISE,
+        "rows": rows,
+        "seeds": list(range(options.draws)),
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {platform.system()}, CPU",
+        "versions": {n: version(n) for n in ("torch", "timm")}
+        | {"python": platform.python_version()},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
