@@ -19,7 +19,7 @@ from .selection import Pattern, parse_patterns, select
 
 Estimator = Literal["weight"]
 DEFAULT_NOISE = 0.003
-"""Initial sigma over root mean square, added up over all tensors: see benchmarks/initial_sigma.py."""
+"""Initial sigma over root mean square, shared by all tensors (benchmarks/initial_sigma.py)."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 python examples/regression.py [OUT.png]
 """
 
-import math
 import sys
 
 import torch

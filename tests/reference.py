@@ -24,7 +24,7 @@ class Probe(TorchDispatchMode):
     """Records every Bayesian mean that reaches an op other than its own draw."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.means = {id(site.mean): site.name for site in sites(model)}
         self.raws = {id(site.raw): site.name for site in sites(model)}
         self.leaks: set[str] = set()
@@ -74,7 +74,11 @@ def clear_caches(model: nn.Module) -> None:
     for module in model.modules():
         for name, value in list(vars(module).items()):
             internal = name in ("_parameters", "_buffers", "_modules")
-            if not internal and type(value) is dict and any(isinstance(v, Tensor) for v in value.values()):
+            if (
+                not internal
+                and type(value) is dict
+                and any(isinstance(v, Tensor) for v in value.values())
+            ):
                 value.clear()
 
 
@@ -156,7 +160,8 @@ def check(
         label = "train" if training else "eval"
         for batch in batches:
             args, kwargs = make_input(batch)
-            clear_caches(original), clear_caches(converted)
+            clear_caches(original)
+            clear_caches(converted)
             state_a, state_b = state_of(original), state_of(converted)
             torch.manual_seed(7)
             expected = original(*args, **kwargs)
@@ -168,7 +173,8 @@ def check(
                 say(f"1a: {label} batch {batch}: differs at the means")
             if not torch.equal(rng, torch.get_rng_state()):
                 say(f"1a: {label}: RNG")
-            _restore(original, state_a), _restore(converted, state_b)
+            _restore(original, state_a)
+            _restore(converted, state_b)
             # 1b, with a cache filled at the means standing in the way
             draws = bayesify.draws(converted, seed=11)
             clear_caches(original)
@@ -185,7 +191,7 @@ def check(
                 found = converted(*args, **kwargs)
             if not same(found, expected, rtol):
                 worst = max(
-                    (float((x - y).abs().max()) for x, y in zip(outputs(found), outputs(expected))
+                    (float((x - y).abs().max()) for x, y in zip(outputs(found), outputs(expected), strict=False)
                      if x.shape == y.shape and x.numel() and x.is_floating_point()), default=-1.0
                 )  # fmt: skip
                 say(f"1b: {label} batch {batch}: differs by {worst:.3g}")
@@ -197,12 +203,14 @@ def check(
                         say(f"1b: {label} batch {batch}: buffer {key} differs")
             for leak in sorted(probe.leaks):
                 say(f"2: {label}: {leak}")
-            _restore(original, state_a), _restore(converted, state_b)
+            _restore(original, state_a)
+            _restore(converted, state_b)
         if gradients:
             args, kwargs = make_input(batches[-1])
             clear_caches(original)
             _gradients(original, converted, args, kwargs, label, say)
-            _restore(original, state_a), _restore(converted, state_b)
+            _restore(original, state_a)
+            _restore(converted, state_b)
     args, kwargs = make_input(batches[0])
     converted.eval()
     final = state_of(converted)
@@ -255,7 +263,8 @@ def _gradients(
     torch.manual_seed(7)
     loss = _loss(functional_call(original, draws, args, kwargs))
     names = list(draws)
-    grads = dict(zip(names, torch.autograd.grad(loss, list(draws.values()), allow_unused=True)))
+    found = torch.autograd.grad(loss, list(draws.values()), allow_unused=True)
+    grads = dict(zip(names, found, strict=True))
     converted.zero_grad()
     torch.manual_seed(7)
     with bayesify.one_draw(converted, seed=5):

@@ -25,10 +25,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("scope",),
     ("selection",),
     ("rewriter",),
+    ("planning",),
     ("convert",),
-    ("objective", "inference", "pruning", "metrics", "storage"),
+    ("objective", "optim", "inference", "pruning", "metrics"),
     ("models",),
-    ("data",),
+    ("data", "storage"),
     ("training",),
     ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`
     ("report",),

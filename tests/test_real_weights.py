@@ -21,7 +21,7 @@ pytestmark = [
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
-def test_lite0_keeps_its_function_at_the_default_sigma_and_comes_back_bit_for_bit():
+def test_lite0_keeps_its_function_at_the_default_sigma_and_comes_back_bit_for_bit() -> None:
     import initial_sigma
 
     folder = Path(str(FOLDER))
@@ -37,7 +37,7 @@ def test_lite0_keeps_its_function_at_the_default_sigma_and_comes_back_bit_for_bi
         assert torch.equal(back(images[:2]), model(images[:2]))
 
 
-def test_resnet20_keeps_its_function_at_the_default_sigma():
+def test_resnet20_keeps_its_function_at_the_default_sigma() -> None:
     import initial_sigma
 
     folder = Path(str(FOLDER))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
-_LIBRARY: Any = torch.library.Library("bayesify", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("bayesify", "DEF")
 _LIBRARY.define(
     "noise(Tensor seed, int key, SymInt[] size, ScalarType dtype, Device device) -> Tensor"
 )

@@ -96,8 +96,8 @@ _EXIT = re.compile(r"^\s*\w+ = .*exit_context\(\).*$")
 def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
     """Python source of the rewritten method ``name`` and the globals that it needs."""
     for node in trace.graph.nodes:
-        if node.name == "draw":
-            node._rename("drawn")
+        if node.name in ("draw", "self"):  # names that the generated code uses itself
+            node._rename(f"{node.name}_value")
     code = trace.graph.python_code("self")
     lines, indent = [], ""
     for line in code.src.strip("\n").split("\n"):
