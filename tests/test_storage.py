@@ -61,6 +61,12 @@ def convnet() -> Any:
     )  # fmt: skip
 
 
+def frozen() -> Any:
+    model = convnet()
+    model[1].requires_grad_(False)
+    return model
+
+
 def half() -> Any:
     return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).to(torch.bfloat16)
 
@@ -68,6 +74,8 @@ def half() -> Any:
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "batch norm": (convnet, {}),
     "partial": (convnet, {"skip": [nn.BatchNorm2d, "re:bias$"]}),
+    "frozen": (frozen, {"config": BBBConfig(include_frozen=True)}),
+    "frozen, skipped": (frozen, {}),
     "tied": (Tied, {"logvar": -4.0}),
     "softplus": (convnet, {"config": BBBConfig(parameterization="softplus")}),
     "initial prior": (convnet, {"prior": GaussianPrior(0.3, mean="initial", relative=True)}),
@@ -189,6 +197,43 @@ def test_parts_converted_one_by_one(tmp_path: Path) -> None:
     assert [s is None for s in states] == [True, True, False]
     assert states[2].strict
     assert states[2].spec.logvar == -3.0
+
+
+def test_a_part_of_a_converted_model_keeps_its_draws(tmp_path: Path) -> None:
+    part: Any = bayesify.to_bbb(nn.Sequential(convnet(), nn.ReLU())).get_submodule("0")
+    save(part, tmp_path / "a")
+    back = load(tmp_path / "a", model=convnet())
+    # keyed by "0.1.weight", its name in the whole
+    assert_same(bayesify.draws(back, seed=1), bayesify.draws(part, seed=1))
+
+
+class Caching(nn.Linear):
+    """In evaluation mode it keeps a function of its weight, as timm's levit does."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x @ (2 * self.weight).t()
+        if "twice" not in self.kept:
+            self.kept["twice"] = 2 * self.weight
+        return x @ self.kept["twice"].t()
+
+
+def test_caches_of_the_old_weights_are_dropped(tmp_path: Path) -> None:
+    model = bayesify.to_bbb(Caching()).eval()
+    save(model, tmp_path / "a")
+    for given in (Caching().eval(), bayesify.to_bbb(Caching()).eval()):
+        given(inputs(given))
+        assert_same(answers(load(tmp_path / "a", model=given)), answers(model))
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    path = saved(tmp_path)
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_layers_added_after_loading_are_converted_alike(tmp_path: Path) -> None:
@@ -337,8 +382,8 @@ def test_views_and_strides(tmp_path: Path) -> None:
         model = nn.Linear(4, 3)
         model.weight = nn.Parameter(torch.randn(4, 3).t())  # not contiguous
         both = torch.randn(6)
-        model.register_buffer("first", both[:3])
-        model.register_buffer("second", both[3:])
+        model.register_buffer("first", both[:4])
+        model.register_buffer("second", both[2:])  # overlaps the first
         model.register_buffer("none", torch.zeros(0, 4))
         return model
 

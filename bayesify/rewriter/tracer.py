@@ -269,12 +269,15 @@ class MethodTracer(TorchFunctionMode):
             return value
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self._build(kind, tuple(self.argument(v) for v in value), {})
-        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+        if isinstance(value, dict) or (
+            dataclasses.is_dataclass(value) and not isinstance(value, type)
+        ):
             return self._built(value)
         if isinstance(value, nn.Module) and id(value) in self.paths:
             return Expression(access(self.paths[id(value)]))
-        if any(True for _ in _traced_inside(value)):
-            raise TraceFailure(f"an object of type {kind.__name__} that holds traced tensors")
+        if not callable(value) or any(True for _ in _traced_inside(value)):
+            # it may be made anew, or changed, at every call
+            raise TraceFailure(f"it passes an object of type {kind.__name__} along")
         return self.constant(value)
 
     def _built(self, value: Any) -> Any:
@@ -287,8 +290,6 @@ class MethodTracer(TorchFunctionMode):
                 return self._build(kind, (), {k: self.argument(v) for k, v in value.items()})
             pairs = [(self.argument(k), self.argument(v)) for k, v in value.items()]
             return self._build(kind, (pairs,), {})
-        if isinstance(value, type) or not any(True for _ in _traced_inside(value)):
-            return self.constant(value)
         fields = [f for f in dataclasses.fields(value) if f.init]
         return self._build(
             kind, (), {f.name: self.argument(getattr(value, f.name)) for f in fields}
@@ -526,6 +527,8 @@ class MethodTracer(TorchFunctionMode):
 
     def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.paths.get(id(module))
+        arguments = tuple(self.argument(a) for a in args)
+        keywords = {k: self.argument(v) for k, v in kwargs.items()}
         examples = self._as_examples((args, kwargs))
         with paused(), self._as_outline(module):
             try:
@@ -538,8 +541,6 @@ class MethodTracer(TorchFunctionMode):
                     f"the call of its {type(module).__name__} cannot be evaluated without data "
                     f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
                 ) from error
-        arguments = tuple(self.argument(a) for a in args)
-        keywords = {k: self.argument(v) for k, v in kwargs.items()}
         if path:
             node = self._node("call_module", ".".join(path), arguments, keywords)
         else:
