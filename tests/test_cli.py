@@ -483,7 +483,11 @@ def test_an_unforeseen_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def python(code: str, *path: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))}
     result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        # -P: as for a console script, the present folder is not searched
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -521,6 +525,11 @@ def test_help_names_every_command_and_completion() -> None:
         assert word in shown
     assert "recipe" not in shown.split()
     assert all(preset in run("convert", "--help").stdout for preset in PRESETS)
+
+
+def test_a_factory_in_the_present_folder_is_found() -> None:
+    Path("here_only.py").write_text(FACTORY)
+    python(f"{RUN}\nrun('convert', 'here_only:tiny', '--quiet', '--dry-run')")
 
 
 def test_recipes_are_found_by_their_entry_points(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from .. import scope
-from .tracer import Expression, Trace, access
+from .tracer import Trace
+from .writer import Expression, access
 
 
 def draw(module: Any, attribute: str) -> Any:

@@ -95,7 +95,7 @@ def _fix(name: str) -> Callable[..., Any]:
 
 
 def _fixed(value: Any) -> Any:
-    if isinstance(value, _TracedNumber):
+    if isinstance(value, TracedNumber):
         value.recorder.note_dims(value.dims)
         return value.value
     return value
@@ -104,14 +104,14 @@ def _fixed(value: Any) -> Any:
 def _arithmetic(target: Callable[..., Any], *, swap: bool = False) -> Callable[..., Any]:
     def method(self: Any, *others: Any) -> Any:
         if any(
-            type(o) not in (int, float, bool) and not isinstance(o, _TracedNumber) for o in others
+            type(o) not in (int, float, bool) and not isinstance(o, TracedNumber) for o in others
         ):
             return NotImplemented
         operands = (*others, self) if swap else (self, *others)
-        value = target(*(o.value if isinstance(o, _TracedNumber) else o for o in operands))
+        value = target(*(o.value if isinstance(o, TracedNumber) else o for o in operands))
         dims: Dims = frozenset()
         for operand in operands:
-            if isinstance(operand, _TracedNumber):
+            if isinstance(operand, TracedNumber):
                 dims = None if dims is None or operand.dims is None else dims | operand.dims
         kind = TracedInt if isinstance(value, int) else TracedFloat
         return kind(value, self.recorder, dims, lambda: self.recorder.number(target, operands))
@@ -119,7 +119,7 @@ def _arithmetic(target: Callable[..., Any], *, swap: bool = False) -> Callable[.
     return method
 
 
-class _TracedNumber:
+class TracedNumber:
     """Shared behaviour of :class:`TracedInt` and :class:`TracedFloat`.
 
     They derive from torch.SymInt and torch.SymFloat so that torch's argument parser takes them;
@@ -211,10 +211,10 @@ class _TracedNumber:
         return float(_fixed(self)).is_integer()
 
 
-class TracedInt(_TracedNumber, torch.SymInt):  # type: ignore[misc]
+class TracedInt(TracedNumber, torch.SymInt):  # type: ignore[misc]
     """An integer taken from a shape."""
 
-    __hash__ = _TracedNumber.__hash__
+    __hash__ = TracedNumber.__hash__
 
     def __index__(self) -> int:
         return int(_fixed(self))
@@ -224,10 +224,10 @@ class TracedInt(_TracedNumber, torch.SymInt):  # type: ignore[misc]
         return int
 
 
-class TracedFloat(_TracedNumber, torch.SymFloat):  # type: ignore[misc]
+class TracedFloat(TracedNumber, torch.SymFloat):  # type: ignore[misc]
     """A float computed from a shape."""
 
-    __hash__ = _TracedNumber.__hash__
+    __hash__ = TracedNumber.__hash__
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

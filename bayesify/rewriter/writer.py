@@ -1,0 +1,211 @@
+"""The graph that a trace writes: nodes, their arguments, and reads of the live owner."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .caches import INTERNAL
+from .guards import PRIMITIVES
+from .outside import context_state
+from .values import TracedNumber, TracedParts, TracedSize, TracedTensor, TraceFailure
+
+
+class Expression:
+    """An argument that the generated code spells out, such as ``self.attn.bias_cache['cpu']``."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __repr__(self) -> str:
+        return self.source
+
+
+class GraphWriter:
+    """Writes fx nodes whose arguments are traced values or things of one module.
+
+    Args:
+        owner: The module whose method is traced; its tensors become reads of the live module.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.graph = fx.Graph()
+        self.constants: dict[str, Any] = {}
+        self.parameters: dict[str, tuple[tuple[str, ...], str]] = {}
+        self.entry_context = context_state()
+        self._reads: dict[str, fx.Node] = {}
+        self._last_read: fx.Node | None = None
+        self._last_placeholder: fx.Node | None = None
+        self._index()
+
+    def _index(self) -> None:
+        self.paths: dict[int, tuple[str, ...]] = {}
+        self._modules: list[nn.Module] = []
+        self.tensors: dict[int, tuple[str, tuple[str, ...], str, Tensor]] = {}
+        stack: list[tuple[tuple[str, ...], nn.Module]] = [((), self.owner)]
+        while stack:
+            path, module = stack.pop()
+            if id(module) in self.paths:
+                continue
+            self.paths[id(module)] = path
+            self._modules.append(module)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.tensors.setdefault(id(parameter), ("parameter", path, name, parameter))
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self.tensors.setdefault(id(buffer), ("buffer", path, name, buffer))
+            for name, value in module.__dict__.items():
+                if name not in INTERNAL:
+                    self._index_attribute(path, name, value)
+            stack.extend(
+                ((*path, name), child)
+                for name, child in reversed(module._modules.items())
+                if child is not None
+            )
+
+    def _index_attribute(self, path: tuple[str, ...], name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.setdefault(id(value), ("attribute", path, name, value))
+        elif isinstance(value, list | tuple | dict):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                if isinstance(item, Tensor) and isinstance(key, int | str):
+                    entry = ("item", path, f"{name}[{key!r}]", item)
+                    self.tensors.setdefault(id(item), entry)
+
+    def constant(self, value: Any) -> Expression:
+        for name, known in self.constants.items():
+            if known is value:
+                return Expression(name)
+        name = f"_constant_{len(self.constants)}"
+        self.constants[name] = value
+        return Expression(name)
+
+    def _read(self, kind: str, path: tuple[str, ...], name: str) -> fx.Node:
+        """A node that reads a tensor of the live owner, placed before everything else."""
+        target = ".".join((*path, name))
+        node = self._reads.get(target)
+        if node is None:
+            anchor = self._last_read or self._last_placeholder
+            place = (
+                self.graph.inserting_after(anchor)
+                if anchor is not None
+                else self.graph.inserting_before(next(iter(self.graph.nodes), None))
+            )
+            with place:
+                node = self.graph.create_node("get_attr", target, name="_".join((*path, name)))
+            node.meta["context"] = self.entry_context
+            self._reads[target] = self._last_read = node
+            if kind == "parameter":
+                self.parameters[node.name] = (path, name)
+        return node
+
+    def argument(self, value: Any) -> Any:
+        """``value`` as an argument of a node."""
+        kind = type(value)
+        if kind is TracedTensor:
+            if value.recorder is not self:
+                raise TraceFailure("a tensor of another trace")
+            return value.node
+        if isinstance(value, TracedNumber):
+            return value.node
+        if isinstance(value, Tensor):
+            where = self.tensors.get(id(value))
+            if where is None:
+                return self.constant(value)
+            if where[0] == "item":
+                return Expression(access((*where[1],)) + "." + where[2])
+            return self._read(*where[:3])
+        if kind is TracedParts:
+            return value.node
+        if kind in (TracedSize, tuple, torch.Size):
+            return tuple(self.argument(v) for v in tuple.__iter__(value))
+        if kind is list:
+            return [self.argument(v) for v in value]
+        if kind is dict and all(isinstance(k, str) for k in value):
+            return {k: self.argument(v) for k, v in value.items()}
+        if kind is slice:
+            return slice(*(self.argument(v) for v in (value.start, value.stop, value.step)))
+        if isinstance(value, PRIMITIVES) and not isinstance(value, enum.Enum):
+            return value
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self._build(kind, tuple(self.argument(v) for v in value), {})
+        if isinstance(value, dict) or (
+            dataclasses.is_dataclass(value) and not isinstance(value, type)
+        ):
+            return self._built(value)
+        if isinstance(value, nn.Module) and id(value) in self.paths:
+            return Expression(access(self.paths[id(value)]))
+        if not callable(value) or any(True for _ in traced_inside(value)):
+            # it may be made anew, or changed, at every call
+            raise TraceFailure(f"it passes an object of type {kind.__name__} along")
+        return self.constant(value)
+
+    def _built(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, dict):
+            if kind is dict:
+                pairs = [(self.argument(k), self.argument(v)) for k, v in value.items()]
+                return self._build(dict, (pairs,), {})
+            if all(isinstance(k, str) for k in value) and dataclasses.is_dataclass(kind):
+                return self._build(kind, (), {k: self.argument(v) for k, v in value.items()})
+            pairs = [(self.argument(k), self.argument(v)) for k, v in value.items()]
+            return self._build(kind, (pairs,), {})
+        fields = [f for f in dataclasses.fields(value) if f.init]
+        return self._build(
+            kind, (), {f.name: self.argument(getattr(value, f.name)) for f in fields}
+        )
+
+    def _build(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        return self._node("call_function", kind, args, kwargs)
+
+    def _node(
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs or {})
+        node.meta["context"] = context_state()
+        return node
+
+    def number(self, target: Any, args: tuple[Any, ...], method: bool = False) -> fx.Node:
+        arguments = tuple(self.argument(a) for a in args)
+        return self._node("call_method" if method else "call_function", target, arguments)
+
+
+def access(path: tuple[str, ...]) -> str:
+    """Source of ``self.blocks[0].attn`` for a path, whatever its names look like."""
+    source = "self"
+    for part in path:
+        source = f"{source}.{part}" if part.isidentifier() else f'getattr({source}, "{part}")'
+    return source
+
+
+def traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
+    if type(value) is TracedTensor:
+        yield value
+    elif depth > 6:
+        return
+    elif isinstance(value, list | tuple | set):
+        for item in tuple.__iter__(value) if isinstance(value, tuple) else list(value):
+            yield from traced_inside(item, depth + 1)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from traced_inside(item, depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(
+        value, nn.Module | Tensor | type | types.FunctionType | types.ModuleType
+    ):
+        for item in list(vars(value).values()):
+            yield from traced_inside(item, depth + 1)
+    elif isinstance(value, types.FunctionType) and value.__closure__:
+        for cell in value.__closure__:
+            try:
+                yield from traced_inside(cell.cell_contents, depth + 1)
+            except ValueError:  # an empty cell
+                continue
