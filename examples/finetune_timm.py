@@ -9,15 +9,16 @@ model is first fitted as it is, which takes the place of the published weights h
 from torch.utils.data import Subset
 
 import bayesify
+from bayesify.data import load_dataset
 from bayesify.models import input_config
+from bayesify.training import Evaluation
 
 
-def main(images: int = 1500, epochs: int = 3) -> list[bayesify.Evaluation]:
+def main(images: int = 1500, epochs: int = 3) -> list[Evaluation]:
     model = bayesify.create_model("test_resnet", num_classes=10, in_chans=1)
     config = input_config(model, img_size=28, in_chans=1)
     train, test = (
-        bayesify.load_dataset("fashion-sample", split=split).dataset(config)
-        for split in ("train", "test")
+        load_dataset("fashion-sample", split=split).dataset(config) for split in ("train", "test")
     )
     train, test = Subset(train, range(images)), Subset(test, range(images))
     bayesify.fit(model, train, epochs=epochs, batch_size=50, lr=3e-3)

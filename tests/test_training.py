@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
         seen.append(weights_of(model))
         return F.cross_entropy(outputs, targets) + (math.nan if len(seen) == 4 else 0.0)
 
-    with pytest.raises(BayesifyError, match="step 4 of 6.*loss nan.*Lower lr"):
+    with pytest.raises(BayesifyError, match=r"step 4 of 6.*loss nan.*Lower lr"):
         fit(model, blobs(), epochs=2, batch_size=20, lr=0.01, loss=loss)
     assert all(map(torch.equal, weights_of(model), seen[-1]))
     assert not torch.equal(seen[-1][0], seen[0][0])
