@@ -285,7 +285,7 @@ class _InMemory:
 
 
 @dataclass(frozen=True, eq=False)
-class _Files:
+class Files:
     """Image files with their labels."""
 
     samples: list[tuple[str, int]]
@@ -437,7 +437,7 @@ def _open_folder(name: str, root: Path, split: Split) -> ImageData:
         )
     except FileNotFoundError as error:
         raise DataError(f"The folder {tree} lacks images: {error}") from error
-    return ImageData(name, split if has_splits else "all", tuple(classes), _Files(samples))
+    return ImageData(name, split if has_splits else "all", tuple(classes), Files(samples))
 
 
 def _tree(root: Path, name: str) -> Path | None:

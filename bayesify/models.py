@@ -32,6 +32,10 @@ _RESERVED = {
 }
 
 
+SPEC = "_bayesify_spec"
+"""Attribute under which a model keeps the :class:`ModelSpec` that built it."""
+
+
 @dataclass(frozen=True)
 class InputConfig:
     """What a model wants to see: how an image becomes the tensor it is given.
@@ -179,6 +183,7 @@ class ModelSpec:
             raise ModelError(
                 f"{self.name!r} returned {type(model).__name__}; expected an nn.Module."
             )
+        model.__dict__[SPEC] = self  # so that a file of the model can say how to build it
         return model
 
 

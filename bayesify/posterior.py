@@ -184,16 +184,21 @@ def posterior_stats(model: nn.Module) -> dict[str, dict[str, float]]:
     stats: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for site in sites(model):
-            std = site.std.float()
-            snr = gaussian.signal_to_noise(site.mean.float(), std)
-            stats[site.name] = {
-                "elements": site.mean.numel(),
-                "mean_std": std.mean().item(),
-                "max_std": std.max().item(),
-                "mean_snr": snr.mean().item(),
-                "max_snr": snr.max().item(),
-            }
+            stats[site.name] = tensor_stats(site.mean, site.std)
     return stats
+
+
+def tensor_stats(mean: Tensor, std: Tensor) -> dict[str, float]:
+    """What :func:`posterior_stats` says of one tensor."""
+    std = std.float()
+    snr = gaussian.signal_to_noise(mean.float(), std)
+    return {
+        "elements": mean.numel(),
+        "mean_std": std.mean().item(),
+        "max_std": std.max().item(),
+        "mean_snr": snr.mean().item(),
+        "max_snr": snr.max().item(),
+    }
 
 
 def initial_logvar(mean: Tensor, reference_rms: float, relative_std: float) -> float:

@@ -218,7 +218,7 @@ def fit(
                         kl_reduction=kl_reduction,
                     )
                 optimizer.zero_grad()
-                objective.backward()  # type: ignore[no-untyped-call]
+                objective.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
                 values = torch.stack([data_loss.detach(), objective.detach(), norm])
                 value = _finite(values, step, steps, lr)

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Probe, Report, check, functional_call, outputs, same
 from torch import Tensor, nn
 
 import bayesify
 from bayesify.posterior import sites
+from reference import Probe, Report, check, functional_call, outputs, same
 
 Input = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 Case = tuple[nn.Module, Input]

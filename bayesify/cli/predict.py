@@ -93,7 +93,7 @@ def _images(inputs: list[str], split: Any) -> tuple[ImageData, list[str] | None]
     """The images that were named, and their names if they are files."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    from ..data import ImageData, _Files, load_dataset
+    from ..data import Files, ImageData, load_dataset
     from ..errors import DataError
 
     if len(inputs) == 1 and not inputs[0].lower().endswith(IMG_EXTENSIONS):
@@ -103,7 +103,7 @@ def _images(inputs: list[str], split: Any) -> tuple[ImageData, list[str] | None]
         raise DataError(
             f"There is no image file {missing[0]!r}. Give image files, or the name of one data set."
         )
-    return ImageData("images", "all", ("",), _Files([(name, 0) for name in inputs])), inputs
+    return ImageData("images", "all", ("",), Files([(name, 0) for name in inputs])), inputs
 
 
 def _rows(

@@ -98,6 +98,7 @@ class Outline:
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool
+    layout: torch.layout = torch.strided
 
     def stride(self) -> tuple[int, ...]:
         return self.strides

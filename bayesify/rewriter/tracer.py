@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from . import caches
+from .arguments import Outline
 from .caches import INTERNAL
 from .guards import MISSING, PRIMITIVES, Guard, copy_plain, holds_tensor, plain
 from .outside import (
@@ -147,7 +148,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if known is None:
             # a sharded parameter has its global shape
             sharded = hasattr(tensor, "full_tensor")
-            plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or sharded
+            plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer, Outline) or sharded
             if tensor.layout != torch.strided or not plain:
                 raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
             with torch._C.DisableTorchFunction(), self.fake_mode:

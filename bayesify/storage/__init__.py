@@ -23,5 +23,4 @@ from .files import replacing as replacing
 from .layout import read_header as read_header
 from .reading import load as load
 from .reading import read_stats as read_stats
-from .writing import SPEC as SPEC
 from .writing import save as save

@@ -25,10 +25,10 @@ from ..posterior import (
     is_bayesian,
     owner_state,
     sites,
+    tensor_stats,
 )
 from ..rewriter import caches
 from .layout import Contents, Row, read_contents
-from .writing import SPEC
 
 _LISTED = 5
 
@@ -89,16 +89,8 @@ def read_stats(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     file = read_contents(path)
     stats = {}
     for row in file.rows:
-        mean = file.state[row.name].float()
         std = gaussian.std_from_raw(file.state[row.raw()].float(), row.parameterization)
-        snr = gaussian.signal_to_noise(mean, std)
-        stats[row.name] = {
-            "elements": mean.numel(),
-            "mean_std": std.mean().item(),
-            "max_std": std.max().item(),
-            "mean_snr": snr.mean().item(),
-            "max_snr": snr.max().item(),
-        }
+        stats[row.name] = tensor_stats(file.state[row.name], std)
     return stats
 
 
@@ -115,7 +107,6 @@ def _build(path: Path, file: Contents) -> nn.Module:
             model = spec.build()
     except ModelError as error:
         raise CheckpointError(f"The model in {path} cannot be built: {error}") from error
-    model.__dict__[SPEC] = spec
     spreads = {row.raw(name) for row in file.rows for name in row.names}
     dtypes = {t.dtype for k, t in file.state.items() if k not in spreads and t.is_floating_point()}
     if len(dtypes) == 1:

@@ -15,15 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, CheckpointError, ModelError
-from ..models import ModelSpec, input_config
+from ..models import SPEC, ModelSpec, input_config
 from ..planning import Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, bayesian_sites, owner_state, sites
 from ..priors import LivePrior
 from .files import replacing
 from .layout import FORMAT, KEY, Row, conversion_to_json
 
-SPEC = "_bayesify_spec"
-"""Attribute under which a model that was built by its name carries its ModelSpec."""
 _PACKAGES = ("bayesify", "numpy", "safetensors", "timm", "torch", "torchvision")
 
 
