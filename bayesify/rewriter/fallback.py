@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from .. import scope as scopes
 from ..posterior import owner_state
 from ..scope import LOCAL
-from .outside import ACTIVE
+from .outside import ACTIVE, opaque_calls
 
 
 class SwapMode(TorchFunctionMode):
@@ -18,6 +18,7 @@ class SwapMode(TorchFunctionMode):
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
+        self.outer: list[Any] = []
         self.where: dict[int, tuple[nn.Module, str]] = {}
         for module in owner.modules():
             state = owner_state(module)
@@ -31,6 +32,22 @@ class SwapMode(TorchFunctionMode):
         if name == "__get__" and func.__self__.__name__ in _HARMLESS:
             return func(*args, **(kwargs or {}))
         return func(*self.exchange(args), **self.exchange(kwargs or {}))
+
+    def __enter__(self) -> SwapMode:
+        opaque_calls.__enter__()
+        self.outer.append(ACTIVE.exchange)
+        ACTIVE.exchange = self.exchange_while_drawing
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        ACTIVE.exchange = self.outer.pop()
+        opaque_calls.__exit__()
+
+    def exchange_while_drawing(self, value: Any) -> Any:
+        scope = LOCAL.scope
+        return value if scope is None or not scope.drawing else self.exchange(value)
 
     def exchange(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 class _Active(threading.local):
     def __init__(self) -> None:
         self.tracer: MethodTracer | None = None
+        self.exchange: Callable[[Any], Any] | None = None
 
 
 ACTIVE = _Active()
@@ -102,12 +104,11 @@ def restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
 
 @contextmanager
 def patches() -> Iterator[None]:
-    """Let module calls, attribute reads and writes, and autograd functions pass by the tracer.
+    """Let module calls, attribute reads and writes, and opaque calls pass by the tracer.
 
     Other threads go through the original code; the patches are removed at the end.
     """
     call, set_attribute = nn.Module.__call__, nn.Module.__setattr__
-    apply = torch.autograd.Function.__dict__["apply"]
     inner = "__getattribute__" in nn.Module.__dict__
 
     def patched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -136,24 +137,70 @@ def patches() -> Iterator[None]:
             self.__dict__[name] = value
         return None
 
-    def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        tracer = ACTIVE.tracer
-        if tracer is None:
-            return apply.__get__(None, cls)(*args, **kwargs)
-        return tracer.call_autograd(cls, args, kwargs)
-
     module_class: Any = nn.Module
-    function_class: Any = torch.autograd.Function
     module_class.__call__ = patched_call
     module_class.__setattr__ = patched_write
     if not inner:
         module_class.__getattribute__ = patched_read
-    function_class.apply = classmethod(patched_apply)
     try:
-        yield
+        with opaque_calls:
+            yield
     finally:
         module_class.__call__ = call
         module_class.__setattr__ = set_attribute
         if not inner:
             del module_class.__getattribute__
-        function_class.apply = apply
+
+
+class _OpaqueCalls:
+    """Lets a trace record, and the fallback exchange, calls that no torch-function mode sees.
+
+    These are torch.autograd.Function, whose backward must survive, and scripted functions. Their
+    entry points are wrapped while a trace or a fallback runs, counted over threads.
+    """
+
+    _autograd: Any = torch.autograd.Function
+    _scripted: Any = torch._C.ScriptFunction
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._install()
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self._autograd.apply = self._apply
+                self._scripted.__call__ = self._call
+
+    def _install(self) -> None:
+        apply = self._apply = self._autograd.__dict__["apply"]
+        call = self._call = self._scripted.__call__
+
+        def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = apply.__get__(None, cls)
+            if ACTIVE.tracer is not None:
+                return ACTIVE.tracer.call_opaque(cls.apply, bound, args, kwargs)
+            if ACTIVE.exchange is not None:
+                args, kwargs = ACTIVE.exchange((args, kwargs))
+            return bound(*args, **kwargs)
+
+        def patched_call(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if ACTIVE.tracer is not None:
+                run = functools.partial(call, function)
+                return ACTIVE.tracer.call_opaque(function, run, args, kwargs)
+            if ACTIVE.exchange is not None:
+                args, kwargs = ACTIVE.exchange((args, kwargs))
+            return call(function, *args, **kwargs)
+
+        self._autograd.apply = classmethod(patched_apply)
+        self._scripted.__call__ = patched_call
+
+
+opaque_calls = _OpaqueCalls()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ from .values import (
     TraceFailure,
     unpacks_into_names,
 )
-from .writer import Expression, GraphWriter, access, traced_inside
+from .writer import Expression, GraphWriter, access, resolves, traced_inside
 
 _CONCRETE_ATTRIBUTES = {
     "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
@@ -88,6 +89,11 @@ _REVERSED = {"__radd__": operator.add, "__rmul__": operator.mul, "__rsub__": ope
              "__rmod__": operator.mod}  # fmt: skip
 
 
+# the name of each method of Tensor, operators under their own: Tensor.__pow__ calls itself "pow"
+_METHODS: dict[Any, str] = {}
+for _name in (*(n for n in dir(Tensor) if n not in _OPERATORS), *_OPERATORS):
+    if callable(_member := inspect.getattr_static(Tensor, _name, None)):
+        _METHODS[_member] = _name
 _PARTS = {"unbind", "split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk",
           "unsafe_split", "hsplit", "vsplit", "dsplit"}  # fmt: skip
 
@@ -308,14 +314,17 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if name.startswith("squeeze"):
             self.note_dims(None)  # whether a dimension goes depends on its size
         result = self._evaluate(func, args, kwargs)
-        if name in _OPERATORS and getattr(Tensor, name, None) is func:
-            op, target, operands = "call_function", _OPERATORS[name], args
-        elif name in _REVERSED and getattr(Tensor, name, None) is func:
-            op, target, operands = "call_function", _REVERSED[name], (args[1], args[0])
-        elif getattr(Tensor, name, None) is func and isinstance(args[0], Tensor):
-            op, target, operands = "call_method", name, args
-        else:
+        method = _METHODS.get(func, "") if isinstance(args[0] if args else None, Tensor) else ""
+        if method in _OPERATORS:
+            op, target, operands = "call_function", _OPERATORS[method], args
+        elif method in _REVERSED:
+            op, target, operands = "call_function", _REVERSED[method], (args[1], args[0])
+        elif method:
+            op, target, operands = "call_method", method, args
+        elif resolves(func):
             op, target, operands = "call_function", func, args
+        else:  # a function that its name does not lead to
+            op, target, operands = "call_function", operator.call, (func, *args)
         node = self._node(
             op, target, tuple(self.argument(a) for a in operands),
             {k: self.argument(v) for k, v in kwargs.items()},
@@ -414,12 +423,16 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 for child, parameters in kept:
                     restore(child._parameters, parameters)
 
-    def call_autograd(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a call of a torch.autograd.Function, whose backward must survive."""
+    def call_opaque(
+        self, function: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Record a call of an autograd or scripted function, which stays a call."""
         with torch._C.DisableTorchFunction():
-            result = self._evaluate(function.apply, args, kwargs)
+            result = self._evaluate(run, args, kwargs)
             arguments = tuple(self.argument(a) for a in args)
-            node = self._node("call_function", function.apply, arguments)
+            keywords = {k: self.argument(v) for k, v in kwargs.items()}
+            callee = self.constant(function)
+            node = self._node("call_function", operator.call, (callee, *arguments), keywords)
             return self._wrap(result, node, (args, kwargs))
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -177,6 +179,18 @@ class GraphWriter:
     def number(self, target: Any, args: tuple[Any, ...], method: bool = False) -> fx.Node:
         arguments = tuple(self.argument(a) for a in args)
         return self._node("call_method" if method else "call_function", target, arguments)
+
+
+@functools.cache
+def resolves(function: Any) -> bool:
+    """Whether the qualified name under which fx writes a function leads back to it."""
+    try:
+        found: Any = sys.modules[function.__module__]
+        for part in function.__qualname__.split("."):
+            found = getattr(found, part)
+    except (AttributeError, KeyError):
+        return getattr(function, "__module__", None) != "torch._tensor"
+    return found is function
 
 
 def access(path: tuple[str, ...]) -> str:
