@@ -4,6 +4,7 @@ python examples/regression.py [OUT.png]
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def error_bars(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.hypot(std, torch.tensor(NOISE_STD))
 
 
-def main(out: str = "regression.png") -> dict[str, float]:
+def main(out: str = "demo_out/regression.png") -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     x, y = points(200, -2.0, 2.0, generator)
@@ -76,14 +77,16 @@ def draw(model: nn.Module, x: Tensor, y: Tensor, out: str) -> None:
     import matplotlib.pyplot as plt
 
     grid = torch.linspace(-4, 4, 300)[:, None]
-    mean, std = (v[:, 0] for v in error_bars(model, grid))
+    mean, std = (values[:, 0].numpy() for values in error_bars(model, grid))
+    line = grid[:, 0].numpy()
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.fill_between(grid[:, 0], mean - 2 * std, mean + 2 * std, alpha=0.25, label="2 sigma")
-    axes.plot(grid[:, 0], mean, label="mean of 200 draws")
-    axes.plot(grid[:, 0], truth(grid)[:, 0], "k--", linewidth=1, label="truth")
-    axes.plot(x[:, 0], y[:, 0], "k.", markersize=3, label="training points")
+    axes.fill_between(line, mean - 2 * std, mean + 2 * std, alpha=0.25, label="2 sigma")
+    axes.plot(line, mean, label="mean of 200 draws")
+    axes.plot(line, truth(grid)[:, 0].numpy(), "k--", linewidth=1, label="truth")
+    axes.plot(x[:, 0].numpy(), y[:, 0].numpy(), "k.", markersize=3, label="training points")
     axes.set(xlabel="x", ylabel="y", ylim=(-4, 4))
     axes.legend(loc="upper left")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     plt.close(figure)
     print(f"picture: {out}")

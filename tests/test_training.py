@@ -84,7 +84,7 @@ def test_a_deterministic_fit_equals_a_loop_by_hand() -> None:
         optimizer.param_groups[0]["lr"] = rate
         loss = F.cross_entropy(twin(inputs), targets)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 0.3)
         optimizer.step()
         losses.append(loss.item())

@@ -133,12 +133,12 @@ class Straight(torch.autograd.Function):
 
 class CustomGradient(Model):
     def forward(self, x: Tensor) -> Any:
-        return Straight.apply(self.layer(x), self.scale)  # type: ignore[no-untyped-call]
+        return Straight.apply(self.layer(x), self.scale)
 
 
 class CustomGradientInFallback(Model):
     def forward(self, x: Tensor) -> Any:
-        y: Tensor = Straight.apply(self.layer(x), self.scale)  # type: ignore[no-untyped-call]
+        y: Tensor = Straight.apply(self.layer(x), self.scale)
         return y * (1 if float(y.detach().sum()) > 0 else 2)
 
 
@@ -181,7 +181,7 @@ class HoldsCallables(Model):
         self.head = lambda x: x.sum(-1, keepdim=True)
 
     def forward(self, x: Tensor) -> Any:
-        return self.act(self.layer(x)) * self.head(x) * self.scale
+        return self.act(self.layer(x)) * self.head(x) * self.scale  # type: ignore[no-untyped-call]
 
 
 class Complex(Model):
