@@ -53,6 +53,7 @@ class Data(NamedTuple):
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the demo and return what it writes to result.json."""
     options = parse(arguments)
+    torch.set_num_threads(1)  # the tensors are small: threads would wait for each other
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

@@ -6,6 +6,7 @@ and in train, and probes that no posterior mean reaches an op of its own.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import random
@@ -756,6 +757,49 @@ def test_layout_of_the_input() -> None:
     for x in (normal(4, 4), normal(4, 4).t(), normal(4, 4)):
         with bayesify.one_draw(converted, seed=3):
             assert torch.equal(converted(x), functional_call(model, drawn, (x,), {}))
+
+
+def asks_for_grad_mode(self: Any, x: Tensor) -> Any:
+    return _matmul(self, x) * (2.0 if torch.is_grad_enabled() else 1.0)
+
+
+def asks_for_inference_mode(self: Any, x: Tensor) -> Any:
+    return _matmul(self, x) * (2.0 if torch.is_inference_mode_enabled() else 1.0)
+
+
+def asks_for_autocast(self: Any, x: Tensor) -> Any:
+    return self.inner(x) * (2.0 if torch.is_autocast_enabled("cpu") else 1.0)
+
+
+def asks_for_the_dtype_of_autocast(self: Any, x: Tensor) -> Any:
+    return self.inner(x).to(torch.get_autocast_dtype("cpu"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        asks_for_grad_mode, asks_for_autocast, asks_for_the_dtype_of_autocast,
+        pytest.param(
+            asks_for_inference_mode,
+            marks=pytest.mark.xfail(reason="inference mode is not in the key of a variant"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_surrounds_a_call_may_change(body: Callable[..., Any]) -> None:
+    original = Written(body)
+    converted = bayesify.to_bbb(original, logvar=-4.0)
+    x = normal(3, 4)
+    around: list[Any] = [
+        contextlib.nullcontext, torch.no_grad, torch.inference_mode,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.autocast("cpu", dtype=torch.float16),
+    ]  # fmt: skip
+    for context in (*around, *reversed(around)):
+        with context():
+            drawn = bayesify.draws(converted, seed=3)
+            expected = functional_call(original, drawn, (x,), {})
+            with bayesify.one_draw(converted, seed=3):
+                assert same(converted(x), expected), context
 
 
 # -- what a forward may do beside computing --------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import scipy.stats
@@ -24,7 +25,15 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import bayesify
-from bayesify import ArgumentError, UnsupportedModuleError, at_mean, draws, one_draw, sampled
+from bayesify import (
+    ArgumentError,
+    UnsupportedModuleError,
+    at_mean,
+    draws,
+    one_draw,
+    sampled,
+    scope,
+)
 from bayesify.posterior import sites
 from bayesify.scope import LOCAL
 
@@ -109,6 +118,16 @@ def test_reads_in_one_call_share_the_draw_and_two_calls_do_not() -> None:
     assert not torch.equal(first["own"], model.weight)
     for name in first:
         assert not torch.equal(first[name], second[name])
+
+
+def test_each_parameter_is_drawn_once_in_a_scope() -> None:
+    model = bayesify.to_bbb(Reads(), logvar=LOGVAR).train()
+    with mock.patch.object(scope, "realise", wraps=scope.realise) as realise:
+        model(X)
+        assert realise.call_count == len(list(sites(model))) == 3
+        with one_draw(model):
+            model(X), model(X), model.first(X)
+        assert realise.call_count == 6
 
 
 def test_eval_uses_the_means_and_train_draws() -> None:
@@ -524,7 +543,7 @@ def noises(model: nn.Module, seed: int) -> list[Tensor]:
 
 
 def apart(first: Tensor, second: Tensor) -> bool:
-    return float((first - second).abs().max()) > 0.1
+    return bool((first - second).abs().max() > 0.1)
 
 
 def test_parts_with_equal_names_do_not_share_noise() -> None:
