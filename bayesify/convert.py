@@ -38,7 +38,6 @@ from .posterior import (
     sites,
 )
 from .priors import Prior
-from .rewriter import caches
 from .rewriter.fallback import DrawnHook
 from .rewriter.owner import generated_class, original_class
 from .rewriter.variants import adopt
@@ -50,9 +49,7 @@ def _problems(chosen: list[Found], scripted: dict[int, str], suffix: str) -> lis
     problems = []
     for item in chosen:
         parameter = item.parameter
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            problems.append(f"{item.name} is not initialised yet: run one batch first.")
-        elif type(parameter) is not nn.Parameter:
+        if type(parameter) is not nn.Parameter:
             problems.append(
                 f"{item.name} is a {type(parameter).__name__}, not a plain nn.Parameter: convert "
                 f"before sharding or quantising, or skip={item.name!r}."
@@ -210,7 +207,6 @@ def _convert(model: nn.Module, spec: Conversion, chosen: list[Found], prefix: st
         for step in reversed(undo):
             step()
         raise
-    caches.drop(model)
 
 
 def _apply(
@@ -221,8 +217,9 @@ def _apply(
     parameterization = spec.config.parameterization
     for item in chosen:
         slot = Slot(prefix + item.name, spec.prior, parameterization)
-        logvar = torch.tensor(-10.0 if item.std is None else 2.0 * math.log(item.std))
-        value = float(raw_from_logvar(logvar.double(), parameterization))
+        logvar = -10.0 if item.std is None else 2.0 * math.log(item.std)
+        double = torch.tensor(logvar, dtype=torch.float64, device="cpu")
+        value = float(raw_from_logvar(double, parameterization))
         raw = nn.Parameter(
             torch.full_like(item.parameter, value, dtype=torch.float32, requires_grad=False)
         )
@@ -237,6 +234,7 @@ def _apply(
         attach_prior(Site(item.name, home, attribute, slot), spec.prior)
         for _, module, attribute in item.places[1:]:
             _share_prior_mean(item.places[0], module, attribute)
+            undo.append(functools.partial(_forget, module, attribute + PRIOR_MEAN_SUFFIX))
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -268,7 +266,6 @@ def _adopt(
         return
     original = type(module)
     hooked = bool(slots) and bool(module._forward_pre_hooks or module._forward_hooks)
-    cls = generated_class(original, frozenset(slots), hooked)
     methods = {
         name: value
         for name, value in module.__dict__.items()
@@ -278,8 +275,8 @@ def _adopt(
         slots=slots, methods=methods, strict=spec.config.strict, spec=spec, extend=extend_
     )
     try:
-        module.__class__ = cls
-    except TypeError as error:
+        module.__class__ = generated_class(original, frozenset(slots), hooked)
+    except Exception as error:  # a class may forbid subclasses in its own way
         raise UnsupportedModuleError(
             f"{original.__name__} does not allow a subclass in its place ({error}). Skip it."
         ) from error
@@ -332,7 +329,6 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     copied = copy_detached(model)
     for module in copied.modules():
         revert_(module)
-    caches.drop(copied)
     return copied
 
 

@@ -65,8 +65,8 @@ class BBBConfig:
 class PlanRow:
     """One parameter of a model and what the conversion does with it.
 
-    ``action`` is ``bayes``, ``frozen``, ``integer`` or ``skipped: <pattern>``; ``std`` the initial
-    standard deviation (None where it has no posterior, or no data: the meta device).
+    ``action`` is ``bayes``, ``frozen``, ``integer``, ``complex`` or ``skipped: <pattern>``; ``std``
+    the initial standard deviation (None where it has no posterior, or no data: the meta device).
     """
 
     name: str
@@ -202,6 +202,9 @@ def check_model(model: Any) -> None:
             "The model is already compiled. Convert first: torch.compile(to_bbb(model)); the "
             "original is model._orig_mod."
         )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UnsupportedModuleError(f"{name} is not initialised yet: run one batch first.")
     if next(model.parameters(), None) is None:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no parameter, so there is nothing to convert."
@@ -249,7 +252,7 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
         if id(item.parameter) in raws:
             continue
         if not item.parameter.is_floating_point():
-            item.action = "integer"
+            item.action = "complex" if item.parameter.is_complex() else "integer"
         elif item.name in selection.skipped:
             item.action = f"skipped: {selection.skipped[item.name]}"
         elif not item.parameter.requires_grad and not spec.config.include_frozen:

@@ -35,7 +35,7 @@ class Scope:
     def __init__(self, seed: Tensor | None, keys: dict[int, int] | None = None) -> None:
         self.seed = seed
         self.drawing = seed is not None
-        self.keys = keys or {}
+        self.keys = {} if keys is None else keys
         self.realised: dict[tuple[int, int], Tensor] = {}
 
     def fork(self, *, keep: bool) -> Scope:
@@ -163,10 +163,14 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
     Made here, a draw lies outside every checkpointed region and every compiled sub-graph; a
     sharded parameter is drawn by the module that reads it, after its own all-gather.
     """
+    seen: dict[int, int] = {}
     for child in module.modules():
         state = owner_state(child)
         if state is not None:
             for attribute, slot in state.slots.items():
+                if seen.setdefault(slot.key, slot.uid) != slot.uid:
+                    # a copy of a layer in the same model: not the same noise
+                    scope.keys.setdefault(slot.uid, fold(slot.key, 1 + len(scope.keys)))
                 if type(child._parameters[attribute]) is nn.Parameter:
                     scope.read(child, attribute, slot)
 

@@ -225,12 +225,9 @@ def draw(data: Data, summary: ProbabilitySummary, file: Path) -> None:
     order = summary.predictive_entropy.argsort().tolist()
     figure = plt.figure(figsize=(10, 8), layout="constrained")
     titles = ("Least doubt: the true class is green", "Most doubt: a wrong prediction is red")
-    for part, title, chosen in zip(
-        figure.subfigures(2, 1),
-        titles,
-        (first_of_each(order, summary), first_of_each(order[::-1], summary)),
-        strict=True,
-    ):
+    parts: Any = figure.subfigures(2, 1)
+    rows = first_of_each(order, summary), first_of_each(order[::-1], summary)
+    for part, title, chosen in zip(parts, titles, rows, strict=True):
         part.suptitle(title, fontsize=11, fontweight="bold")
         axes = part.subplots(2, len(chosen), height_ratios=(1, 1.3), squeeze=False)
         for column, index in enumerate(chosen):

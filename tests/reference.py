@@ -191,7 +191,8 @@ def check(
                 found = converted(*args, **kwargs)
             if not same(found, expected, rtol):
                 worst = max(
-                    (float((x - y).abs().max()) for x, y in zip(outputs(found), outputs(expected), strict=False)
+                    (float((x - y).abs().max())
+                     for x, y in zip(outputs(found), outputs(expected), strict=False)
                      if x.shape == y.shape and x.numel() and x.is_floating_point()), default=-1.0
                 )  # fmt: skip
                 say(f"1b: {label} batch {batch}: differs by {worst:.3g}")

@@ -730,12 +730,7 @@ def in_a_closure(self: Any, x: Tensor) -> Any:
 PROGRAMS = [
     loop_over_rows, iterate, compare_shape, shape_in_tuple, shape_as_key, halves, rounded_halves,
     factories, numpy_of_shape, tensor_of_shape, formatted_shape,
-    pytest.param(
-        printed_shape,
-        marks=pytest.mark.xfail(
-            reason="TracedInt.__repr__ gives 'traced 2' and notes no dependence on the shape"
-        ),
-    ),
+    printed_shape,
     element_count, powers_of_shape, squeezed, chunked, reshaped, in_place, contiguous_or_not,
     scratch_on_a_child, parameter_itself, parameter_as_data, parameter_by_rows,
     parameter_by_name, several_results, in_a_closure,
@@ -779,10 +774,7 @@ def asks_for_the_dtype_of_autocast(self: Any, x: Tensor) -> Any:
     "body",
     [
         asks_for_grad_mode, asks_for_autocast, asks_for_the_dtype_of_autocast,
-        pytest.param(
-            asks_for_inference_mode,
-            marks=pytest.mark.xfail(reason="inference mode is not in the key of a variant"),
-        ),
+        asks_for_inference_mode,
     ],
 )  # fmt: skip
 def test_what_surrounds_a_call_may_change(body: Callable[..., Any]) -> None:
@@ -880,25 +872,16 @@ def sums_its_parameters(self: Any, x: Tensor) -> Any:
     return _matmul(self, x) + sum(p.sum() for p in self.parameters())
 
 
-ABSENT = "that an attribute was absent is not guarded (hasattr, getattr with a default)"
-LOST = "what a forward does to a list or dict of its module happens at the trace only, is undone, "
-BURNED = "a number from Python's or numpy's generator becomes a constant of the graph"
 EFFECTS = [
-    counts_calls, scales_by_calls, draws_with_torch, skips_with_torch,
+    counts_calls, scales_by_calls, draws_with_torch, skips_with_torch, sets_itself_up,
+    appends_a_number, appends_a_tensor, changes_a_list, changes_a_dict, draws_with_python,
+    draws_with_numpy, guesses_with_try,
     *(
         pytest.param(body, marks=pytest.mark.xfail(reason=reason))
         for body, reason in {
-            sets_itself_up: ABSENT,
-            appends_a_number: LOST + "and is lost",
-            appends_a_tensor: LOST + "and is lost",
-            changes_a_list: LOST + "and is lost",
-            changes_a_dict: LOST + "and is lost",
-            draws_with_python: BURNED,
-            draws_with_numpy: BURNED,
-            guesses_with_try: "a forward's own `except Exception` swallows TraceFailure",
             uses_its_functional_call: "a parameter that functional_call replaced inside a scope "
             "is not read: the slot's draw of before is",
-            gives_an_iterator: "a generator that holds traced tensors becomes a constant",
+            gives_an_iterator: "a generator that runs after the scope has closed reads the means",
             sums_its_parameters: "Module.parameters() inside a forward gives log variances too",
         }.items()
     ),
@@ -956,7 +939,6 @@ class Stateful(nn.Module):
         return self.state
 
 
-@pytest.mark.xfail(reason="a state that depends on the input is taken for a cache and hidden")
 @pytest.mark.parametrize("branching", [False, True])
 def test_state_is_carried_from_call_to_call(branching: bool) -> None:
     original = Stateful(branching).eval()
@@ -1047,7 +1029,6 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 UNSEEN = {
     "field of an object": "of an object only the identity is guarded, not its fields",
-    "attribute that was absent": ABSENT,
 }
 
 
@@ -1114,16 +1095,11 @@ class Cached(nn.Module):
         return x @ self.table[key]
 
 
-FIRST = pytest.mark.xfail(
-    reason="an attribute that is None when a draw comes first keeps what was made of the draw"
-)
-
-
 @pytest.mark.parametrize(
     ("how", "filled"),
     [
         ("attribute", True), ("dict", False), ("dict", True),
-        pytest.param("attribute", False, marks=FIRST),
+        ("attribute", False),
     ],
 )  # fmt: skip
 def test_cache_neither_serves_a_draw_nor_is_made_of_one(how: str, filled: bool) -> None:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
 def test_lite0_keeps_its_function_at_the_default_sigma_and_comes_back_bit_for_bit() -> None:
-    import initial_sigma
+    import initial_sigma  # type: ignore[import-not-found, unused-ignore]
 
     folder = Path(str(FOLDER))
     model = initial_sigma.lite0(folder)
@@ -38,7 +38,7 @@ def test_lite0_keeps_its_function_at_the_default_sigma_and_comes_back_bit_for_bi
 
 
 def test_resnet20_keeps_its_function_at_the_default_sigma() -> None:
-    import initial_sigma
+    import initial_sigma  # type: ignore[import-not-found, unused-ignore]
 
     folder = Path(str(FOLDER))
     images = initial_sigma.cifar_images(folder, 1000)

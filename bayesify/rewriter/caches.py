@@ -23,19 +23,40 @@ INTERNAL = {
 }  # fmt: skip
 
 
+# (class, attribute) of tensors that were seen to depend on an input: state, which must be kept
+_STATES: set[tuple[type, str]] = set()
+
+
 @functools.cache
-def _stored_by_methods(cls: type) -> frozenset[str]:
-    """Attributes that methods other than the constructor assign: caches, or things put aside."""
-    names: set[str] = set()
-    for base in cls.__mro__:
-        if base in (nn.Module, object) or "_bayesify_original" in vars(base):
+def _kept_by_forward(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Attributes that methods assign, and those whose items they may assign.
+
+    Methods that the constructor calls set things up: what they assign is no cache.
+    """
+    functions = {
+        name: member
+        for base in reversed(cls.__mro__)
+        if base not in (nn.Module, object) and "_bayesify_original" not in vars(base)
+        for name, member in vars(base).items()
+        if isinstance(member, types.FunctionType)
+    }
+    constructor = functions.pop("__init__", None)
+    setting_up = set(constructor.__code__.co_names) if constructor is not None else set()
+    assigned: set[str] = set()
+    filled: set[str] = set()
+    for name, function in functions.items():
+        if name in setting_up and not name.startswith("forward"):
             continue
-        for name, member in vars(base).items():
-            if isinstance(member, types.FunctionType) and name != "__init__":
-                names.update(
-                    i.argval for i in dis.get_instructions(member) if i.opname == "STORE_ATTR"
-                )
-    return frozenset(names)
+        code = list(dis.get_instructions(function))
+        assigned.update(i.argval for i in code if i.opname == "STORE_ATTR")
+        if any(i.opname == "STORE_SUBSCR" for i in code):
+            filled.update(i.argval for i in code if i.opname == "LOAD_ATTR")
+    return frozenset(assigned), frozenset(filled)
+
+
+def note_state(module: nn.Module, name: str) -> None:
+    """Remember that an attribute holds state that depends on the input."""
+    _STATES.add((type(module), name))
 
 
 def _is_cache(value: Any) -> bool:
@@ -47,13 +68,14 @@ def _is_cache(value: Any) -> bool:
 
 def entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Each cache of one module and what stands in its place while it is hidden."""
+    assigned, filled = _kept_by_forward(type(module))  # type: ignore[arg-type]
     for name, value in module.__dict__.items():
-        if name in INTERNAL:
+        if name in INTERNAL or (type(module), name) in _STATES:
             continue
         if type(value) is dict:
-            if any(isinstance(v, Tensor) for v in value.values()):
+            if name in filled and any(isinstance(v, Tensor) for v in value.values()):
                 yield name, {k: v for k, v in value.items() if not isinstance(v, Tensor)}
-        elif _is_cache(value) and name in _stored_by_methods(type(module)):  # type: ignore[arg-type]
+        elif name in assigned and _is_cache(value):
             yield name, None
 
 
@@ -68,21 +90,27 @@ def hide(module: nn.Module) -> list[str]:
 @contextmanager
 def hidden(owner: nn.Module) -> Iterator[None]:
     """Hide the caches of a module and of those below it, and put them back at the end."""
-    saved = [(m, n, m.__dict__[n]) for m in owner.modules() for n, _ in list(entries(m))]
-    empty = [
-        (v, dict(v)) for m in owner.modules() for n, v in m.__dict__.items()
-        if type(v) is dict and n not in INTERNAL
-    ]  # fmt: skip
+    before: list[tuple[nn.Module, str, Any, dict[Any, Any] | None]] = []
     for module in owner.modules():
+        assigned, filled = _kept_by_forward(type(module))  # type: ignore[arg-type]
+        for name, value in module.__dict__.items():
+            if name not in INTERNAL and (type(module), name) not in _STATES:
+                if type(value) is dict and name in filled:
+                    before.append((module, name, value, dict(value)))
+                elif name in assigned and (value is None or _is_cache(value)):
+                    before.append((module, name, value, None))
         hide(module)
     try:
         yield
     finally:
-        for module, name, value in saved:
-            module.__dict__[name] = value
-        for cache, content in empty:
-            for key in [k for k, v in cache.items() if k not in content and isinstance(v, Tensor)]:
-                del cache[key]
+        for module, name, value, content in before:
+            if content is not None:
+                for key in [k for k, v in value.items() if isinstance(v, Tensor)]:
+                    if key not in content:
+                        del value[key]
+                module.__dict__[name] = value
+            elif value is not None or _is_cache(module.__dict__.get(name)):
+                module.__dict__[name] = value
 
 
 def drop(model: nn.Module) -> None:

@@ -52,17 +52,21 @@ def paused() -> Iterator[None]:
         ACTIVE.tracer = outer
 
 
-def without_collectives(module: nn.Module) -> None:
-    """Drop the hooks of torch.distributed for a while: they would gather real shards."""
+def without_hooks(module: nn.Module) -> None:
+    """Drop hooks for a while: a user's hook, or a collective, is not to see examples.
+
+    Those of torch.nn.utils stay, since they compute weights.
+    """
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         hooks = module.__dict__[name]
-        if any(_of_distributed(hook) for hook in hooks.values()):
-            kept = ((k, h) for k, h in hooks.items() if not _of_distributed(h))
+        if hooks:
+            kept = ((k, h) for k, h in hooks.items() if _computes_weights(h))
             module.__dict__[name] = type(hooks)(kept)
 
 
-def _of_distributed(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+def _computes_weights(hook: Any) -> bool:
+    hook = getattr(hook, "hook", hook)
+    return type(hook).__module__.startswith("torch.nn.utils")
 
 
 @contextmanager
@@ -120,10 +124,15 @@ def patches() -> Iterator[None]:
         )
 
     def patched_read(self: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(self, name)
         tracer = ACTIVE.tracer
-        if tracer is not None:
-            tracer.note_read(self, name, value)
+        if tracer is None:
+            return object.__getattribute__(self, name)
+        try:
+            value = object.__getattribute__(self, name)
+        except AttributeError:
+            tracer.note_absent(self, name)
+            raise
+        tracer.note_read(self, name, value)
         return value
 
     def patched_write(self: nn.Module, name: str, value: Any) -> None:

@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import inspect
 import operator
+import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,10 +34,11 @@ from .outside import (
     paused,
     restore,
     untouched,
-    without_collectives,
+    without_hooks,
 )
 from .values import (
     Dims,
+    StateFound,
     TracedFloat,
     TracedInt,
     TracedNumber,
@@ -409,10 +412,17 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
 
     @contextmanager
     def _as_outline(self, module: nn.Module) -> Iterator[None]:
-        """A submodule with examples in place of its parameters and without collective hooks."""
+        """A submodule with examples in place of its shards and without hooks.
+
+        Ordinary parameters stay: the fake mode sees to them, and another thread may read them.
+        """
         modules = list(module.modules())
-        kept = [(m, dict(m._parameters)) for m in modules]
-        with untouched(modules, without_collectives):
+        kept = [
+            (m, dict(m._parameters))
+            for m in modules
+            if any(hasattr(p, "full_tensor") for p in m._parameters.values())
+        ]
+        with untouched(modules, without_hooks):
             try:
                 for child, parameters in kept:
                     for name, parameter in parameters.items():
@@ -456,6 +466,14 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         elif not holds_tensor(value) and not isinstance(value, dict):
             self.guards[path, name] = Guard(path, name, value, "same")
 
+    def note_absent(self, module: nn.Module, name: str) -> None:
+        """A plain attribute was asked for that is not there."""
+        path = self.paths.get(id(module))
+        own = object.__getattribute__(module, "__dict__")
+        held = any(name in own[kind] for kind in ("_parameters", "_buffers", "_modules"))
+        if path is not None and not held and (path, name) not in self.guards:
+            self.guards[path, name] = Guard(path, name, MISSING, "equal")
+
     def note_write(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute was assigned: the generated code assigns it too, unless it is a cache."""
         path = self.paths.get(id(module))
@@ -467,10 +485,64 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             raise TraceFailure(f"it adds {name!r}, a parameter or a module")
         self.writes.add((path, name))
         if (id(module), name) in self._hidden:
+            if any(self._depends(t.node, "placeholder") for t in traced_inside(value)):
+                caches.note_state(module, name)
+                raise StateFound(f"its attribute {name!r} carries state from call to call")
             return
         target = Expression(access(path))
         with torch._C.DisableTorchFunction():
+            if self._made_of_draws(value):
+                return  # a cache: kept, it would outlive its draw
             self._node("call_function", setattr, (target, name, self.argument(value)))
+
+    def _containers(self) -> list[tuple[str, Any, Any]]:
+        return [
+            (name, value, value.copy())
+            for module in self._modules
+            for name, value in module.__dict__.items()
+            if type(value) in (list, dict, set) and name not in INTERNAL
+        ]
+
+    def _check_containers(self, held: list[tuple[str, Any, Any]]) -> None:
+        """What a forward does to a list or dict of its module must happen at every call."""
+        for name, value, content in held:
+            if type(value) is dict:
+                # a cache of draws is not kept
+                changed = [
+                    k for k, v in value.items()
+                    if content.get(k, MISSING) is not v and not self._made_of_draws(v)
+                ]  # fmt: skip
+                different = bool(changed) or any(k not in value for k in content)
+            elif type(value) is list:
+                different = len(value) != len(content) or any(
+                    a is not b for a, b in zip(value, content, strict=True)
+                )
+            else:
+                different = len(value ^ content) > 0
+            if different:
+                raise TraceFailure(f"it changes its {type(value).__name__} {name!r}")
+
+    def _made_of_draws(self, value: Any) -> bool:
+        nodes = [t.node for t in traced_inside(value)]
+        return bool(nodes) and all(
+            self._depends(n, "parameter") and not self._depends(n, "placeholder") for n in nodes
+        )
+
+    def _depends(self, node: fx.Node, on: str) -> bool:
+        """Whether a node comes of an argument, or of a parameter (a submodule's included)."""
+        seen, stack = {node}, [node]
+        while stack:
+            current = stack.pop()
+            if on == "placeholder" and current.op == "placeholder":
+                return True
+            if on == "parameter" and (
+                current.op == "call_module" or current.name in self.parameters
+            ):
+                return True
+            new = [n for n in current.all_input_nodes if n not in seen]
+            seen.update(new)
+            stack.extend(new)
+        return False
 
     # -- running ---------------------------------------------------------------------------
 
@@ -492,7 +564,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         with self._patched(), self:
             args, kwargs = build(traced)
             before = _shape_of((args, kwargs))
-            result = method(*args, **kwargs)
+            held = self._containers()
+            with _python_numbers():
+                result = method(*args, **kwargs)
+            self._check_containers(held)
             with torch._C.DisableTorchFunction():
                 output = self.argument(result)
         if _shape_of((args, kwargs)) != before:
@@ -516,6 +591,21 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _hide(self, module: nn.Module) -> None:
         if self.hide:
             self._hidden.update((id(module), name) for name in caches.hide(module))
+
+
+@contextmanager
+def _python_numbers() -> Iterator[None]:
+    """Refuse a forward that takes random numbers which no graph would take again."""
+    generators: list[tuple[Any, Callable[[Any], None]]] = [(random.getstate, random.setstate)]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        generators.append((numpy.random.get_state, numpy.random.set_state))
+    before = [get() for get, _ in generators]
+    yield
+    for (get, put), state in zip(generators, before, strict=True):
+        if str(get()) != str(state):
+            put(state)
+            raise TraceFailure("it draws random numbers with Python or numpy")
 
 
 def _same_dict(result: Any, items: dict[str, Any]) -> Any:

@@ -21,8 +21,15 @@ Dims = frozenset[tuple[int, int]] | None
 """Which (tensor argument, dimension) pairs a number depends on; None: it cannot be said."""
 
 
-class TraceFailure(Exception):
-    """This forward cannot become a graph; the message says why."""
+class TraceFailure(BaseException):
+    """This forward cannot become a graph; the message says why.
+
+    No Exception: a forward's own ``except Exception`` must not swallow it.
+    """
+
+
+class StateFound(TraceFailure):
+    """What was hidden as a cache is state: the trace must start again and see it."""
 
 
 class Recorder(Protocol):
@@ -202,7 +209,7 @@ class TracedNumber:
         return str(_fixed(self))
 
     def __repr__(self) -> str:
-        return f"traced {self.value!r}"
+        return repr(_fixed(self))
 
     def bit_length(self) -> int:
         return int(_fixed(self)).bit_length()

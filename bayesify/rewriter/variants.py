@@ -24,7 +24,7 @@ from .guards import Guard
 from .outside import ACTIVE
 from .passes import compile_source, reads_to_draws, restore_contexts, source_of
 from .tracer import MethodTracer, Trace
-from .values import TraceFailure
+from .values import StateFound, TraceFailure
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ def _ambient() -> tuple[Any, ...]:
     """Grad mode and autocast: what a forward may ask torch for."""
     return (
         torch.is_grad_enabled(),
+        not torch.compiler.is_compiling() and torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cpu"),
@@ -225,10 +226,15 @@ def make(
     if sum(v.code is not None for v in known) >= MAX_VARIANTS:
         reason = f"more than {MAX_VARIANTS} variants: something it reads changes at every call"
     else:
-        for hide in (True, False):
+        attempts = [False, True]  # whether to hide caches, the last one first
+        while attempts:
+            hide = attempts.pop()
             try:
                 trace = _trace(owner, method, original, key, tensors, hide)
                 break
+            except StateFound as failure:
+                attempts.append(hide)
+                reason = str(failure)
             except TraceFailure as failure:
                 reason = str(failure)
             except Exception as error:  # the fallback runs the code itself and shows its errors
