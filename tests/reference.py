@@ -17,6 +17,7 @@ import bayesify
 from bayesify import scope
 from bayesify.convert import copy_detached
 from bayesify.posterior import sites
+from bayesify.rewriter import variants
 from bayesify.rewriter.variants import rungs
 
 
@@ -30,8 +31,11 @@ class Probe(TorchDispatchMode):
         self.leaks: set[str] = set()
         self.drawn: set[str] = set()
         self.drawing = False
+        self.tracing = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.tracing:
+            return func(*args, **(kwargs or {}))  # metadata only
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 if self.drawing:
@@ -51,7 +55,17 @@ class Probe(TorchDispatchMode):
             finally:
                 self.drawing = outer
 
-        with mock.patch.object(scope, "realise", marked), self:
+        make = variants.make
+
+        def traced(*args: Any) -> Any:
+            self.tracing = True
+            try:
+                return make(*args)
+            finally:
+                self.tracing = False
+
+        patch = mock.patch.object
+        with patch(scope, "realise", marked), patch(variants, "make", traced), self:
             yield self
 
 

@@ -348,12 +348,6 @@ def detector() -> nn.Module:
     return model
 
 
-ANCHORS = pytest.mark.xfail(
-    reason="caches.drop takes AnchorGenerator.cell_anchors for a cache and sets it to None"
-)
-
-
-@ANCHORS
 def test_detection() -> None:
     """Boxes in eval, four losses in train; the fallback's rung is allowed to wrappers only."""
     model = detector()
@@ -366,7 +360,6 @@ def test_detection() -> None:
                for s in report.swapped), report.swapped  # fmt: skip
 
 
-@ANCHORS
 def test_detection_losses_draw() -> None:
     model = bayesify.to_bbb(detector(), logvar=-8.0).train()
     args, _ = scenes(2)
