@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import socket
 import time
 import warnings
@@ -526,6 +527,8 @@ def worker(rank: int, kind: str, port: int, folder: str) -> None:
             optimizer.step()
         found["trained"] = {n: whole(p) for n, p in plain.named_parameters()}
         torch.save(found, Path(folder, f"{kind}{rank}.pt"))
+        dist.barrier()
+        os._exit(0)  # gloo's threads can abort an interpreter that shuts down beside a mesh
     finally:
         dist.destroy_process_group()
 
