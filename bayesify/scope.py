@@ -232,6 +232,8 @@ def _distinct_keys(found: list[Site]) -> dict[int, int]:
 def sampled(model: nn.Module) -> Iterator[None]:
     """Every call of ``model`` in this block draws its weights, also in ``eval()``.
 
+    The outermost call decides: given a part, it holds where that part is called by itself.
+
     Raises:
         UnsupportedModuleError: ``model`` has no posterior.
     """
@@ -242,6 +244,8 @@ def sampled(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def at_mean(model: nn.Module) -> Iterator[None]:
     """Every call of ``model`` in this block uses the posterior means, also in ``train()``.
+
+    The outermost call decides: given a part, it holds where that part is called by itself.
 
     Raises:
         UnsupportedModuleError: ``model`` has no posterior.
