@@ -148,7 +148,7 @@ def test_compile_a_vision_transformer(compiler: Any) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.xfail(
     torch.__version__ < "2.12",
-    reason="the trace of a parent runs its compiled child through dynamo, which older torch refuses",
+    reason="the trace of a parent runs its compiled child through dynamo, older torch refuses",
 )
 def test_compile_a_part(compiler: Any) -> None:
     model = converted()
