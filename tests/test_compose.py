@@ -146,10 +146,6 @@ def test_compile_a_vision_transformer(compiler: Any) -> None:
 
 # torch says so of any compiled part whose input is not a leaf
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.xfail(
-    torch.__version__ < "2.12",
-    reason="the trace of a parent runs its compiled child through dynamo, older torch refuses",
-)
 def test_compile_a_part(compiler: Any) -> None:
     model = converted()
     model[2].compile(fullgraph=True, backend=compiler)
@@ -164,7 +160,6 @@ def test_compile_a_part(compiler: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.xfail(reason="the tensors of the scope are guarded: every scope compiles anew")
 def test_compiled_part_is_not_compiled_again(compiler: Any) -> None:
     model = converted()
     model[2].compile(fullgraph=True, backend=compiler)

@@ -55,8 +55,9 @@ def paused() -> Iterator[None]:
 def without_hooks(module: nn.Module) -> None:
     """Drop hooks for a while: a user's hook, or a collective, is not to see examples.
 
-    Those of torch.nn.utils stay, since they compute weights.
+    Those of torch.nn.utils stay, since they compute weights. A compiled module runs uncompiled.
     """
+    module.__dict__.pop("_compiled_call_impl", None)
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         hooks = module.__dict__[name]
         if hooks:

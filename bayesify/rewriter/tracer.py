@@ -596,16 +596,22 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
 @contextmanager
 def _python_numbers() -> Iterator[None]:
     """Refuse a forward that takes random numbers which no graph would take again."""
-    generators: list[tuple[Any, Callable[[Any], None]]] = [(random.getstate, random.setstate)]
     numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        generators.append((numpy.random.get_state, numpy.random.set_state))
-    before = [get() for get, _ in generators]
+    python = random.getstate()
+    legacy = None if numpy is None else numpy.random.get_state()
     yield
-    for (get, put), state in zip(generators, before, strict=True):
-        if str(get()) != str(state):
-            put(state)
-            raise TraceFailure("it draws random numbers with Python or numpy")
+    if random.getstate() == python and (
+        numpy is None or _same_state(legacy, numpy.random.get_state())
+    ):
+        return
+    random.setstate(python)
+    if numpy is not None:
+        numpy.random.set_state(legacy)
+    raise TraceFailure("it draws random numbers with Python or numpy")
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    return a[0] == b[0] and a[1].tobytes() == b[1].tobytes() and a[2:] == b[2:]
 
 
 def _same_dict(result: Any, items: dict[str, Any]) -> Any:
