@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +143,7 @@ def check(
     rtol: float = 0.0,
     logvar: float | None = None,
     gradients: bool = True,
+    others: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = (),
 ) -> Report:
     """Check invariants 1-5 of a model in eval and in train.
 
@@ -153,6 +154,7 @@ def check(
         rtol: Tolerance of 1b; 0 asks for equal bits.
         logvar: Initial log variance; None for the default.
         gradients: Whether to check the gradients.
+        others: Further (args, kwargs) for the model in eval, as images of another size.
     """
     report = Report()
     say = report.problems.append
@@ -172,8 +174,10 @@ def check(
         converted.train(training)
         original.train(training)
         label = "train" if training else "eval"
-        for batch in batches:
-            args, kwargs = make_input(batch)
+        calls = [(f"batch {batch}", make_input(batch)) for batch in batches]
+        if not training:
+            calls += [(f"other input {index}", call) for index, call in enumerate(others)]
+        for batch, (args, kwargs) in calls:
             clear_caches(original)
             clear_caches(converted)
             state_a, state_b = state_of(original), state_of(converted)
@@ -184,7 +188,7 @@ def check(
             with bayesify.at_mean(converted):
                 found = converted(*args, **kwargs)
             if not same(found, expected):
-                say(f"1a: {label} batch {batch}: differs at the means")
+                say(f"1a: {label} {batch}: differs at the means")
             if not torch.equal(rng, torch.get_rng_state()):
                 say(f"1a: {label}: RNG")
             _restore(original, state_a)
@@ -209,13 +213,13 @@ def check(
                      for x, y in zip(outputs(found), outputs(expected), strict=False)
                      if x.shape == y.shape and x.numel() and x.is_floating_point()), default=-1.0
                 )  # fmt: skip
-                say(f"1b: {label} batch {batch}: differs by {worst:.3g}")
+                say(f"1b: {label} {batch}: differs by {worst:.3g}")
             if not torch.equal(rng, torch.get_rng_state()):
                 say(f"1b: {label}: RNG differs")
             if rtol == 0.0:
                 for key, value in state_of(converted).items():
                     if not torch.equal(value, expected_state[key]):
-                        say(f"1b: {label} batch {batch}: buffer {key} differs")
+                        say(f"1b: {label} {batch}: buffer {key} differs")
             for leak in sorted(probe.leaks):
                 say(f"2: {label}: {leak}")
             _restore(original, state_a)

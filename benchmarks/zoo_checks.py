@@ -1,0 +1,334 @@
+"""What `zoo.py` checks of one model: its structure without data, and its numbers on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import bayesify
+from bayesify.posterior import sites
+from reference import Probe, check, clear_caches, outputs
+
+BATCHES = (1, 3)
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+SHALLOW: tuple[dict[str, Any], ...] = (
+    {"depth": 2}, {"depths": (1, 1, 2, 1)}, {"depths": (2, 2, 2, 2)}, {"layers": (1, 1, 1, 1)},
+    {"num_layers": 2}, {"depths": (1, 1, 1)}, {"depths": (1, 2, 1)},
+)  # fmt: skip
+"""Arguments that make a model of the same modules with fewer layers."""
+
+
+def names() -> list[str]:
+    """All models of timm and torchvision, as bayesify names them."""
+    return timm.list_models() + [f"torchvision:{n}" for n in torchvision.models.list_models()]
+
+
+def signature(model: nn.Module) -> str:
+    """Of all modules the class, the names of its own parameters and of its children; no counts."""
+    kinds = {
+        (
+            type(module).__qualname__,
+            tuple(module._parameters),
+            tuple(sorted({re.sub(r"\d+", "#", child) for child in module._modules})),
+        )
+        for module in model.modules()
+    }
+    return hashlib.sha256(json.dumps(sorted(kinds)).encode()).hexdigest()[:12]
+
+
+# -- building --------------------------------------------------------------------------------
+
+
+def detects(name: str) -> bool:
+    builder = name.partition(":")[2]
+    return bool(builder) and ".detection." in torchvision.models.get_model_builder(
+        builder
+    ).__module__
+
+
+def build(name: str, device: str, **options: Any) -> nn.Module:
+    """A model by name on ``device``; detectors get a low threshold, so that there are boxes."""
+    torch.manual_seed(0)
+    if detects(name):
+        kind = name.partition(":")[2]
+        limits = {} if kind.startswith("ssd") else {"min_size": 64, "max_size": 96}
+        threshold = "box_score_thresh" if "rcnn" in kind else "score_thresh"
+        options = {threshold: 0.0, **limits, **options}
+        if "rcnn" in kind:
+            options |= {"rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 20}
+    return bayesify.create_model(name, model_args=options)
+
+
+def build_on_meta(name: str, **options: Any) -> nn.Module:
+    """Without memory; what cannot be built there is built on the CPU and moved."""
+    try:
+        with torch.device("meta"):
+            return build(name, "meta", **options)
+    except Exception:
+        return build(name, "cpu", **options).to("meta")
+
+
+# -- inputs ----------------------------------------------------------------------------------
+
+
+def native_size(name: str, model: nn.Module) -> int:
+    if detects(name):
+        return 64
+    known = getattr(model, "pretrained_cfg", None)
+    if known:
+        return int(known["input_size"][-1])
+    builder = name.partition(":")[2]
+    weights = torchvision.models.get_model_weights(builder)
+    for weight in weights:
+        crop = getattr(weight.transforms(), "crop_size", None)
+        if crop:
+            return int(crop[-1])
+    return 128 if builder.startswith("raft") else 224
+
+
+def inputs(name: str, model: nn.Module, batch: int, size: int, device: str) -> Call:
+    """Arguments of one call with square images of ``size`` pixels."""
+    generator = torch.Generator().manual_seed(batch)
+
+    def noise(*shape: int) -> Tensor:
+        if device == "meta":
+            return torch.empty(shape, device=device)
+        return torch.empty(shape).normal_(generator=generator)
+
+    builder = name.partition(":")[2]
+    if detects(name):
+        images = [noise(3, size, size + 8 * k) for k in range(batch)]
+        boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 60.0, 60.0]])
+        target = {"boxes": boxes, "labels": torch.tensor([1, 1])}
+        if builder.startswith("mask"):
+            masks = torch.zeros(2, size, size, dtype=torch.uint8)
+            masks[0, 4:40, 4:40], masks[1, 20:60, 10:60] = 1, 1
+        targets = []
+        for image in images:
+            entry = dict(target)
+            if builder.startswith("mask"):
+                entry["masks"] = nn.functional.pad(masks, (0, image.shape[-1] - size))
+            if builder.startswith("keypoint"):
+                entry["keypoints"] = torch.tensor([[[20.0, 20.0, 1.0]] * 17] * 2)
+            targets.append(entry)
+        return (images, targets), {}
+    if builder.startswith("raft"):
+        return (noise(batch, 3, size, size), noise(batch, 3, size, size)), {"num_flow_updates": 2}
+    if type(model).__module__.startswith("torchvision.models.video"):
+        frames = 16 if builder.startswith(("mvit", "s3d")) else 4
+        return (noise(batch, 3, frames, size, size),), {}
+    channels = getattr(model, "pretrained_cfg", {}).get("input_size", (3,))[0]
+    return (noise(batch, channels, size, size),), {}
+
+
+# -- structure -------------------------------------------------------------------------------
+
+
+class Uses(TorchDispatchMode):
+    """Records which parameters reach an operation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(p): n for n, p in model.named_parameters()}
+        self.used: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and id(leaf) in self.names:
+                self.used.add(self.names[id(leaf)])
+        return func(*args, **(kwargs or {}))
+
+
+def layout(value: Any) -> list[tuple[Any, ...]]:
+    return [(tuple(t.shape), t.dtype) for t in outputs(value)]
+
+
+@contextmanager
+def on(device: str) -> Iterator[None]:
+    """Factories without a device follow the model to meta."""
+    with torch.device("meta") if device == "meta" else nullcontext():
+        yield
+
+
+def structural(name: str) -> dict[str, Any]:
+    """Convert everything, and see that every parameter in use is drawn and none is read.
+
+    In eval and train mode, at each of :data:`BATCHES`; no number is looked at.
+    """
+    device = "cpu" if detects(name) else "meta"
+    model = build(name, device) if device == "cpu" else build_on_meta(name)
+    size = native_size(name, model)
+    problems: list[str] = []
+    notes: list[str] = []
+    before = {m: type(module) for m, module in model.named_modules()}
+    keys = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    methods = {m for m in dir(type(model)) if not m.startswith("__")}
+
+    start = time.perf_counter()
+    converted = bayesify.to_bbb(model)
+    convert_s = time.perf_counter() - start
+    after = dict(converted.named_modules())
+    for path, kind in before.items():
+        there = after.get(path)
+        if not isinstance(there, kind) or type(there).__name__ != kind.__name__:
+            problems.append(f"3: class of {path or 'the model'} changed")
+    state = converted.state_dict()
+    problems += [f"3: lost key {k}" for k, s in keys.items()
+                 if k not in state or tuple(state[k].shape) != s]  # fmt: skip
+    problems += [f"3: lost {m}" for m in methods if not hasattr(type(converted), m)]
+    bayesian = {site.name for site in sites(converted)}
+    floats = {n for n, p in model.named_parameters() if p.is_floating_point()}
+    problems += [f"not converted: {n}" for n in sorted(floats - bayesian)]
+
+    used: set[str] = set()
+    drawn: set[str] = set()
+    first_call_s = 0.0
+    with torch.no_grad(), on(device):
+        for training in (False, True):
+            model.train(training), converted.train(training)
+            label = "train" if training else "eval"
+            for batch in BATCHES:
+                args, kwargs = inputs(name, model, batch, size, device)
+                uses = Uses(model)
+                clear_caches(model), clear_caches(converted)
+                try:
+                    with uses:
+                        expected = layout(model(*args, **kwargs))
+                except Exception as error:
+                    notes.append(f"{label}, batch {batch}: the original raises {_said(error)}")
+                    continue
+                used |= uses.used
+                with bayesify.at_mean(converted):
+                    if layout(converted(*args, **kwargs)) != expected and device == "meta":
+                        problems.append(f"1a: {label}, batch {batch}: other shapes")
+                start = time.perf_counter()
+                with bayesify.one_draw(converted, seed=1):
+                    found = layout(converted(*args, **kwargs))
+                first_call_s = first_call_s or time.perf_counter() - start
+                if found != expected and device == "meta":
+                    problems.append(f"1b: {label}, batch {batch}: other shapes")
+                calls = [converted.__call__]
+                if hasattr(converted, "forward_features") and not training:
+                    calls.append(converted.forward_features)
+                for call in calls:
+                    probe = Probe(converted)
+                    with probe.watching(), bayesify.one_draw(converted, seed=2):
+                        call(*args, **kwargs)
+                    problems += [f"2: {label}, batch {batch}: {x}" for x in sorted(probe.leaks)]
+                    drawn |= probe.drawn
+                missed = sorted(uses.used & bayesian - drawn)
+                problems += [f"2: {label}, batch {batch}: {x} is used, not drawn" for x in missed]
+    if not used:
+        problems.append("the original never ran")
+    report: dict[str, Any] = {
+        "device": device, "size": size, "used": len(used), "drawn": len(used & drawn),
+        "unused": len(floats - used), **census(converted), "convert_s": round(convert_s, 3),
+        "first_call_s": round(first_call_s, 2),
+    }  # fmt: skip
+    back = bayesify.to_deterministic(converted)
+    if {m: type(module) for m, module in back.named_modules()} != before:
+        problems.append("back: other classes")
+    if {k: tuple(v.shape) for k, v in back.state_dict().items()} != keys:
+        problems.append("back: other keys")
+    return report | {"problems": _few(problems), "notes": _few(notes)}
+
+
+def census(converted: nn.Module) -> dict[str, Any]:
+    """How many owners of parameters took an fx rung, and who took the fallback why."""
+    worst: dict[str, int] = {}
+    fallback: dict[str, str] = {}
+    order = ("plain", "guided", "swap")
+    for rung in bayesify.rungs(converted):
+        if rung.own_parameters:
+            worst[rung.owner] = max(worst.get(rung.owner, 0), order.index(rung.rung))
+        if rung.rung == "swap":
+            kind = f"{rung.type}.{rung.method}" + ("" if rung.own_parameters else " (owns none)")
+            fallback.setdefault(f"{kind}: {rung.reason}", rung.owner)
+    counts = {kind: sum(w == k for w in worst.values()) for k, kind in enumerate(order)}
+    return {"owners": len(worst), **counts, "fallback": sorted(fallback)}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def _few(lines: list[str], most: int = 8) -> list[str]:
+    rest = len(lines) - most
+    return lines if rest <= 0 else [*lines[:most], f"and {rest} more"]
+
+
+# -- numbers ---------------------------------------------------------------------------------
+
+
+def runs_at(name: str, model: nn.Module, size: int) -> bool:
+    """Whether the original takes images of this size, in both modes."""
+    with torch.no_grad(), on("meta"):
+        try:
+            for training in (False, True):
+                args, kwargs = inputs(name, model, 3, size, "meta")
+                clear_caches(model)
+                model.train(training)(*args, **kwargs)
+        except Exception:
+            return False
+    return True
+
+
+def sizes(name: str, options: dict[str, Any]) -> tuple[int, int | None]:
+    """The smallest size of image that the model takes, and another one if there is any."""
+    outline = build_on_meta(name, **options)
+    native = native_size(name, outline)
+    if detects(name):
+        return native, None if name.startswith("torchvision:ssd") else native + 32
+    taken = [s for s in sorted({64, 96, 128, 160, 224, native}) if s < native]
+    smallest = next((s for s in taken if runs_at(name, outline, s)), native)
+    others = (smallest + 32, smallest + 64, 2 * smallest)
+    return smallest, next((s for s in others if runs_at(name, outline, s)), None)
+
+
+def numeric(name: str, shallow: bool) -> dict[str, Any]:
+    """Invariants 1-5 in numbers, by ``tests/reference.py``.
+
+    Args:
+        name: The model.
+        shallow: Build it with fewer layers; it must have the same signature.
+    """
+    options: dict[str, Any] = {}
+    if shallow:
+        full = signature(build_on_meta(name))
+        for options in SHALLOW:
+            try:
+                if signature(build_on_meta(name, **options)) == full:
+                    break
+            except Exception:
+                continue
+        else:
+            return {"problems": ["too large for this machine, and no smaller one of its kind"]}
+    size, other = sizes(name, options)
+    model = build(name, "cpu", **options)
+    parameters = sum(p.numel() for p in model.parameters())
+    others = [] if other is None else [inputs(name, model, 2, other, "cpu")]
+    report = check(
+        model, lambda batch: inputs(name, model, batch, size, "cpu"), batches=(3,), others=others
+    )
+    return {
+        "size": size, "other_size": other, "parameters": parameters, "options": options,
+        "owners": report.owners, "fx_owners": report.fx_owners,
+        "fallback": sorted(set(report.swapped))[:8], "problems": _few(report.problems),
+    }  # fmt: skip
