@@ -14,6 +14,8 @@ from torch import nn
 from .guards import MISSING
 
 if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     from .tracer import MethodTracer
 
 
@@ -21,6 +23,8 @@ class _Active(threading.local):
     def __init__(self) -> None:
         self.tracer: MethodTracer | None = None
         self.exchange: Callable[[Any], Any] | None = None
+        self.fake_mode: FakeTensorMode | None = None
+        self.patched = False
 
 
 ACTIVE = _Active()
@@ -111,8 +115,12 @@ def restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
 def patches() -> Iterator[None]:
     """Let module calls, attribute reads and writes, and opaque calls pass by the tracer.
 
-    Other threads go through the original code; the patches are removed at the end.
+    Other threads go through the original code; the patches are removed at the end. The trace of a
+    submodule inside its caller's finds them in place.
     """
+    if ACTIVE.patched:
+        yield
+        return
     call, set_attribute = nn.Module.__call__, nn.Module.__setattr__
     inner = "__getattribute__" in nn.Module.__dict__
 
@@ -152,10 +160,12 @@ def patches() -> Iterator[None]:
     module_class.__setattr__ = patched_write
     if not inner:
         module_class.__getattribute__ = patched_read
+    ACTIVE.patched = True
     try:
         with opaque_calls:
             yield
     finally:
+        ACTIVE.patched = False
         module_class.__call__ = call
         module_class.__setattr__ = set_attribute
         if not inner:

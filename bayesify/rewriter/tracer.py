@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from . import caches
@@ -114,6 +114,7 @@ class Trace:
         guided: Whether a value had to be answered, so that plain fx would have failed.
         constants: Objects that the code refers to by name.
         parameters: Target of each ``get_attr`` node that reads a parameter, by node name.
+        result: What the method gave, with examples for tensors.
     """
 
     graph: fx.Graph
@@ -123,6 +124,7 @@ class Trace:
     guided: bool
     constants: dict[str, Any]
     parameters: dict[str, tuple[tuple[str, ...], str]]
+    result: Any
 
 
 class MethodTracer(GraphWriter, TorchFunctionMode):
@@ -132,14 +134,19 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         owner: The module whose method is traced.
         run_leaf: Calls a submodule at the means, on examples.
         hide: Whether to hide the caches that modules keep outside of their buffers.
+        fake_mode: That of the trace of the caller, whose examples are the arguments; None: a new
+            one.
     """
 
-    def __init__(self, owner: nn.Module, run_leaf: Callable[..., Any], hide: bool) -> None:
+    def __init__(
+        self, owner: nn.Module, run_leaf: Callable[..., Any], hide: bool,
+        fake_mode: FakeTensorMode | None = None,
+    ) -> None:  # fmt: skip
         TorchFunctionMode.__init__(self)
         GraphWriter.__init__(self, owner)
         self.run_leaf = run_leaf
         self.hide = hide
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
         self.writes: set[tuple[tuple[str, ...], str]] = set()
         self.dims: Dims = frozenset()
@@ -153,6 +160,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
 
     def example_of(self, tensor: Tensor) -> Tensor:
         """A fake tensor with the metadata of a real one."""
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.fake_mode:
+            return tensor
         known = self._examples.get(id(tensor))
         if known is None:
             # a sharded parameter has its global shape
@@ -393,6 +402,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         keywords = {k: self.argument(v) for k, v in kwargs.items()}
         examples = self._as_examples((args, kwargs))
         with paused(), self._as_outline(module):
+            outer, ACTIVE.fake_mode = ACTIVE.fake_mode, self.fake_mode
             try:
                 with self.fake_mode:
                     result = self.run_leaf(module, *examples)
@@ -403,6 +413,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                     f"the call of its {type(module).__name__} cannot be evaluated without data "
                     f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
                 ) from error
+            finally:
+                ACTIVE.fake_mode = outer
         if path:
             node = self._node("call_module", ".".join(path), arguments, keywords)
         else:
@@ -570,13 +582,14 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self._check_containers(held)
             with torch._C.DisableTorchFunction():
                 output = self.argument(result)
+                examples = self._as_examples(result)
         if _shape_of((args, kwargs)) != before:
             raise TraceFailure("it changes a container among its arguments")
         self.graph.output(output)
         self.graph.output_node().meta["context"] = self.entry_context
         return Trace(
             self.graph, tuple(self.guards.values()), self.dims, self.layout, self.guided,
-            self.constants, self.parameters,
+            self.constants, self.parameters, examples,
         )  # fmt: skip
 
     @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .. import scope as scopes
 from ..errors import UnsupportedModuleError
@@ -134,8 +135,32 @@ def call(
             functools.partial(original, owner),
         )
     if not scope.drawing:
+        if ACTIVE.fake_mode is not None:
+            return _example(owner, state, method, original, args, kwargs)
         return original(owner, *args, **kwargs)
     return _draw(owner, state, method, original, *args, **kwargs)
+
+
+def _example(
+    owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any], args: Any,
+    kwargs: Any,
+) -> Any:  # fmt: skip
+    """What a call of a leaf gives on the examples of the trace that meets it.
+
+    Its own variant is made on the way: evaluated at the means instead, every operation would run
+    once for each of the modules around it.
+    """
+    tensors: list[Tensor] = []
+    try:
+        structure = (flatten(args, tensors, [], "input"), flatten(kwargs, tensors, [], ""))
+    except TypeError:
+        return original(owner, *args, **kwargs)
+    key = (structure, _ambient())
+    if find(owner, state, method, key, tensors) is None:
+        variant, result = make(owner, state, method, original, key, tensors)
+        if variant.code is not None:
+            return result
+    return original(owner, *args, **kwargs)
 
 
 def _without_self(bound: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,7 +196,7 @@ def _draw(
     else:
         variant = find(owner, state, method, key, tensors)
         if variant is None:
-            variant = make(owner, state, method, original, key, tensors)
+            variant, _ = make(owner, state, method, original, key, tensors)
     if variant.code is None:
         return _swap(owner, state, method, original, args, kwargs, None)
     return variant.code(owner, *tensors)
@@ -211,15 +236,19 @@ def _prepare(handle: int, method: str, key: Any, shapes: Any) -> int:
         original = _without_self(state.methods[method])
     found: Any = find(owner, state, method, key, tensors)  # type: ignore[arg-type]
     if found is None:
-        found = make(owner, state, method, original, key, tensors)  # type: ignore[arg-type]
+        found, _ = make(owner, state, method, original, key, tensors)  # type: ignore[arg-type]
     return int(state.variants[method].index(found))
 
 
 def make(
     owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any], key: Any,
     tensors: list[Tensor],
-) -> Variant:  # fmt: skip
-    """Trace a method for such a call and keep the variant; a failed trace keeps the fallback."""
+) -> tuple[Variant, Any]:  # fmt: skip
+    """Trace a method for such a call and keep the variant; a failed trace keeps the fallback.
+
+    Returns:
+        The variant, and what it gives with examples for tensors.
+    """
     known = state.variants.setdefault(method, [])
     trace: Trace | None = None
     reason = ""
@@ -261,7 +290,7 @@ def make(
             f"{drawn} draws",
         )  # fmt: skip
     known.append(variant)
-    return variant
+    return variant, None if trace is None else trace.result
 
 
 def _bayesian_below(owner: nn.Module) -> set[tuple[tuple[str, ...], str]]:
@@ -285,10 +314,14 @@ def _trace(
         used = itertools.count()
         return unflatten(args_structure, traced, used), unflatten(kwargs_structure, traced, used)
 
-    tracer = MethodTracer(owner, run_at_mean, hide)
+    tracer = MethodTracer(owner, run_at_mean, hide, ACTIVE.fake_mode)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
     unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
-    with scopes.recording(_refuse_checkpoint), unseen:
+    # inside the trace of a caller, its fake mode is on and torch functions are off
+    with (
+        scopes.recording(_refuse_checkpoint), unseen, unset_fake_temporarily(),
+        torch._C._EnableTorchFunction(),
+    ):  # fmt: skip
         return tracer.run(functools.partial(original, owner), names, build, tensors)
 
 
