@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -41,16 +40,28 @@ def names() -> list[str]:
 
 
 def signature(model: nn.Module) -> str:
-    """Of all modules the class, the names of its own parameters and of its children; no counts."""
+    """Of all modules the class and the names of own parameters, buffers and children.
+
+    How many layers there are does not count: children called by numbers are left out.
+    """
     kinds = {
         (
-            type(module).__qualname__,
-            tuple(module._parameters),
-            tuple(sorted({re.sub(r"\d+", "#", child) for child in module._modules})),
+            f"{type(module).__module__}.{type(module).__qualname__}",
+            tuple(name for name, value in module._parameters.items() if value is not None),
+            tuple(module._buffers),
+            tuple(name for name in module._modules if not name.isdigit()),
         )
         for module in model.modules()
     }
     return hashlib.sha256(json.dumps(sorted(kinds)).encode()).hexdigest()[:12]
+
+
+def family(name: str) -> str:
+    """The module of timm or torchvision that defines the model."""
+    library, _, builder = name.rpartition(":")
+    if not library:
+        return str(timm.models.model_entrypoint(name).__module__)
+    return str(torchvision.models.get_model_builder(builder).__module__)
 
 
 # -- building --------------------------------------------------------------------------------
@@ -58,9 +69,9 @@ def signature(model: nn.Module) -> str:
 
 def detects(name: str) -> bool:
     builder = name.partition(":")[2]
-    return bool(builder) and ".detection." in torchvision.models.get_model_builder(
-        builder
-    ).__module__
+    return (
+        bool(builder) and ".detection." in torchvision.models.get_model_builder(builder).__module__
+    )
 
 
 def build(name: str, device: str, **options: Any) -> nn.Module:
@@ -175,6 +186,7 @@ def structural(name: str) -> dict[str, Any]:
     device = "cpu" if detects(name) else "meta"
     model = build(name, device) if device == "cpu" else build_on_meta(name)
     size = native_size(name, model)
+    group = signature(model)
     problems: list[str] = []
     notes: list[str] = []
     before = {m: type(module) for m, module in model.named_modules()}
@@ -238,7 +250,8 @@ def structural(name: str) -> dict[str, Any]:
     if not used:
         problems.append("the original never ran")
     report: dict[str, Any] = {
-        "device": device, "size": size, "used": len(used), "drawn": len(used & drawn),
+        "group": group, "family": family(name), "tensors": len(bayesian),
+        "parameters": sum(p.numel() for p in model.parameters()), "device": device, "size": size, "used": len(used), "drawn": len(used & drawn),
         "unused": len(floats - used), **census(converted), "convert_s": round(convert_s, 3),
         "first_call_s": round(first_call_s, 2),
     }  # fmt: skip

@@ -22,12 +22,17 @@ from bayesify.rewriter.variants import rungs
 
 
 class Probe(TorchDispatchMode):
-    """Records every Bayesian mean that reaches an op other than its own draw."""
+    """Records the Bayesian means that reach an op other than their own draw, and the draws that do.
+
+    Attributes:
+        leaks: What should not be: a mean and the op that it reaches.
+        drawn: Names of the tensors whose draw reaches an op.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.means = {id(site.mean): site.name for site in sites(model)}
-        self.raws = {id(site.raw): site.name for site in sites(model)}
+        self.draws: dict[int, tuple[Tensor, str]] = {}
         self.leaks: set[str] = set()
         self.drawn: set[str] = set()
         self.drawing = False
@@ -37,9 +42,9 @@ class Probe(TorchDispatchMode):
         if self.tracing:
             return func(*args, **(kwargs or {}))  # metadata only
         for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                if self.drawing:
-                    self.drawn.update({self.means[id(leaf)]} if id(leaf) in self.means else ())
+            if isinstance(leaf, Tensor) and not self.drawing:
+                if id(leaf) in self.draws:
+                    self.drawn.add(self.draws[id(leaf)][1])
                 elif id(leaf) in self.means and "detach" not in str(func):
                     self.leaks.add(f"{self.means[id(leaf)]} reaches {func}")
         return func(*args, **(kwargs or {}))
@@ -48,12 +53,14 @@ class Probe(TorchDispatchMode):
     def watching(self) -> Iterator[Probe]:
         realise = scope.realise
 
-        def marked(*args: Any) -> Tensor:
+        def marked(module: nn.Module, attribute: str, *args: Any) -> Tensor:
             outer, self.drawing = self.drawing, True
             try:
-                return realise(*args)
+                draw = realise(module, attribute, *args)
             finally:
                 self.drawing = outer
+            self.draws[id(draw)] = draw, self.means[id(module._parameters[attribute])]
+            return draw
 
         make = variants.make
 
@@ -162,10 +169,11 @@ def check(
     original = copy_detached(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     converted = bayesify.to_bbb(model, logvar=logvar)
+    now, then = converted.state_dict(), model.state_dict()
     for key, value in before.items():
-        if key not in converted.state_dict():
+        if key not in now:
             say(f"lost key {key}")
-        elif not torch.equal(value, model.state_dict()[key]):
+        elif not torch.equal(value, then[key]):
             say(f"the original's {key} changed")
     for (name, a), (_, b) in zip(original.named_modules(), converted.named_modules(), strict=True):
         if not isinstance(b, type(a)) or type(a).__name__ != type(b).__name__:

@@ -1,0 +1,207 @@
+"""Convert every model of timm and torchvision and check it; write the table of what held.
+
+    python benchmarks/zoo.py [--jobs 2] [--only 'vit_*'] [--again] [--minutes 60] [--render]
+
+Every model is checked in a process of its own, with a time limit: first the structure of all
+models, without data, then the numbers of the smallest model of each structural group, then the
+numbers of the others below 30 M parameters. A second run goes on where the first one ended.
+`zoo_checks.py` says what is checked. The result file has one line of JSON a model; from it come
+`docs/zoo.md` and the table that `bayesify models` shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import multiprocessing
+import subprocess
+import time
+import traceback
+from collections import defaultdict
+from importlib.metadata import version
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bayesify.storage import replacing
+
+ROOT = Path(__file__).parents[1]
+RESULT = Path(__file__).parent / "results" / "zoo.jsonl"
+LIMIT_S = {"structural": 240, "numeric": 600}
+SMALL = 30_000_000
+"""Parameters below which every model is checked in numbers."""
+LARGE = 150_000_000
+"""Parameters above which the numbers are those of a model of the same kind with fewer layers."""
+
+Row = dict[str, Any]
+
+
+def read() -> dict[str, Row]:
+    if not RESULT.exists():
+        return {}
+    rows = (json.loads(line) for line in RESULT.read_text().splitlines())
+    return {row["name"]: row for row in rows}
+
+
+def write(rows: dict[str, Row]) -> None:
+    with replacing(RESULT, overwrite=True) as path:
+        path.write_text("".join(json.dumps(rows[name]) + "\n" for name in sorted(rows)))
+
+
+# -- one model, in its own process -----------------------------------------------------------
+
+
+def work(check: str, name: str, shallow: bool, out: Connection) -> None:
+    """Run one check and send what it found; an error is a finding too."""
+    import warnings
+
+    import torch
+    import zoo_checks
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    try:
+        if check == "structural":
+            found = zoo_checks.structural(name)
+        else:
+            found = zoo_checks.numeric(name, shallow)
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0][:200]
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(at.filename).name}:{at.lineno}"
+        found = {"problems": [f"{type(error).__name__} at {where}: {said}"]}
+    out.send(found | {"seconds": round(time.perf_counter() - start, 1)})
+    out.close()
+
+
+class Job:
+    """A check of one model that runs in its own process."""
+
+    def __init__(self, check: str, name: str, shallow: bool) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self.check, self.name = check, name
+        self.pipe, there = context.Pipe(duplex=False)
+        self.process = context.Process(target=work, args=(check, name, shallow, there))
+        self.process.start()
+        there.close()
+        self.deadline = time.monotonic() + LIMIT_S[check]
+
+    def result(self) -> Row | None:
+        """What it found, or None while it runs."""
+        if self.pipe.poll():
+            try:
+                found: Row = self.pipe.recv()
+            except EOFError:
+                self.process.join()
+                found = {"problems": [f"the process ended with {self.process.exitcode}"]}
+        elif time.monotonic() > self.deadline:
+            self.process.kill()
+            found = {"problems": [f"not done after {LIMIT_S[self.check]} s"]}
+        else:
+            return None
+        self.process.join()
+        self.pipe.close()
+        return found
+
+
+# -- all of them -----------------------------------------------------------------------------
+
+
+def provenance() -> Row:
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    changed = git(
+        "status", "--porcelain", "--", "bayesify", "tests/reference.py", "benchmarks/*.py"
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else ""),
+        "versions": {p: version(p) for p in ("torch", "timm", "torchvision")},
+    }
+
+
+def numeric_queue(rows: dict[str, Row]) -> list[tuple[str, bool]]:
+    """Names to check in numbers, the smallest of each group first, and whether with few layers."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows.values():
+        if "group" in row:
+            groups[row["group"]].append(row)
+    first = [
+        min(group, key=lambda row: (row["parameters"], row["name"])) for group in groups.values()
+    ]
+    first.sort(key=lambda row: row["parameters"])
+    chosen = {row["name"] for row in first}
+    rest = [row for row in rows.values() if row.get("parameters", SMALL) < SMALL]
+    rest = sorted((r for r in rest if r["name"] not in chosen), key=lambda row: row["parameters"])
+    return [(row["name"], row["parameters"] > LARGE) for row in [*first, *rest]]
+
+
+def run(checks: list[str], jobs: int, only: str, again: bool, minutes: float) -> None:
+    import zoo_checks
+
+    multiprocessing.set_forkserver_preload(["zoo_warm"])
+    rows = read()
+    known = [n for n in zoo_checks.names() if fnmatch.fnmatchcase(n, only)]
+    stop = time.monotonic() + 60 * minutes
+    source = provenance()
+    columns = (
+        TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[now]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for check in checks:
+            if check == "structural":
+                queue = [(name, False) for name in known]
+            else:
+                queue = [item for item in numeric_queue(rows) if item[0] in set(known)]
+            if not again:
+                queue = [item for item in queue if check not in rows.get(item[0], {})]
+            bar = progress.add_task(check, total=len(queue), now="")
+            queue.reverse()
+            running: list[Job] = []
+            while running or (queue and time.monotonic() < stop):
+                while queue and len(running) < jobs and time.monotonic() < stop:
+                    running.append(Job(check, *queue.pop()))
+                    progress.update(bar, now=running[-1].name)
+                wait([job.pipe for job in running], timeout=1.0)
+                for job in list(running):
+                    found = job.result()
+                    if found is None:
+                        continue
+                    running.remove(job)
+                    row = rows.setdefault(job.name, {"name": job.name})
+                    for key in ("group", "family", "parameters", "tensors"):
+                        if check == "structural" and key in found:
+                            row[key] = found.pop(key)
+                    row[check] = found | source
+                    write(rows)
+                    progress.advance(bar)
+                    for problem in found["problems"][:2]:
+                        progress.console.print(f"{job.name}: {check}: {problem}", markup=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=2, help="models checked at the same time")
+    parser.add_argument("--only", default="*", help="glob of model names")
+    parser.add_argument("--check", choices=["structural", "numeric"], help="only this check")
+    parser.add_argument("--again", action="store_true", help="also what has a result already")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing later")
+    parser.add_argument("--render", action="store_true", help="only write the tables")
+    options = parser.parse_args()
+    if not options.render:
+        checks = [options.check] if options.check else ["structural", "numeric"]
+        run(checks, options.jobs, options.only, options.again, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
