@@ -251,7 +251,8 @@ def structural(name: str) -> dict[str, Any]:
         problems.append("the original never ran")
     report: dict[str, Any] = {
         "group": group, "family": family(name), "tensors": len(bayesian),
-        "parameters": sum(p.numel() for p in model.parameters()), "device": device, "size": size, "used": len(used), "drawn": len(used & drawn),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": device, "size": size, "used": len(used), "drawn": len(used & drawn),
         "unused": len(floats - used), **census(converted), "convert_s": round(convert_s, 3),
         "first_call_s": round(first_call_s, 2),
     }  # fmt: skip
