@@ -27,7 +27,6 @@ from .planning import (
 )
 from .posterior import (
     PRIOR_MEAN_SUFFIX,
-    RAW_SUFFIX,
     STATE,
     OwnerState,
     Site,
@@ -42,33 +41,6 @@ from .rewriter.fallback import DrawnHook
 from .rewriter.owner import generated_class, original_class
 from .rewriter.variants import adopt
 from .selection import Pattern
-
-
-def _problems(chosen: list[Found], scripted: dict[int, str], suffix: str) -> list[str]:
-    """Everything that forbids the conversion, each with its remedy."""
-    problems = []
-    for item in chosen:
-        parameter = item.parameter
-        if type(parameter) is not nn.Parameter:
-            problems.append(
-                f"{item.name} is a {type(parameter).__name__}, not a plain nn.Parameter: convert "
-                f"before sharding or quantising, or skip={item.name!r}."
-            )
-        elif parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
-            problems.append(f"{item.name} holds NaN or Inf: repair the weights first.")
-        for name, module, attribute in item.places:
-            if id(module) in scripted:
-                problems.append(
-                    f"{name} belongs to the ScriptModule {scripted[id(module)]!r}: scripted code "
-                    f"cannot be traced. skip={scripted[id(module)]!r}."
-                )
-            for extra in (suffix, PRIOR_MEAN_SUFFIX):
-                if hasattr(module, attribute + extra):
-                    problems.append(
-                        f"{name + extra} exists already, so {name} cannot get a posterior under "
-                        f"that name: rename it, or skip={name!r}."
-                    )
-    return problems
 
 
 def to_bbb(
@@ -119,6 +91,8 @@ def to_bbb(
     except BayesifyError:
         raise
     except Exception as error:
+        # what cannot be copied may be what cannot be converted
+        make_plan(model, specify(skip, only, preset, prior, logvar, estimator, config))
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Convert "
             "it in place with to_bbb_(model)."
@@ -187,19 +161,7 @@ def apply_(model: nn.Module, spec: Conversion) -> ConversionPlan:
 
 
 def _convert(model: nn.Module, spec: Conversion, chosen: list[Found], prefix: str) -> None:
-    """Give the chosen parameters a posterior, or change nothing and say why."""
-    suffix = RAW_SUFFIX[spec.config.parameterization]
-    scripted = {
-        id(inner): name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.jit.ScriptModule)
-        for inner in module.modules()
-    }
-    problems = _problems(chosen, scripted, suffix)
-    if problems:
-        raise UnsupportedModuleError(
-            f"{type(model).__name__} cannot be converted:\n  " + "\n  ".join(problems)
-        )
+    """Give the chosen parameters a posterior, or change nothing."""
     undo: list[Callable[[], object]] = []
     try:
         _apply(model, spec, chosen, prefix, undo)
@@ -226,7 +188,7 @@ def _apply(
         for _, module, attribute in item.places:
             name = raw_name(attribute, slot)
             if name not in module._parameters:
-                module.register_parameter(name, raw)
+                module._parameters[name] = raw  # register_parameter asks a module's own __getattr__
                 undo.append(functools.partial(module._parameters.pop, name, None))
             slots.setdefault(id(module), {})[attribute] = slot
         _, home, attribute = item.places[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, UnsupportedModuleError
 from .gaussian import Parameterization
-from .posterior import RAW_SUFFIX, initial_logvar, sites
+from .posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, root_mean_square, sites
 from .priors import GaussianPrior, Prior
-from .rewriter.owner import methods_to_wrap, original_class
+from .rewriter.owner import generated_class, methods_to_wrap, original_class
 from .selection import Pattern, parse_patterns, select
 
 Estimator = Literal["weight"]
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NOISE = 0.003
 """Initial sigma over root mean square, shared by all tensors (benchmarks/initial_sigma.py)."""
 
@@ -168,6 +170,7 @@ class Found:
     parameter: Tensor
     places: list[tuple[str, nn.Module, str]]
     action: str = "bayes"
+    rms: float | None = None
     std: float | None = None
 
     @property
@@ -197,38 +200,124 @@ def check_model(model: Any) -> None:
             "The model is a ScriptModule: scripted code cannot be traced. Convert the Python "
             "model before torch.jit.script."
         )
-    if hasattr(model, "_orig_mod"):
+    if "_orig_mod" in model._modules:
         raise UnsupportedModuleError(
             "The model is already compiled. Convert first: torch.compile(to_bbb(model)); the "
             "original is model._orig_mod."
         )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise UnsupportedModuleError(f"{name} is not initialised yet: run one batch first.")
     if next(model.parameters(), None) is None:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no parameter, so there is nothing to convert."
         )
 
 
-def _initial_std(item: Found, spec: Conversion, tensors: int) -> float | None:
+def _obstacle(parameter: Tensor) -> str | None:
+    """Why a tensor cannot be the mean of a posterior, with the remedy."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return "is not initialised yet: run one batch first"
+    if type(parameter) is not nn.Parameter:
+        return (
+            f"is a {type(parameter).__name__}, not a plain nn.Parameter: convert before sharding "
+            "or quantising"
+        )
+    if parameter.layout is not torch.strided:
+        return f"is sparse ({parameter.layout}): make it dense"
+    if parameter.dtype not in _DTYPES:
+        return f"is of {parameter.dtype}, a storage type: convert before quantising"
+    return None
+
+
+def _problems(model: nn.Module, chosen: list[Found], spec: Conversion) -> list[tuple[str, str]]:
+    """Everything that forbids the conversion, each as (what and its remedy, what to skip)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for item in chosen:
+        closed = [problem for name, _, _ in item.places for problem in _closed(name, modules)]
+        if closed:  # whatever else is wrong in there
+            found += closed
+            continue
+        reason = _obstacle(item.parameter)
+        if reason is None and item.rms is not None and not math.isfinite(item.rms):
+            reason = "holds NaN or Inf: repair the weights"
+        if reason is not None:
+            found.append((f"{item.name} {reason}", item.name))
+        for name, module, attribute in item.places:
+            for suffix in (RAW_SUFFIX[spec.config.parameterization], PRIOR_MEAN_SUFFIX):
+                if hasattr(module, attribute + suffix):
+                    what = (
+                        f"{name + suffix} exists already, so {name} cannot get a posterior under "
+                        "that name: rename it"
+                    )
+                    found.append((what, name))
+    return found
+
+
+def _closed(name: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
+    """The outermost module around a parameter that lets nobody change what is in it."""
+    parts = name.split(".")[:-1]
+    for path in (".".join(parts[:depth]) for depth in range(len(parts) + 1)):
+        module = modules[path]
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"{name} belongs to the ScriptModule {path!r}: convert before torch.jit.script"
+            return [(what, path)]
+        kind = original_class(type(module))
+        try:
+            generated_class(kind, frozenset(), False)
+        except Exception as error:  # a class may forbid subclasses in its own way
+            what = f"{name}: {kind.__name__} does not allow a subclass in its place ({error})"
+            return [(what, path)]
+    return []
+
+
+def _refuse(model: nn.Module, chosen: list[Found], spec: Conversion) -> None:
+    """Raise one error with all problems and the ``skip`` that leaves them out."""
+    problems = _problems(model, chosen, spec)
+    if not problems:
+        return
+    lines = [f"{type(model).__name__} cannot be converted:"]
+    for what, name in problems:
+        lines.append(f"  {what}, or skip={_exactly(name)!r}." if name else f"  {what}.")
+    patterns = list(dict.fromkeys(_exactly(name) for _, name in problems))
+    if len(patterns) > 1 and all(name for _, name in problems):
+        plain = not any(pattern.startswith("re:") for pattern in patterns)
+        beside = "Beside what you skip already, " if spec.skip else ""
+        skip = ",".join(patterns) if plain else patterns
+        lines.append(f"{beside}skip={skip!r} leaves all of these out.")
+    raise UnsupportedModuleError("\n".join(lines))
+
+
+def _exactly(name: str) -> str:
+    """A pattern for one qualified name, whatever characters are in it."""
+    return name if re.fullmatch(r"[\w.-]+", name) else rf"re:^{re.escape(name)}(\.|$)"
+
+
+def _rms(parameter: Tensor) -> float | None:
+    """The root mean square of a parameter, None of one without numbers to compute with."""
+    if parameter.device.type == "meta" or _obstacle(parameter) is not None:
+        return None
+    return root_mean_square(parameter)
+
+
+def _initial_std(
+    item: Found, spec: Conversion, tensors: int, scales: dict[int, float | None]
+) -> float | None:
     if spec.logvar is not None:
         return math.exp(0.5 * spec.logvar)
-    if item.parameter.device.type == "meta":
+    if item.rms is None:
         return None
     fraction = spec.config.relative_std
     if fraction is None:
         # noise adds up over the layers, in variance
         fraction = DEFAULT_NOISE / math.sqrt(tensors)
-    return math.exp(0.5 * initial_logvar(item.parameter, _reference_rms(item), fraction))
+    return fraction * (item.rms or _reference_rms(item, scales))
 
 
-def _reference_rms(item: Found) -> float:
+def _reference_rms(item: Found, scales: dict[int, float | None]) -> float:
     """A scale for a tensor of zeros: that of the largest tensor beside it, else one."""
     _, module, _ = item.places[0]
-    siblings = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
-    scales = [p.detach().double().square().mean().sqrt().item() for p in siblings if p.numel()]
-    return max(scales, default=0.0) or 1.0
+    beside = [p for p in module._parameters.values() if p is not None]
+    found = [scales[id(p)] if id(p) in scales else _rms(p) for p in beside]
+    return max((rms for rms in found if rms and math.isfinite(rms)), default=1.0)
 
 
 def _rewrite(item: Found) -> str:
@@ -239,6 +328,11 @@ def _rewrite(item: Found) -> str:
         names += [f"{cls.__name__}.{m}" for m in wrapped if m == "forward" or "forward" not in m]
         names += [f"hook {type(h).__name__}" for h in module._forward_pre_hooks.values()]
     return ", ".join(dict.fromkeys(names))
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+    return (0,) if lazy else tuple(parameter.shape)
 
 
 def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[Found]]:
@@ -260,14 +354,19 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
         found.append(item)
     bayes = [item for item in found if item.action == "bayes"]
     for item in bayes:
-        item.std = _initial_std(item, spec, len(bayes))
+        item.rms = _rms(item.parameter)
+    chosen = [item for item in bayes if id(item.parameter) not in means]
+    _refuse(model, chosen, spec)
+    scales = {id(item.parameter): item.rms for item in bayes}
+    for item in bayes:
+        item.std = _initial_std(item, spec, len(bayes), scales)
     rows = [
         PlanRow(
             name=item.name,
             aliases=tuple(name for name, _, _ in item.places[1:]),
             owner=type(item.places[0][1]).__name__,
-            shape=tuple(item.parameter.shape),
-            elements=item.parameter.numel(),
+            shape=_shape(item.parameter),
+            elements=math.prod(_shape(item.parameter)),
             action=item.action,
             rewrite=_rewrite(item) if item.action == "bayes" else "",
             prior=str(spec.prior) if item.action == "bayes" else "",
@@ -275,7 +374,6 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
         )
         for item in found
     ]
-    chosen = [item for item in bayes if id(item.parameter) not in means]
     return ConversionPlan(type(model).__name__, tuple(rows), selection.notes), chosen
 
 

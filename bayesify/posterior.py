@@ -201,13 +201,16 @@ def tensor_stats(mean: Tensor, std: Tensor) -> dict[str, float]:
     }
 
 
-def initial_logvar(mean: Tensor, reference_rms: float, relative_std: float) -> float:
-    """Log variance that makes sigma ``relative_std`` times the tensor's root mean square.
-
-    A tensor of zeros has no scale of its own and takes ``reference_rms``.
-    """
-    rms = mean.detach().double().square().mean().sqrt().item() if mean.numel() else 0.0
-    return 2.0 * math.log(relative_std * (rms if rms > 0.0 else reference_rms))
+def root_mean_square(tensor: Tensor) -> float:
+    """Root mean square in float64; zero if empty, not finite if an element is not."""
+    if tensor.numel() == 0:
+        return 0.0
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    # pieces that stay in the cache: a float64 copy of a large tensor costs ten times as much
+    for piece in tensor.detach().reshape(-1).split(1 << 17):
+        double = piece.double()
+        total += torch.dot(double, double)
+    return math.sqrt(total.item() / tensor.numel())
 
 
 def set_prior_(model: nn.Module, prior: Prior) -> nn.Module:
@@ -237,7 +240,7 @@ def attach_prior(site: Site, prior: Prior) -> None:
         return
     mean = site.mean.detach()
     if prior.relative and mean.device.type != "meta":
-        rms = mean.double().square().mean().sqrt().item()
+        rms = root_mean_square(mean)
         site.slot.prior_scale = rms if rms > 0.0 else 1.0
     if prior.needs_initial:
         site.module.register_buffer(buffer, mean.clone(), persistent=False)

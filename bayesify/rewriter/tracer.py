@@ -624,7 +624,7 @@ def _python_numbers() -> Iterator[None]:
 
 
 def _same_state(a: Any, b: Any) -> bool:
-    return a[0] == b[0] and a[1].tobytes() == b[1].tobytes() and a[2:] == b[2:]
+    return bool(a[0] == b[0] and a[1].tobytes() == b[1].tobytes() and a[2:] == b[2:])
 
 
 def _same_dict(result: Any, items: dict[str, Any]) -> Any:
