@@ -58,11 +58,13 @@ def write(rows: dict[str, Row]) -> None:
 
 def work(check: str, name: str, shallow: bool, out: Connection) -> None:
     """Run one check and send what it found; an error is a finding too."""
+    import gc
     import warnings
 
     import torch
     import zoo_checks
 
+    gc.disable()  # one model, then the process ends
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start = time.perf_counter()

@@ -65,11 +65,11 @@ class Probe(TorchDispatchMode):
         make = variants.make
 
         def traced(*args: Any) -> Any:
-            self.tracing = True
+            outer, self.tracing = self.tracing, True
             try:
                 return make(*args)
             finally:
-                self.tracing = False
+                self.tracing = outer
 
         patch = mock.patch.object
         with patch(scope, "realise", marked), patch(variants, "make", traced), self:
