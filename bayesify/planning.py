@@ -260,6 +260,8 @@ def _closed(name: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
         if isinstance(module, torch.jit.ScriptModule):
             what = f"{name} belongs to the ScriptModule {path!r}: convert before torch.jit.script"
             return [(what, path)]
+        if "_orig_mod" in module._modules:
+            return [(f"{name} belongs to {path!r}, which is compiled: convert before", path)]
         kind = original_class(type(module))
         try:
             generated_class(kind, frozenset(), False)

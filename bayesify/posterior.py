@@ -80,15 +80,11 @@ class Site(NamedTuple):
 
     @property
     def mean(self) -> nn.Parameter:
-        parameter = self.module._parameters[self.attribute]
-        assert parameter is not None
-        return parameter
+        return tensors_of(self.module, self.attribute, self.slot)[0]
 
     @property
     def raw(self) -> nn.Parameter:
-        parameter = self.module._parameters[raw_name(self.attribute, self.slot)]
-        assert parameter is not None
-        return parameter
+        return tensors_of(self.module, self.attribute, self.slot)[1]
 
     @property
     def std(self) -> Tensor:
@@ -111,6 +107,32 @@ class Posterior(NamedTuple):
 def raw_name(attribute: str, slot: Slot) -> str:
     """Name of the trained spread beside ``attribute``: ``weight_logvar`` or ``weight_rho``."""
     return attribute + RAW_SUFFIX[slot.parameterization]
+
+
+def tensors_of(module: nn.Module, attribute: str, slot: Slot) -> tuple[nn.Parameter, nn.Parameter]:
+    """Mean and trained spread as the module holds them now.
+
+    Raises:
+        UnsupportedModuleError: One was taken away or replaced by another shape since the
+            conversion.
+    """
+    parameters = module._parameters
+    mean, raw = parameters.get(attribute), parameters.get(raw_name(attribute, slot))
+    if mean is None or raw is None or mean.shape != raw.shape:
+        kind = type(module).__name__
+        if mean is None or raw is None:
+            name = attribute if mean is None else raw_name(attribute, slot)
+            what = f"{kind} holds no parameter {name!r} any more"
+        else:
+            what = (
+                f"{attribute!r} of {kind} now has the shape {tuple(mean.shape)}, its posterior "
+                f"{tuple(raw.shape)}"
+            )
+        raise UnsupportedModuleError(
+            f"{slot.name} was Bayesian, but {what}. Change, wrap or prune a layer before the "
+            "conversion, or go back with to_deterministic(model) first."
+        )
+    return mean, raw
 
 
 def owner_state(module: nn.Module) -> OwnerState | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import gaussian
 from .errors import ArgumentError
 from .kernels.noise import fold, noise
-from .posterior import STATE, Site, Slot, bayesian_sites, owner_state, raw_name
+from .posterior import STATE, Site, Slot, bayesian_sites, owner_state, tensors_of
 
 _SEED_BOUND = 1 << 62
 
@@ -89,10 +89,7 @@ def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, 
 
     The draw is made in float32, or in float64 for a float64 mean, and has the mean's dtype.
     """
-    mean = module._parameters[attribute]
-    raw = module._parameters[raw_name(attribute, slot)]
-    assert mean is not None
-    assert raw is not None
+    mean, raw = tensors_of(module, attribute, slot)
     assert seed is not None
     # Not autocast and not a torch-function mode: the mode that swaps reads must not see this one.
     with torch._C.DisableTorchFunction():
@@ -171,7 +168,7 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
                 if seen.setdefault(slot.key, slot.uid) != slot.uid:
                     # a copy of a layer in the same model: not the same noise
                     scope.keys.setdefault(slot.uid, fold(slot.key, 1 + len(scope.keys)))
-                if type(child._parameters[attribute]) is nn.Parameter:
+                if type(tensors_of(child, attribute, slot)[0]) is nn.Parameter:
                     scope.read(child, attribute, slot)
 
 

@@ -390,15 +390,12 @@ class CallsIt(nn.Module):
         return self.head(self.maker(x)(x + 1))
 
 
-PARTIAL = pytest.mark.xfail(
-    strict=True, reason="a partial keeps the traced tensors of its trace: TraceFailure escapes"
-)
 CLOSURE = pytest.mark.xfail(
     strict=True, reason="what a function that a forward gave back reads itself are the means"
 )
 
 
-@pytest.mark.parametrize("maker", [GivesClosure, pytest.param(GivesPartial, marks=PARTIAL)])
+@pytest.mark.parametrize("maker", [GivesClosure, GivesPartial])
 def test_a_function_called_in_the_same_scope_draws(maker: type[Model]) -> None:
     report = check(CallsIt(maker()), randn(4))
     assert report.problems == []
@@ -406,7 +403,7 @@ def test_a_function_called_in_the_same_scope_draws(maker: type[Model]) -> None:
 
 @pytest.mark.parametrize(
     "maker",
-    [pytest.param(GivesClosure, marks=CLOSURE), pytest.param(GivesPartial, marks=PARTIAL)],
+    [pytest.param(GivesClosure, marks=CLOSURE), GivesPartial],
 )
 def test_a_function_called_in_one_draw_draws(maker: type[Model]) -> None:
     model = maker()
@@ -465,9 +462,6 @@ class SetsContextVariable(Model):
             FACTOR.reset(token)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="hooks that a forward registers are registered once more by each trace"
-)
 def test_a_hook_registered_in_a_forward_is_registered_once() -> None:
     converted: Any = bayesify.to_bbb(AddsHook()).train()
     x = randn(4)(2)[0][0]
@@ -477,9 +471,6 @@ def test_a_hook_registered_in_a_forward_is_registered_once() -> None:
         assert len(converted.seen) == calls
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a context variable that a forward sets is lost in its graph"
-)
 def test_a_context_variable_set_in_a_forward() -> None:
     model = SetsContextVariable()
     converted: Any = bayesify.to_bbb(model, logvar=-3.0)
@@ -586,32 +577,23 @@ def twos() -> Tensor:
     return torch.full((4,), 2.0)
 
 
-UNSEEN = "what was absent or None at the trace and is a parameter, buffer or child now is not seen"
-LATER: dict[str, tuple[bool, str, Callable[[], Any], Any]] = {
-    # seen or not, name, value, the value before (a model that has none lacks the attribute)
-    "attribute": (True, "gain", twos, ...),
-    "attribute that was None": (True, "plain", twos, None),
-    "child in place of another": (True, "child", Twice, nn.Identity()),
-    "parameter": (False, "gain", lambda: nn.Parameter(twos()), ...),
-    "parameter by getattr": (False, "other", lambda: nn.Parameter(twos()), ...),
-    "parameter by its key": (False, "third", lambda: nn.Parameter(twos()), ...),
-    "parameter registered as None": (False, "registered", lambda: nn.Parameter(twos()), None),
-    "buffer registered as None": (False, "buffer", twos, None),
-    "child": (False, "after", Twice, ...),
+LATER: dict[str, tuple[str, Callable[[], Any], Any]] = {
+    # name, value, the value before (a model that has none lacks the attribute)
+    "attribute": ("gain", twos, ...),
+    "attribute that was None": ("plain", twos, None),
+    "child in place of another": ("child", Twice, nn.Identity()),
+    "parameter": ("gain", lambda: nn.Parameter(twos()), ...),
+    "parameter by getattr": ("other", lambda: nn.Parameter(twos()), ...),
+    "parameter by its key": ("third", lambda: nn.Parameter(twos()), ...),
+    "parameter registered as None": ("registered", lambda: nn.Parameter(twos()), None),
+    "buffer registered as None": ("buffer", twos, None),
+    "child": ("after", Twice, ...),
 }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(
-            k, marks=[] if seen else [pytest.mark.xfail(strict=True, reason=UNSEEN)]
-        )
-        for k, (seen, *_) in LATER.items()
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("kind", LATER)
 def test_attributes_added_later_are_seen(kind: str) -> None:
-    _, name, value, before = LATER[kind]
+    name, value, before = LATER[kind]
     converted: Any = bayesify.to_bbb(Open(), logvar=-3.0)
     x = randn(4)(2)[0][0]
 
@@ -629,7 +611,6 @@ def test_attributes_added_later_are_seen(kind: str) -> None:
     assert torch.equal(drawn(), plain)
 
 
-@pytest.mark.xfail(strict=True, reason=UNSEEN)
 def test_a_bias_added_later_is_seen() -> None:
     converted: Any = bayesify.to_bbb(nn.Linear(4, 4, bias=False), logvar=-3.0)
     x = randn(4)(2)[0][0]
@@ -652,15 +633,8 @@ def of_another_shape(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("change", "shape"),
-    [
-        pytest.param(without_bias, (2, 4), marks=pytest.mark.xfail(
-            strict=True, raises=AssertionError,
-            reason="a Bayesian parameter set to None ends in a bare AssertionError")),
-        pytest.param(of_another_shape, (2, 3), marks=pytest.mark.xfail(
-            strict=True, raises=RuntimeError,
-            reason="a mean of another shape than its log variance ends in torch's error")),
-    ],
-)  # fmt: skip
+    [(without_bias, (2, 4)), (of_another_shape, (2, 3))],
+)
 def test_a_parameter_changed_later(
     change: Callable[[nn.Module], None], shape: tuple[int, ...]
 ) -> None:

@@ -15,12 +15,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 INTERNAL = {
     "_parameters", "_buffers", "_modules", "_bayesify", "__dict__", "__class__",
     "_non_persistent_buffers_set", "_state_dict_hooks", "_load_state_dict_pre_hooks",
     "_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_backward_pre_hooks",
 }  # fmt: skip
+
+
+HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
 
 
 # (class, attribute) of tensors that were seen to depend on an input: state, which must be kept
@@ -87,6 +91,16 @@ def hide(module: nn.Module) -> list[str]:
     for name, value in found:
         module.__dict__[name] = value
     return [name for name, _ in found]
+
+
+@contextmanager
+def parametrizations_computed_anew() -> Iterator[None]:
+    """Let no ``torch.nn.utils.parametrize.cached`` keep a draw, or give one another's."""
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
 
 
 @contextmanager

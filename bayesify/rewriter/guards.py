@@ -25,7 +25,7 @@ class Guard:
     path: tuple[str, ...]
     name: str
     value: Any
-    kind: str  # "equal", "same", "keys" (of _modules) or "shape" (of a buffer)
+    kind: str  # "equal", "same", "keys" (of _modules and the like) or "shape" (of a buffer)
 
     def holds(self, owner: nn.Module) -> bool:
         module: Any = owner
@@ -34,14 +34,26 @@ class Guard:
             if module is None:
                 return False
         if self.kind == "keys":
-            return bool(tuple(module._modules) == self.value)
+            return bool(tuple(module.__dict__[self.name]) == self.value)
         if self.kind == "shape":
             buffer = module._buffers.get(self.name)
             return buffer is not None and bool(tuple(buffer.shape) == self.value)
-        found = module.__dict__.get(self.name, MISSING)
+        found = held(module, self.name)
         if self.kind == "same":
             return found is self.value
         return type(found) is type(self.value) and bool(found == self.value)
+
+
+def held(module: nn.Module, name: str) -> Any:
+    """What a module holds under a name, whether plain, a parameter, a buffer or a child."""
+    own = module.__dict__
+    found = own.get(name, MISSING)
+    if found is MISSING:
+        for kind in ("_parameters", "_buffers", "_modules"):
+            found = own[kind].get(name, MISSING)
+            if found is not MISSING:
+                break
+    return found
 
 
 def plain(value: Any, depth: int = 0) -> bool:

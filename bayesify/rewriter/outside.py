@@ -24,6 +24,7 @@ class _Active(threading.local):
         self.tracer: MethodTracer | None = None
         self.exchange: Callable[[Any], Any] | None = None
         self.fake_mode: FakeTensorMode | None = None
+        self.hooked = False
         self.patched = False
 
 
@@ -69,6 +70,12 @@ def without_hooks(module: nn.Module) -> None:
             module.__dict__[name] = type(hooks)(kept)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that :func:`without_hooks` drops."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not all(_computes_weights(hook) for hook in hooks)
+
+
 def _computes_weights(hook: Any) -> bool:
     hook = getattr(hook, "hook", hook)
     return type(hook).__module__.startswith("torch.nn.utils")
@@ -82,7 +89,7 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
         attributes = dict(module.__dict__)
         containers = [
             (v, v.copy()) for k, v in attributes.items()
-            if type(v) in (dict, list, set) and k not in ("_parameters", "_modules")
+            if isinstance(v, dict | list | set) and k not in ("_parameters", "_modules")
         ]  # fmt: skip
         saved.append((module, attributes, containers, dict(module._buffers)))
     try:
@@ -95,7 +102,7 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
             restore(module._buffers, buffers)
             for container, content in containers:
                 if isinstance(container, dict):
-                    restore(container, content)
+                    restore(container, content)  # type: ignore[arg-type]
                 elif isinstance(container, list):
                     container[:] = content
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import dis
 import functools
@@ -11,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import scope as scopes
 from ..posterior import STATE, owner_state, raw_name
@@ -115,6 +116,8 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         return base._apply(self, keep_float32, recurse)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if isinstance(self, fx.GraphModule):
+            return self.__reduce__()
         reduced = base.__reduce_ex__(self, protocol)
         if isinstance(reduced, tuple) and reduced[0] in _RECONSTRUCTORS:
             return (_rebuild, (original, attributes, hooked), *reduced[2:])
@@ -165,6 +168,8 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         no_weight_decay=no_weight_decay,
         extra_repr=extra_repr,
     )
+    if issubclass(original, fx.GraphModule):
+        namespace.update(_graph_module_methods(base, hooked))
     if hooked:
 
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -179,6 +184,59 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
 
         namespace["__call__"] = __call__
     return type(original)(original.__name__, (original,), namespace)
+
+
+def _graph_module_methods(base: Any, hooked: bool) -> dict[str, Any]:
+    """A GraphModule copies, pickles and compiles itself, knowing only what its graph refers to."""
+
+    def stripped(self: Any) -> Any:
+        """The module of before the conversion, with the same tensors."""
+        plain = object.__new__(base)
+        plain.__dict__.update(self.__dict__)
+        state = plain.__dict__.pop(STATE)
+        raws = {raw_name(a, s) for a, s in state.slots.items()}
+        plain.__dict__["_parameters"] = {k: p for k, p in self._parameters.items() if k not in raws}
+        return plain
+
+    def extras(self: Any) -> tuple[Any, ...]:
+        state = self.__dict__[STATE]
+        raws = [raw_name(a, s) for a, s in state.slots.items()]
+        return state, {name: self._parameters[name] for name in raws}, hooked
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        if STATE not in self.__dict__:
+            return base.__deepcopy__(self, memo)
+        module = copy.deepcopy(stripped(self), memo)
+        memo[id(self)] = module
+        return _adopt_graph_module(module, *copy.deepcopy(extras(self), memo))
+
+    def __reduce__(self: Any) -> Any:
+        if STATE not in self.__dict__:
+            return base.__reduce__(self)
+        return _adopt_graph_module, (stripped(self), *extras(self))
+
+    def recompile(self: Any) -> Any:
+        converted = type(self)
+        self.__class__ = base  # it writes its code to its class
+        try:
+            code = base.recompile(self)
+        finally:
+            self.__class__ = converted
+        state = self.__dict__.get(STATE)
+        if state is not None:
+            converted.forward = _wrapper("forward", base.forward)
+            state.variants.clear()
+        return code
+
+    return {"__deepcopy__": __deepcopy__, "__reduce__": __reduce__, "recompile": recompile}
+
+
+def _adopt_graph_module(module: Any, state: Any, raws: dict[str, Any], hooked: bool) -> Any:
+    module._parameters.update(raws)
+    module.__dict__[STATE] = state
+    module.__class__ = generated_class(type(module), frozenset(state.slots), hooked)
+    adopt(module)
+    return module
 
 
 def _rebuild(original: type, attributes: frozenset[str], hooked: bool) -> Any:

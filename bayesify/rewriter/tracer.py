@@ -8,6 +8,7 @@ attributes is noted, so that the graph is used only while they are the same.
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -25,11 +26,12 @@ from torch.overrides import TorchFunctionMode
 
 from . import caches
 from .arguments import Outline
-from .caches import INTERNAL
-from .guards import MISSING, PRIMITIVES, Guard, copy_plain, holds_tensor, plain
+from .caches import HOOKS, INTERNAL
+from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
 from .outside import (
     ACTIVE,
     TRACE_LOCK,
+    has_hooks,
     patches,
     paused,
     restore,
@@ -155,6 +157,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self._examples: dict[int, tuple[Tensor, Tensor]] = {}
         self._sizes: dict[tuple[int, int], TracedInt] = {}
         self._hidden: set[tuple[int, str]] = set()
+        self._variables = contextvars.copy_context()
 
     # -- what there is ---------------------------------------------------------------------
 
@@ -304,6 +307,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return self.example_of(value)
         if kind is TracedSize:
             return torch.Size(v.value if isinstance(v, TracedNumber) else v for v in value)
+        if kind is functools.partial:
+            return _examples_of_partial(value, self._as_examples)
         if kind in (tuple, TracedParts):
             return tuple(self._as_examples(v) for v in tuple.__iter__(value))
         if kind is list:
@@ -397,6 +402,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return self._call_module(module, args, kwargs)
 
     def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if contextvars.copy_context() != self._variables:
+            raise TraceFailure("it sets a context variable around a submodule")
         path = self.paths.get(id(module))
         arguments = tuple(self.argument(a) for a in args)
         keywords = {k: self.argument(v) for k, v in kwargs.items()}
@@ -434,6 +441,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             for m in modules
             if any(hasattr(p, "full_tensor") for p in m._parameters.values())
         ]
+        hooked, ACTIVE.hooked = ACTIVE.hooked, ACTIVE.hooked or any(map(has_hooks, modules))
         with untouched(modules, without_hooks):
             try:
                 for child, parameters in kept:
@@ -442,6 +450,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                             child._parameters[name] = self.example_of(parameter)  # type: ignore[assignment]
                 yield
             finally:
+                ACTIVE.hooked = hooked
                 for child, parameters in kept:
                     restore(child._parameters, parameters)
 
@@ -462,7 +471,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         path = self.paths.get(id(module))
         if path is None or (path, name) in self.guards:
             return
-        if name == "_modules":
+        if name in ("_modules", "_parameters", "_buffers"):
             self.guards[path, name] = Guard(path, name, tuple(value), "keys")
             return
         own = object.__getattribute__(module, "__dict__")
@@ -481,10 +490,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def note_absent(self, module: nn.Module, name: str) -> None:
         """A plain attribute was asked for that is not there."""
         path = self.paths.get(id(module))
-        own = object.__getattribute__(module, "__dict__")
-        held = any(name in own[kind] for kind in ("_parameters", "_buffers", "_modules"))
-        if path is not None and not held and (path, name) not in self.guards:
-            self.guards[path, name] = Guard(path, name, MISSING, "equal")
+        if path is not None and (path, name) not in self.guards:
+            found = held(module, name)
+            if found is None or found is MISSING:
+                self.guards[path, name] = Guard(path, name, found, "equal")
 
     def note_write(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute was assigned: the generated code assigns it too, unless it is a cache."""
@@ -512,13 +521,13 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             (name, value, value.copy())
             for module in self._modules
             for name, value in module.__dict__.items()
-            if type(value) in (list, dict, set) and name not in INTERNAL
+            if (type(value) in (list, dict, set) and name not in INTERNAL) or name in HOOKS
         ]
 
     def _check_containers(self, held: list[tuple[str, Any, Any]]) -> None:
         """What a forward does to a list or dict of its module must happen at every call."""
         for name, value, content in held:
-            if type(value) is dict:
+            if isinstance(value, dict):
                 # a cache of draws is not kept
                 changed = [
                     k for k, v in value.items()
@@ -594,7 +603,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
-        with TRACE_LOCK, untouched(self._modules, self._hide), patches():
+        fresh = caches.parametrizations_computed_anew()
+        with TRACE_LOCK, untouched(self._modules, self._hide), patches(), fresh:
             outer, ACTIVE.tracer = ACTIVE.tracer, self
             try:
                 yield
@@ -625,6 +635,10 @@ def _python_numbers() -> Iterator[None]:
 
 def _same_state(a: Any, b: Any) -> bool:
     return bool(a[0] == b[0] and a[1].tobytes() == b[1].tobytes() and a[2:] == b[2:])
+
+
+def _examples_of_partial(value: Any, convert: Callable[[Any], Any]) -> Any:
+    return functools.partial(convert(value.func), *convert(value.args), **convert(value.keywords))
 
 
 def _same_dict(result: Any, items: dict[str, Any]) -> Any:

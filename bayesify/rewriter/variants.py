@@ -22,7 +22,7 @@ from . import caches
 from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
 from .fallback import SwapMode
 from .guards import Guard
-from .outside import ACTIVE
+from .outside import ACTIVE, has_hooks
 from .passes import compile_source, reads_to_draws, restore_contexts, source_of
 from .tracer import MethodTracer, Trace
 from .values import StateFound, TraceFailure
@@ -156,11 +156,16 @@ def _example(
     except TypeError:
         return original(owner, *args, **kwargs)
     key = (structure, _ambient())
-    if find(owner, state, method, key, tensors) is None:
+    variant, result = find(owner, state, method, key, tensors), None
+    if variant is None:
         variant, result = make(owner, state, method, original, key, tensors)
         if variant.code is not None:
             return result
-    return original(owner, *args, **kwargs)
+    result = original(owner, *args, **kwargs)
+    if variant.code is None and (ACTIVE.hooked or any(map(has_hooks, owner.modules()))):
+        # it may give what hooks collect, those that it registers too, and no hook sees examples
+        raise TraceFailure(f"its {type(owner).__name__} takes the fallback and has hooks")
+    return result
 
 
 def _without_self(bound: Callable[..., Any]) -> Callable[..., Any]:
@@ -360,7 +365,7 @@ def _swap(
     mode = SwapMode(owner)
     outer, LOCAL.reads = LOCAL.reads, functools.partial(SwapMode, owner)
     try:
-        with caches.hidden(owner), mode:
+        with caches.hidden(owner), caches.parametrizations_computed_anew(), mode:
             result = original(owner, *args, **kwargs)
     finally:
         LOCAL.reads = outer

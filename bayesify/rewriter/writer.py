@@ -144,6 +144,10 @@ class GraphWriter:
             dataclasses.is_dataclass(value) and not isinstance(value, type)
         ):
             return self._built(value)
+        if kind is functools.partial:
+            parts = (value.func, *value.args)
+            keywords = {k: self.argument(v) for k, v in value.keywords.items()}
+            return self._build(kind, tuple(self.argument(v) for v in parts), keywords)
         if isinstance(value, nn.Module) and id(value) in self.paths:
             return Expression(access(self.paths[id(value)]))
         if not callable(value) or any(True for _ in traced_inside(value)):
