@@ -5,8 +5,8 @@
 Every model is checked in a process of its own, with a time limit: first the structure of all
 models, without data, then the numbers of the smallest model of each structural group, then the
 numbers of the others below 30 M parameters. A second run goes on where the first one ended.
-`zoo_checks.py` says what is checked. The result file has one line of JSON a model; from it come
-`docs/zoo.md` and the table that `bayesify models` shows.
+What failed is checked again. `zoo_checks.py` says what is checked. The result file has one line of
+JSON a model; from it come `docs/zoo.md` and the table that `bayesify models` shows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import zoo_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -166,7 +167,10 @@ def run(checks: list[str], jobs: int, only: str, again: bool, minutes: float) ->
             else:
                 queue = [item for item in numeric_queue(rows) if item[0] in set(known)]
             if not again:
-                queue = [item for item in queue if check not in rows.get(item[0], {})]
+                queue = [
+                    item for item in queue
+                    if rows.get(item[0], {}).get(check, {"problems": ["not run"]})["problems"]
+                ]  # fmt: skip
             bar = progress.add_task(check, total=len(queue), now="")
             queue.reverse()
             running: list[Job] = []
@@ -196,13 +200,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="models checked at the same time")
     parser.add_argument("--only", default="*", help="glob of model names")
     parser.add_argument("--check", choices=["structural", "numeric"], help="only this check")
-    parser.add_argument("--again", action="store_true", help="also what has a result already")
+    parser.add_argument("--again", action="store_true", help="also what passed already")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing later")
     parser.add_argument("--render", action="store_true", help="only write the tables")
     options = parser.parse_args()
     if not options.render:
         checks = [options.check] if options.check else ["structural", "numeric"]
         run(checks, options.jobs, options.only, options.again, options.minutes)
+    zoo_table.render(read())
 
 
 if __name__ == "__main__":

@@ -216,6 +216,8 @@ def structural(name: str) -> dict[str, Any]:
         for training in (False, True):
             model.train(training), converted.train(training)
             label = "train" if training else "eval"
+            used_here: set[str] = set()
+            drawn_here: set[str] = set()
             for batch in BATCHES:
                 args, kwargs = inputs(name, model, batch, size, device)
                 uses = Uses(model)
@@ -226,7 +228,7 @@ def structural(name: str) -> dict[str, Any]:
                 except Exception as error:
                     notes.append(f"{label}, batch {batch}: the original raises {_said(error)}")
                     continue
-                used |= uses.used
+                used_here |= uses.used
                 if not training and batch > 1:
                     with bayesify.at_mean(converted):
                         if layout(converted(*args, **kwargs)) != expected and device == "meta":
@@ -244,11 +246,12 @@ def structural(name: str) -> dict[str, Any]:
                     with probe.watching(), bayesify.one_draw(converted, seed=2):
                         found = layout(call(*args, **kwargs))
                     problems += [f"2: {label}, batch {batch}: {x}" for x in sorted(probe.leaks)]
-                    drawn |= probe.drawn
+                    drawn_here |= probe.drawn
                 if found != expected and device == "meta" and call == converted.__call__:
                     problems.append(f"1b: {label}, batch {batch}: other shapes")
-                missed = sorted(uses.used & bayesian - drawn)
-                problems += [f"2: {label}, batch {batch}: {x} is used, not drawn" for x in missed]
+            missed = sorted(used_here & bayesian - drawn_here)
+            problems += [f"2: {label}: {x} is used, not drawn" for x in missed]
+            used, drawn = used | used_here, drawn | drawn_here
     if not used:
         problems.append("the original never ran")
     report: dict[str, Any] = {

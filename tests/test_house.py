@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("convert",),
     ("objective", "optim", "inference", "pruning", "metrics"),
-    ("models",),
+    ("models", "zoo"),
     ("data", "storage"),
     ("training",),
     ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`
