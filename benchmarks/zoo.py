@@ -16,7 +16,9 @@ import datetime
 import fnmatch
 import json
 import multiprocessing
+import os
 import subprocess
+import sys
 import time
 import traceback
 from collections import defaultdict
@@ -151,6 +153,7 @@ def numeric_queue(rows: dict[str, Row]) -> list[tuple[str, bool]]:
 def run(checks: list[str], jobs: int, only: str, again: bool, minutes: float) -> None:
     import zoo_checks
 
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server's own path lacks this folder
     multiprocessing.set_forkserver_preload(["zoo_warm"])
     rows = read()
     known = [n for n in zoo_checks.names() if fnmatch.fnmatchcase(n, only)]
