@@ -26,6 +26,8 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,7 +69,8 @@ class ResNet20(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        logits: Tensor = self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        return logits
 
 
 def resnet20(folder: Path) -> nn.Module:
@@ -96,7 +99,7 @@ def cifar_images(folder: Path, count: int) -> Tensor:
 
 def imagenette_images(folder: Path, count: int, model: nn.Module) -> Tensor:
     """Images of Imagenette at 96 px, evenly over the classes, through the model's own transform."""
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    transform = create_transform(**resolve_model_data_config(model))  # type: ignore[no-untyped-call]
     with zipfile.ZipFile(folder / "imagenette96_val.zip") as archive:
         names = sorted(n for n in archive.namelist() if n.lower().endswith((".jpeg", ".jpg")))
         chosen = [names[i * len(names) // count] for i in range(count)]

@@ -12,28 +12,25 @@ JSON a model; from it come `docs/zoo.md` and the table that `bayesify models` sh
 from __future__ import annotations
 
 import argparse
-import datetime
 import fnmatch
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import traceback
 from collections import defaultdict
-from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import zoo_table
+from provenance import provenance
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bayesify.storage import replacing
 
-ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "zoo.jsonl"
 LIMIT_S = {"structural": 240, "numeric": 600}
 SMALL = 30_000_000
@@ -118,22 +115,6 @@ class Job:
 # -- all of them -----------------------------------------------------------------------------
 
 
-def provenance() -> Row:
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    changed = git(
-        "status", "--porcelain", "--", "bayesify", "tests/reference.py", "benchmarks/*.py"
-    )
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else ""),
-        "versions": {p: version(p) for p in ("torch", "timm", "torchvision")},
-    }
-
-
 def numeric_queue(rows: dict[str, Row]) -> list[tuple[str, bool]]:
     """Names to check in numbers, the smallest of each group first, and whether with few layers."""
     groups: dict[str, list[Row]] = defaultdict(list)
@@ -158,7 +139,7 @@ def run(checks: list[str], jobs: int, only: str, again: bool, minutes: float) ->
     rows = read()
     known = [n for n in zoo_checks.names() if fnmatch.fnmatchcase(n, only)]
     stop = time.monotonic() + 60 * minutes
-    source = provenance()
+    source = provenance("torch", "timm", "torchvision")
     columns = (
         TextColumn("{task.description:<11}"), BarColumn(), MofNCompleteColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[now]}"),

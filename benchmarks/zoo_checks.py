@@ -156,7 +156,7 @@ class Uses(TorchDispatchMode):
     """Records which parameters reach an operation."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = {id(p): n for n, p in model.named_parameters()}
         self.used: set[str] = set()
 
@@ -221,7 +221,8 @@ def structural(name: str) -> dict[str, Any]:
             for batch in BATCHES:
                 args, kwargs = inputs(name, model, batch, size, device)
                 uses = Uses(model)
-                clear_caches(model), clear_caches(converted)
+                clear_caches(model)
+                clear_caches(converted)
                 try:
                     with uses:
                         expected = layout(model(*args, **kwargs))
@@ -233,7 +234,7 @@ def structural(name: str) -> dict[str, Any]:
                     with bayesify.at_mean(converted):
                         if layout(converted(*args, **kwargs)) != expected and device == "meta":
                             problems.append(f"1a: {label}, batch {batch}: other shapes")
-                calls = [converted.__call__]
+                calls: list[Any] = [converted.__call__]
                 if not first_call_s:
                     start = time.perf_counter()
                     with bayesify.one_draw(converted, seed=1):

@@ -60,7 +60,7 @@ def verified(rows: dict[str, Row]) -> list[Verified]:
 def share(structural: Row | None) -> float:
     if not structural or not structural.get("owners"):
         return 0.0
-    return round(1 - structural["swap"] / structural["owners"], 4)
+    return float(round(1 - structural["swap"] / structural["owners"], 4))
 
 
 def note(structural: Row | None, numeric: Row | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -358,11 +359,25 @@ def test_json_has_no_infinity() -> None:
 
 def test_models_are_listed() -> None:
     found = json.loads(run("models", "*resnet18", "--json").stdout)
-    assert {"name": "resnet18", "source": "timm"} in found
-    assert {"name": "torchvision:resnet18", "source": "torchvision"} in found
+    by_name = {row["name"]: row for row in found}
+    assert by_name["resnet18"]["source"] == "timm"
+    assert by_name["resnet18"]["parameters"] == 11_689_512
+    assert by_name["torchvision:resnet18"]["source"] == "torchvision"
+    assert {row["structural"] for row in found} == {"ok"}
     result = run("models", "test_vit*", "--source", "timm")
-    assert "test_vit" in result.stdout.splitlines()
-    assert "not recorded yet" in result.stderr
+    assert re.search(r"^test_vit +368,008 +ok +ok", result.stdout, re.MULTILINE)
+    assert "verified" in result.stderr
+
+
+def test_models_that_are_in_no_table_are_not_called_verified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bayesify.zoo.verified", dict)
+    (row,) = json.loads(run("models", "test_vit", "--failed", "--json").stdout)
+    assert (row["structural"], row["numeric"]) == ("not run", "not run")
+
+
+def test_an_unknown_pattern_names_the_closest_model() -> None:
     assert "torchvision:resnet18" in failure(
         "models", "resnet1800", "--source", "torchvision", code=2
     )

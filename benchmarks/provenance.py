@@ -1,0 +1,47 @@
+"""Where a result comes from: machine, versions, commit and date."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def commit() -> str:
+    """The commit, and whether sources differ from it."""
+    sources = ("bayesify", "tests/reference.py", "benchmarks/*.py")
+    changed = _git("status", "--porcelain", "--", *sources)
+    return _git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """What every result file holds beside its numbers."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that may be used, and Python."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(
+        ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
