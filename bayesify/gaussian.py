@@ -27,7 +27,7 @@ def draw(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         Kingma and Welling, 2014, arXiv:1312.6114, section 2.4; Blundell et al., 2015,
         arXiv:1505.05424, section 3.2.
     """
-    return torch.addcmul(mean.to(noise.dtype), std.to(noise.dtype), noise).to(mean.dtype)
+    return (mean.to(noise.dtype) + std.to(noise.dtype) * noise).to(mean.dtype)
 
 
 def std_from_raw(raw: Tensor, parameterization: Parameterization) -> Tensor:

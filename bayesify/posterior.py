@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import gaussian
 from .errors import ArgumentError, UnsupportedModuleError
 from .gaussian import Parameterization
+from .kernels.buffers import Buffers
 from .kernels.noise import key_of
 from .priors import GaussianPrior, LivePrior, Prior
 
@@ -26,12 +27,12 @@ _uids = itertools.count()
 class Slot:
     """One Bayesian parameter; tied parameters share one slot.
 
-    The slot holds no tensor: mean and trained spread are read from the module that owns them
+    The slot holds neither mean nor trained spread: they are read from the module that owns them
     whenever they are needed, so that sharding, ``to_empty`` and ``load_state_dict(assign=True)``
     may replace them.
     """
 
-    __slots__ = ("key", "name", "parameterization", "prior", "prior_scale", "uid")
+    __slots__ = ("buffers", "key", "name", "parameterization", "prior", "prior_scale", "uid")
 
     def __init__(
         self, name: str, prior: Prior, parameterization: Parameterization, prior_scale: float = 1.0
@@ -42,6 +43,7 @@ class Slot:
         self.prior = prior
         self.prior_scale = prior_scale
         self.parameterization = parameterization
+        self.buffers = Buffers()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy is another parameter: it must not share a draw with this one

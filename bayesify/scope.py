@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import gaussian
 from .errors import ArgumentError
+from .kernels import grouped
 from .kernels.noise import fold, noise
 from .posterior import STATE, Site, Slot, bayesian_sites, owner_state, tensors_of
 
@@ -47,10 +48,7 @@ class Scope:
 
     def read(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """The draw of one slot, whose parameters are those that ``module`` holds now."""
-        grad_mode = int(torch.is_grad_enabled())
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            grad_mode = 2
-        index = (slot.uid, grad_mode)
+        index = (slot.uid, _grad_mode())
         tensor = self.realised.get(index)
         if tensor is None:
             key = self.keys.get(slot.uid, slot.key)
@@ -60,6 +58,12 @@ class Scope:
 
 
 AT_MEAN = Scope(None)
+
+
+def _grad_mode() -> int:
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        return 2
+    return int(torch.is_grad_enabled())
 
 
 class _Mode:
@@ -85,7 +89,7 @@ LOCAL = _Local()
 
 
 def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, key: int) -> Tensor:
-    """Draw one parameter: the plain-torch reference of every faster draw.
+    """Draw one parameter: the plain-torch reference of :mod:`bayesify.kernels.grouped`.
 
     The draw is made in float32, or in float64 for a float64 mean, and has the mean's dtype.
     """
@@ -161,15 +165,32 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
     sharded parameter is drawn by the module that reads it, after its own all-gather.
     """
     seen: dict[int, int] = {}
+    together = grouped.possible()
+    items: dict[tuple[int, int], grouped.Item] = {}
+    mode = _grad_mode()
     for child in module.modules():
         state = owner_state(child)
-        if state is not None:
-            for attribute, slot in state.slots.items():
-                if seen.setdefault(slot.key, slot.uid) != slot.uid:
-                    # a copy of a layer in the same model: not the same noise
-                    scope.keys.setdefault(slot.uid, fold(slot.key, 1 + len(scope.keys)))
-                if type(tensors_of(child, attribute, slot)[0]) is nn.Parameter:
-                    scope.read(child, attribute, slot)
+        if state is None:
+            continue
+        for attribute, slot in state.slots.items():
+            if seen.setdefault(slot.key, slot.uid) != slot.uid:
+                # a copy of a layer in the same model: not the same noise
+                scope.keys.setdefault(slot.uid, fold(slot.key, 1 + len(scope.keys)))
+            mean, raw = tensors_of(child, attribute, slot)
+            index = (slot.uid, mode)
+            if type(mean) is not nn.Parameter or index in scope.realised:
+                continue
+            if together and slot.parameterization == "exp" and grouped.suits(mean, raw):
+                key = scope.keys.get(slot.uid, slot.key)
+                items.setdefault(index, grouped.Item(mean, raw, key, slot.buffers))
+            else:
+                scope.read(child, attribute, slot)
+    if items:
+        assert scope.seed is not None
+        # as in realise
+        with torch._C.DisableTorchFunction():
+            drawn = grouped.draw(list(items.values()), scope.seed)
+        scope.realised.update(zip(items, drawn, strict=True))
 
 
 def enter(module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, at_mean: Any) -> Any:

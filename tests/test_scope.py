@@ -122,14 +122,14 @@ def test_reads_in_one_call_share_the_draw_and_two_calls_do_not() -> None:
 
 def test_each_parameter_is_drawn_once_in_a_scope() -> None:
     model = bayesify.to_bbb(Reads(), logvar=LOGVAR).train()
-    with mock.patch.object(scope, "realise", wraps=scope.realise) as realise:
+    with mock.patch.object(scope.grouped, "draw", wraps=scope.grouped.draw) as draw:
         model(X)
-        assert realise.call_count == len(list(sites(model))) == 3
+        assert [len(call.args[0]) for call in draw.mock_calls] == [len(list(sites(model)))] == [3]
         with one_draw(model):
             model(X)
             model(X)
             model.first(X)  # type: ignore[operator]
-        assert realise.call_count == 6
+        assert draw.call_count == 2
 
 
 def test_eval_uses_the_means_and_train_draws() -> None:

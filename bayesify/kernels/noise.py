@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 17
+"""Elements of noise that one seed makes, so that several threads can fill one tensor."""
 
 _MASK = (1 << 64) - 1
 _LIBRARY: Any = torch.library.Library("bayesify", "DEF")
@@ -39,10 +44,69 @@ def _noise(
 ) -> Tensor:
     if device.type == "meta":
         return torch.empty(size, dtype=dtype, device=device)
-    generator = torch.Generator(device=device)
+    result = torch.empty(size, dtype=dtype, device=device)
     # torch's CPU engine keeps only the low 32 bits of a seed, so they must depend on all of it
-    generator.manual_seed(fold(int(seed), key))
-    return torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)
+    mixed = fold(int(seed), key)
+    if device.type == "cpu":
+        fill_normal([(result, mixed)])
+        return result
+    return result.normal_(generator=torch.Generator(device=device).manual_seed(mixed))
+
+
+class _Threads:
+    """Threads that fill blocks with noise, started when they are first needed."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._pool = None  # a fork has no threads
+
+    def run(self, tasks: list[list[tuple[Tensor, int]]]) -> None:
+        inference = torch.is_inference_mode_enabled()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="bayesify-noise")
+        others = [self._pool.submit(_fill, task, inference) for task in tasks[1:]]
+        _fill(tasks[0], inference)
+        for other in others:
+            other.result()
+
+
+_THREADS = _Threads()
+
+
+def _fill(blocks: list[tuple[Tensor, int]], inference: bool) -> None:
+    generator = torch.Generator()
+    with torch.inference_mode(inference):
+        for block, seed in blocks:
+            block.normal_(generator=generator.manual_seed(seed))
+
+
+def fill_normal(wanted: Sequence[tuple[Tensor, int]]) -> None:
+    """Fill contiguous CPU tensors with standard normal noise, each by its own 63-bit seed.
+
+    The numbers come in blocks of :data:`BLOCK` elements, block ``i > 0`` with the seed
+    ``fold(seed, i)``: however many threads there are, they are the same.
+    """
+    blocks = []
+    for tensor, seed in wanted:
+        flat = tensor.view(-1)
+        for index, block in enumerate(flat.split(BLOCK) if flat.numel() > BLOCK else (flat,)):
+            blocks.append((block, fold(seed, index) if index else seed))
+    threads = min(torch.get_num_threads(), len(blocks))
+    total = sum(block.numel() for block, _ in blocks)
+    if threads < 2 or total < BLOCK:
+        _fill(blocks, torch.is_inference_mode_enabled())
+        return
+    tasks: list[list[tuple[Tensor, int]]] = [[] for _ in range(threads)]
+    loads = [0] * threads
+    for block, seed in sorted(blocks, key=lambda item: -item[0].numel()):
+        lightest = loads.index(min(loads))
+        tasks[lightest].append((block, seed))
+        loads[lightest] += block.numel()
+    _THREADS.run(tasks)
 
 
 def _noise_meta(

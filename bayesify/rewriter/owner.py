@@ -103,6 +103,8 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         if state is None:
             return base._apply(self, fn, recurse)
         state.variants.clear()  # they hold for one dtype and device
+        for slot in state.slots.values():
+            slot.buffers.clear()
         names = [raw_name(a, s) for a, s in state.slots.items()]
         raws = [self._parameters[n] for n in names]
         kept = {id(t) for r in raws for t in (r, r.grad)}

@@ -1,0 +1,276 @@
+"""The grouped draw on the CPU: the numbers of the plain draw, its gradients, and its memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bayesify
+from bayesify import scope
+from bayesify.kernels import grouped
+from bayesify.kernels.buffers import Buffers
+from bayesify.kernels.noise import BLOCK, fill_normal, fold
+from bayesify.posterior import sites
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class Mixed(nn.Module):
+    """Tensors of many shapes, one larger than a block of noise, one not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Linear(400, 400)
+        self.conv = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.wide = nn.Linear(3, 2, dtype=torch.float64)
+        self.frozen_mean = nn.Parameter(torch.randn(5))
+
+    def forward(self) -> list[Tensor]:
+        layers: list[Any] = [self.large, self.conv, self.wide]
+        values: list[Tensor] = [v for layer in layers for v in (layer.weight, layer.bias)]
+        return [value * 1 for value in (*values, self.scalar, self.empty, self.frozen_mean)]
+
+
+def mixed() -> Any:
+    torch.manual_seed(0)
+    model: Any = bayesify.to_bbb(Mixed(), logvar=-2.0)
+    for site in sites(model):
+        site.raw.data.add_(torch.randn(site.raw.shape))
+    return model
+
+
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "possible", lambda: False)
+
+
+def step(model: Any, seed: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    with bayesify.one_draw(model, seed=seed):
+        values = model()
+    loss: Any = sum((v.double() * (i + 1)).square().sum() for i, v in enumerate(values))
+    loss.backward()
+    return values, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_values_and_gradients_are_those_of_the_plain_draw(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mixed()
+    model.frozen_mean.requires_grad_(False)
+    values, gradients = step(model, 3)
+    drawn: dict[str, Tensor] = {}
+    monkeypatch.setattr(scope, "realise", spy(scope.realise, drawn))
+    step(model, 3)
+    assert set(drawn) == {"conv.weight"}  # the one that is not contiguous
+    plainly(monkeypatch)
+    reference = mixed()
+    reference.frozen_mean.requires_grad_(False)
+    expected, wanted = step(reference, 3)
+    assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+    assert list(gradients) == list(wanted)
+    assert "frozen_mean_logvar" in wanted
+    assert "frozen_mean" not in wanted
+    for name, gradient in gradients.items():
+        assert gradient.dtype == wanted[name].dtype
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def spy(realise: Callable[..., Tensor], drawn: dict[str, Tensor]) -> Callable[..., Tensor]:
+    def watched(module: nn.Module, attribute: str, slot: Any, *args: Any) -> Tensor:
+        drawn[slot.name] = realise(module, attribute, slot, *args)
+        return drawn[slot.name]
+
+    return watched
+
+
+def test_gradients_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference = mixed(), mixed()
+    for seed in range(3):
+        _, found = step(model, seed)
+    plainly(monkeypatch)
+    for seed in range(3):
+        _, expected = step(reference, seed)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_two_graphs_at_once_and_a_graph_that_is_kept() -> None:
+    layer = bayesify.to_bbb(nn.Linear(4, 3), logvar=-1.0).train()
+    x = torch.randn(2, 4)
+
+    def loss(seed: int) -> Tensor:
+        with bayesify.one_draw(layer, seed=seed):
+            return layer(x).square().sum()  # type: ignore[no-any-return]
+
+    def gradient(value: Tensor, **options: Any) -> Tensor:
+        return torch.autograd.grad(value, layer.weight_logvar, **options)[0]  # type: ignore[arg-type]
+
+    alone = [gradient(loss(seed)).clone() for seed in (1, 2)]
+    first, second = loss(1), loss(2)
+    assert torch.equal(gradient(second, retain_graph=True), alone[1])
+    assert torch.equal(gradient(second, retain_graph=True), alone[1])
+    assert torch.equal(gradient(first), alone[0])
+    assert torch.equal(gradient(second), alone[1])
+
+
+def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    def curvature() -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = bayesify.to_bbb(nn.Linear(4, 3), logvar=-1.0).train()
+        parameters = list(layer.parameters())
+        with bayesify.one_draw(layer, seed=1):
+            value = layer(torch.ones(2, 4)).pow(3).sum()
+        first = torch.autograd.grad(value, parameters, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        return list(torch.autograd.grad(total, parameters))  # type: ignore[arg-type]
+
+    found = curvature()
+    plainly(monkeypatch)
+    for a, b in zip(found, curvature(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_batched_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def jacobian() -> Tensor:
+        torch.manual_seed(0)
+        layer = bayesify.to_bbb(nn.Linear(4, 3), logvar=-1.0).train()
+        with bayesify.one_draw(layer, seed=1):
+            y = layer(torch.ones(4))
+        rows = torch.autograd.grad(
+            y, layer.weight_logvar, torch.eye(3), is_grads_batched=True,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return rows[0]
+
+    found = jacobian()
+    plainly(monkeypatch)
+    torch.testing.assert_close(found, jacobian(), rtol=1e-6, atol=1e-7)
+
+
+# -- the noise -------------------------------------------------------------------------------
+
+
+def test_noise_does_not_depend_on_the_number_of_threads(threads: int) -> None:
+    tensor = torch.empty(2 * BLOCK + 5)
+    fill_normal([(tensor, 7)])
+    expected = [
+        torch.empty(n).normal_(generator=torch.Generator().manual_seed(seed))
+        for n, seed in ((BLOCK, 7), (BLOCK, fold(7, 1)), (5, fold(7, 2)))
+    ]
+    assert torch.equal(tensor, torch.cat(expected))
+
+
+def test_threads_of_an_inference(threads: int) -> None:
+    layer = bayesify.to_bbb(nn.Linear(500, 500), logvar=-1.0).eval()
+    x = torch.ones(1, 500)
+    found = []
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with mode, bayesify.one_draw(layer, seed=1):
+            found.append(layer(x).detach().clone())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def _fill_in_child(tensor: Tensor, expected: Tensor) -> None:
+    fill_normal([(tensor, 7)])
+    # not torch.equal: OpenMP's own threads do not outlive a fork
+    assert tensor.numpy().tobytes() == expected.numpy().tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_has_threads_of_its_own() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = torch.empty(3 * BLOCK)
+        fill_normal([(expected, 7)])
+        child = multiprocessing.get_context("fork").Process(
+            target=_fill_in_child, args=(torch.empty(3 * BLOCK), expected)
+        )
+        child.start()
+        child.join(10)
+        hangs = child.is_alive()
+        child.kill()
+        child.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert not hangs
+    assert child.exitcode == 0
+
+
+# -- the memory ------------------------------------------------------------------------------
+
+
+def test_a_training_step_uses_the_memory_of_the_one_before() -> None:
+    layer = bayesify.to_bbb(nn.Linear(64, 64), logvar=-1.0).train()
+    optimizer = torch.optim.SGD(bayesify.param_groups(layer, lr=0.1))
+    places: list[set[int]] = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        layer(torch.randn(3, 64)).square().sum().backward()
+        (site, _) = sites(layer)
+        assert site.raw.grad is not None
+        places.append({s.data_ptr() for s in site.slot.buffers._storages})
+        assert site.raw.grad.data_ptr() in places[-1]  # computed in place of sigma times noise
+        optimizer.step()
+    assert len(places[0]) == 2
+    assert all(p == places[0] for p in places)
+
+
+def test_a_draw_that_is_held_is_not_overwritten() -> None:
+    layer: Any = bayesify.to_bbb(nn.Linear(8, 8), logvar=-1.0).eval()
+    held, copies = [], []
+    for seed in range(6):
+        with torch.no_grad(), bayesify.one_draw(layer, seed=seed):
+            layer(torch.ones(1, 8))
+            (mode,) = scope.LOCAL.modes
+            assert mode.scope is not None
+            held.append(next(iter(mode.scope.realised.values())))
+            copies.append(held[-1].clone())
+    assert len({tensor.data_ptr() for tensor in held}) == 6
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+    assert len(next(sites(layer)).slot.buffers._storages) == 3
+
+
+def test_buffers_know_when_they_are_free() -> None:
+    buffers, like = Buffers(), torch.zeros(2, 3)
+    first = buffers.take(like)
+    second = buffers.take(like)
+    assert first.shape == (2, 3)
+    assert first.data_ptr() != second.data_ptr()
+    place, view = first.data_ptr(), first[0]
+    del first
+    assert buffers.take(like).data_ptr() != place  # a view holds it
+    del view
+    again = buffers.take(like)
+    assert again.data_ptr() == place
+    assert buffers.take(torch.zeros(7)).shape == (7,)  # another size: the others are let go
+    assert len(buffers._storages) == 1
+
+
+def test_a_model_that_moves_lets_go_of_its_memory() -> None:
+    layer = bayesify.to_bbb(nn.Linear(8, 8), logvar=-1.0).train()
+    layer(torch.ones(1, 8))
+    assert next(sites(layer)).slot.buffers._storages
+    layer.double()
+    assert not next(sites(layer)).slot.buffers._storages
+
+
+def test_a_copy_has_memory_of_its_own() -> None:
+    import copy
+
+    layer = bayesify.to_bbb(nn.Linear(8, 8), logvar=-1.0).train()
+    layer(torch.ones(1, 8))
+    other = copy.deepcopy(layer)
+    assert next(sites(other)).slot.buffers is not next(sites(layer)).slot.buffers
