@@ -32,8 +32,8 @@ from bayesify import (
     draws,
     one_draw,
     sampled,
-    scope,
 )
+from bayesify.kernels import grouped
 from bayesify.posterior import sites
 from bayesify.scope import LOCAL
 
@@ -122,7 +122,7 @@ def test_reads_in_one_call_share_the_draw_and_two_calls_do_not() -> None:
 
 def test_each_parameter_is_drawn_once_in_a_scope() -> None:
     model = bayesify.to_bbb(Reads(), logvar=LOGVAR).train()
-    with mock.patch.object(scope.grouped, "draw", wraps=scope.grouped.draw) as draw:
+    with mock.patch.object(grouped, "draw", wraps=grouped.draw) as draw:
         model(X)
         assert [len(call.args[0]) for call in draw.mock_calls] == [len(list(sites(model)))] == [3]
         with one_draw(model):
