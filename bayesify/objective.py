@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import gaussian
 from .errors import ArgumentError
+from .kernels import grouped
 from .kernels.noise import noise
 from .posterior import Site, bayesian_sites, gaussian_prior
 from .priors import ScaleMixturePrior
@@ -63,16 +64,25 @@ def kl_divergence(model: nn.Module) -> Tensor:
     with torch._C.DisableTorchFunction():
         seed: Tensor | None = None
         terms = []
+        hanging: list[tuple[grouped.Hook, Tensor | float, Tensor | float]] = []
         for site in found:
             if isinstance(site.slot.prior, ScaleMixturePrior):
                 if seed is None:
                     seed = _seed_of(found)
                 term = _drawn_term(site, site.slot.prior, seed)
             else:
-                term = _closed_term(site)
+                prior = _closed_prior(site)
+                hook = _hook(site, prior)
+                if hook is not None:
+                    hanging.append((hook, *prior))
+                    site.slot.drawn = None
+                    continue
+                term = _closed_term(site, prior)
             # FSDP2: the sum of a sharded tensor is a partial one until it is gathered
             terms.append(term.full_tensor() if hasattr(term, "full_tensor") else term)
-        device = terms[0].device
+        if hanging:
+            terms.append(grouped.gaussian_kl(hanging))
+        device = found[0].mean.device
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in terms) else torch.float32
         return torch.stack([t.to(device, dtype) for t in terms]).sum()
 
@@ -293,15 +303,30 @@ def _seed_of(found: list[Site]) -> Tensor:
     return new_seed()
 
 
-def _closed_term(site: Site) -> Tensor:
-    mean = site.mean
-    prior_mean, prior_var = (_beside(value, mean) for value in gaussian_prior(site))
+def _closed_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
+    prior_mean, prior_var = (_beside(value, site.mean) for value in gaussian_prior(site))
     if not isinstance(prior_var, Tensor) and not prior_var > 0:
         raise ArgumentError(
             f"The prior variance of {site.name!r} is {prior_var!r}, expected a positive number."
         )
-    logvar = gaussian.logvar_from_raw(_wide(site.raw, mean), site.slot.parameterization)
-    return gaussian.kl_divergence(mean, logvar, prior_mean, prior_var)
+    return prior_mean, prior_var
+
+
+def _closed_term(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> Tensor:
+    logvar = gaussian.logvar_from_raw(_wide(site.raw, site.mean), site.slot.parameterization)
+    return gaussian.kl_divergence(site.mean, logvar, *prior)
+
+
+def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.Hook | None:
+    """The backward of the site's last draw, if it can add the gradient of the KL divergence."""
+    hook = site.slot.drawn
+    if hook is None or not torch.is_grad_enabled() or not grouped.possible():
+        return None
+    if not hook.node.may_carry(site.mean, site.raw):
+        return None
+    if any(isinstance(v, Tensor) and v.dtype != site.mean.dtype for v in prior):
+        return None
+    return hook
 
 
 def _drawn_term(site: Site, prior: ScaleMixturePrior, seed: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from . import gaussian
 from .errors import ArgumentError, UnsupportedModuleError
 from .gaussian import Parameterization
 from .kernels.buffers import Buffers
+from .kernels.grouped import Hook
 from .kernels.noise import key_of
 from .priors import GaussianPrior, LivePrior, Prior
 
@@ -32,7 +33,9 @@ class Slot:
     may replace them.
     """
 
-    __slots__ = ("buffers", "key", "name", "parameterization", "prior", "prior_scale", "uid")
+    __slots__ = (
+        "buffers", "drawn", "key", "name", "parameterization", "prior", "prior_scale", "uid",
+    )  # fmt: skip
 
     def __init__(
         self, name: str, prior: Prior, parameterization: Parameterization, prior_scale: float = 1.0
@@ -44,6 +47,7 @@ class Slot:
         self.prior_scale = prior_scale
         self.parameterization = parameterization
         self.buffers = Buffers()
+        self.drawn: Hook | None = None  # the last draw that had a gradient
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy is another parameter: it must not share a draw with this one

@@ -167,6 +167,7 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
     seen: dict[int, int] = {}
     together = grouped.possible()
     items: dict[tuple[int, int], grouped.Item] = {}
+    slots: list[Slot] = []
     mode = _grad_mode()
     for child in module.modules():
         state = owner_state(child)
@@ -182,7 +183,10 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
                 continue
             if together and slot.parameterization == "exp" and grouped.suits(mean, raw):
                 key = scope.keys.get(slot.uid, slot.key)
-                items.setdefault(index, grouped.Item(mean, raw, key, slot.buffers))
+                if index not in items:
+                    items[index] = grouped.Item(mean, raw, key, slot.buffers)
+                    slots.append(slot)
+                    slot.drawn = None
             else:
                 scope.read(child, attribute, slot)
     if items:
@@ -190,7 +194,8 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
         # as in realise
         with torch._C.DisableTorchFunction():
             drawn = grouped.draw(list(items.values()), scope.seed)
-        scope.realised.update(zip(items, drawn, strict=True))
+        for index, slot, (value, hook) in zip(items, slots, drawn, strict=True):
+            scope.realised[index], slot.drawn = value, hook
 
 
 def enter(module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, at_mean: Any) -> Any:

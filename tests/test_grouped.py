@@ -158,6 +158,203 @@ def test_batched_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found, jacobian(), rtol=1e-6, atol=1e-7)
 
 
+# -- the KL divergence that hangs on draws ---------------------------------------------------
+
+
+def network(prior: bayesify.Prior | None = None) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 3))
+    converted = bayesify.to_bbb(model, logvar=-3.0, prior=prior).train()
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return converted
+
+
+def likelihood(model: Any, seed: int = 1) -> Tensor:
+    with bayesify.one_draw(model, seed=seed):
+        value: Tensor = model(torch.ones(2, 300)).square().sum()
+    return value
+
+
+def after(model: Any) -> None:
+    (likelihood(model) + 0.3 * bayesify.kl_divergence(model)).backward()
+
+
+def before(model: Any) -> None:
+    kl = bayesify.kl_divergence(model)
+    (likelihood(model) + 0.3 * kl).backward()
+
+
+def without_forward(model: Any) -> None:
+    bayesify.kl_divergence(model).backward()
+
+
+def apart(model: Any) -> None:
+    loss = likelihood(model)
+    kl = bayesify.kl_divergence(model)
+    loss.backward()
+    kl.backward()
+
+
+def apart_the_other_way(model: Any) -> None:
+    loss = likelihood(model)
+    kl = bayesify.kl_divergence(model)
+    kl.backward()
+    loss.backward()
+
+
+def alone(model: Any) -> None:
+    likelihood(model)
+    bayesify.kl_divergence(model).backward()
+
+
+def after_the_backward(model: Any) -> None:
+    loss = likelihood(model)
+    loss.backward()
+    bayesify.kl_divergence(model).backward()
+
+
+def twice(model: Any) -> None:
+    loss = likelihood(model)
+    (loss + bayesify.kl_divergence(model) + 2 * bayesify.kl_divergence(model)).backward()
+
+
+def two_draws(model: Any) -> None:
+    loss = likelihood(model, 1) + likelihood(model, 2)
+    (loss + bayesify.kl_divergence(model)).backward()
+
+
+def accumulated(model: Any) -> None:
+    for seed in range(3):
+        (likelihood(model, seed) + bayesify.kl_divergence(model)).backward()
+
+
+def scaled(model: Any) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled: Any = scaler.scale(likelihood(model) + bayesify.kl_divergence(model))
+    scaled.backward()
+
+
+def at_the_means(model: Any) -> None:
+    with bayesify.at_mean(model):
+        loss = model(torch.ones(2, 300)).square().sum()
+    (loss + bayesify.kl_divergence(model)).backward()
+
+
+def kept(model: Any) -> None:
+    loss = likelihood(model) + bayesify.kl_divergence(model)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def after_a_step(model: Any) -> None:
+    likelihood(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    bayesify.kl_divergence(model).backward()
+
+
+def with_frozen_means(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("_logvar"))
+    after(model)
+
+
+def twice_differentiated(model: Any) -> None:
+    loss = likelihood(model) + bayesify.kl_divergence(model)
+    first = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    total: Any = sum(g.square().sum() for g in first)
+    total.backward()
+
+
+PRIORS: dict[str, Callable[[], bayesify.Prior]] = {
+    "standard": bayesify.GaussianPrior,
+    "initial": lambda: bayesify.GaussianPrior(mean="initial", std=0.3),
+    "live": lambda: bayesify.LivePrior(lambda name: (torch.tensor(0.1), torch.tensor(0.5))),
+}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [after, before, without_forward, apart, apart_the_other_way, alone, after_the_backward, twice,
+     two_draws, accumulated, scaled, at_the_means, kept, after_a_step, with_frozen_means,
+     twice_differentiated],
+)  # fmt: skip
+@pytest.mark.parametrize("prior", PRIORS)
+def test_the_gradient_of_the_kl_is_that_of_the_reference(
+    how: Callable[[Any], None], prior: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reference = network(PRIORS[prior]()), network(PRIORS[prior]())
+    how(model)
+    plainly(monkeypatch)
+    how(reference)
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None and b.grad is not None:
+            scale = float(b.grad.abs().max())
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_the_value_of_the_kl_is_that_of_torch_distributions(tensors: bool) -> None:
+    def source(name: str) -> tuple[Tensor, Tensor]:
+        shape = dict(model.named_parameters())[name].shape
+        return torch.full(shape, 0.2), torch.linspace(0.5, 2, shape.numel()).reshape(shape)
+
+    prior = bayesify.LivePrior(source) if tensors else bayesify.GaussianPrior(std=0.7)
+    model = network(prior)
+    likelihood(model)
+    found = bayesify.kl_divergence(model)
+    expected = 0.0
+    for site in sites(model):
+        mean, var = source(site.name) if tensors else (torch.tensor(0.0), torch.tensor(0.49))
+        terms = torch.distributions.kl_divergence(
+            torch.distributions.Normal(site.mean.double(), site.std.double()),
+            torch.distributions.Normal(mean.double(), var.double().sqrt()),
+        )
+        expected += float(terms.detach().sum())
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_kl_hangs_on_draws_and_makes_no_other_gradient() -> None:
+    model = network()
+    loss = likelihood(model) + bayesify.kl_divergence(model)
+    assert all(site.slot.drawn is None for site in sites(model))
+    edges = {id(p): 0 for p in model.parameters()}
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                edges[id(variable)] += 1
+            stack.append(following)
+    assert set(edges.values()) == {1}
+
+
+def test_a_step_between_forward_and_backward_is_an_error() -> None:
+    model = network()
+    loss = likelihood(model)
+    with torch.no_grad():
+        model[0].weight_logvar.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+        loss.backward()
+
+
+def test_a_second_backward_is_an_error() -> None:
+    layer = bayesify.to_bbb(nn.Linear(3, 2), logvar=-1.0).train()
+    with bayesify.one_draw(layer, seed=1):
+        first, second = (layer(torch.ones(1, 3)).sum() for _ in range(2))
+    first.backward()
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        second.backward()
+
+
 # -- the noise -------------------------------------------------------------------------------
 
 

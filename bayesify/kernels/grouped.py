@@ -6,6 +6,7 @@ bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,11 +38,11 @@ def possible() -> bool:
     )
 
 
-def _may_overwrite(grad: Tensor) -> bool:
+def _may_overwrite(grad: Tensor | None) -> bool:
     """Whether this backward is the last of its graph, and of one gradient at a time."""
     return not (
         torch._C._autograd._get_current_graph_task_keep_graph()
-        or torch._C._functorch.is_legacy_batchedtensor(grad)
+        or (grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad))
         or not possible()
     )
 
@@ -60,25 +61,27 @@ def suits(mean: Tensor, raw: Tensor) -> bool:
     )
 
 
-def draw(items: Sequence[Item], seed: Tensor) -> list[Tensor]:
+def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]]:
     """Draw every item under one seed.
 
-    Each draw keeps one tensor for its backward, sigma times the noise, in which the gradient of
-    the log variance is then computed in place.
+    Returns:
+        Each draw and, where it has a gradient, where :func:`gaussian_kl` may hang the KL divergence
+        of the same tensor.
     """
     number = int(seed)
     deltas = [item.buffers.take(item.mean) for item in items]
-    fill_normal(
-        [(delta, fold(number, item.key)) for delta, item in zip(deltas, items, strict=True)]
-    )
-    found = []
+    seeds = [fold(number, item.key) for item in items]
+    fill_normal(list(zip(deltas, seeds, strict=True)))
+    found: list[tuple[Tensor, Hook | None]] = []
     for item, delta in zip(items, deltas, strict=True):
         value = item.buffers.take(item.mean)
         if torch.is_grad_enabled() and (item.mean.requires_grad or item.logvar.requires_grad):
-            value = _Draw.apply(item.mean, item.logvar, (value, delta), seed, item.key)
+            node = Draw(item, delta, seed)
+            value, token = _Draw.apply(item.mean, item.logvar, [value], node)
+            found.append((value, Hook(node, token)))
         else:
             _finish(item.mean, item.logvar, value, delta)
-        found.append(value)
+            found.append((value, None))
     return found
 
 
@@ -93,32 +96,178 @@ def _finish(mean: Tensor, logvar: Tensor, value: Tensor, delta: Tensor) -> None:
         torch.add(mean, delta, out=value)
 
 
+class Draw:
+    """What the backward of one draw needs, and whether a KL divergence hangs on it."""
+
+    def __init__(self, item: Item, delta: Tensor, seed: Tensor) -> None:
+        self.item, self.seed = item, seed
+        self.delta: Tensor | None = delta
+        self.prior: tuple[Tensor | float, Tensor | float] | None = None
+        self.versions = (item.mean._version, item.logvar._version)
+
+    def may_carry(self, mean: Tensor, logvar: Tensor) -> bool:
+        """Whether a KL divergence of these tensors, which must be its own, can hang here.
+
+        Not after its backward, nor after a change of its tensors.
+        """
+        return (
+            self.delta is not None
+            and mean is self.item.mean
+            and logvar is self.item.logvar
+            and mean.dtype == logvar.dtype
+            and self._unchanged()
+        )
+
+    def _unchanged(self) -> bool:
+        return self.versions == (self.item.mean._version, self.item.logvar._version)
+
+    def gradients(self, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
+        """Of mean and log variance: by the draw, and by the KL divergence if one hangs on it."""
+        if not self._unchanged():
+            raise RuntimeError(
+                "A mean or log variance was changed in place between forward and backward (by an "
+                "optimizer step?): its gradient would be wrong. Call backward before."
+            )
+        if grad is not None and self.delta is None:
+            raise RuntimeError(
+                "This draw's backward ran already. Give retain_graph=True to the first one."
+            )
+        if torch.is_grad_enabled():
+            return self._differentiable(grad, kl)
+        mean, logvar = self.item.mean.detach(), self.item.logvar.detach()
+        overwrite = _may_overwrite(grad)
+        by_mean, by_logvar = grad, None
+        if grad is not None:
+            assert self.delta is not None
+            if overwrite and self.delta.dtype == logvar.dtype:
+                by_logvar, self.delta = self.delta.mul_(grad).mul_(0.5), None
+            else:
+                by_logvar = (grad * self.delta).mul_(0.5).to(logvar.dtype)
+        if kl is not None:
+            assert self.prior is not None
+            if by_logvar is None:
+                by_logvar = torch.zeros_like(logvar)
+            out = self.item.buffers.take(mean) if overwrite else torch.empty_like(mean)
+            _add_kl_gradients(mean, logvar, self.prior, float(kl), grad, out, by_logvar)
+            by_mean = out
+        return by_mean, by_logvar
+
+    def _differentiable(self, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
+        mean, logvar = self.item.mean, self.item.logvar
+        by_mean: Any = 0.0
+        by_logvar: Any = 0.0
+        if grad is not None:
+            eps = noise(self.seed, self.item.key, mean.shape, mean.dtype, mean.device)
+            std = torch.exp(0.5 * logvar).to(mean.dtype)
+            by_mean, by_logvar = grad, (grad * (0.5 * std * eps)).to(logvar.dtype)
+        if kl is not None:
+            assert self.prior is not None
+            prior_mean, prior_var = self.prior
+            by_mean = by_mean + kl * (mean - prior_mean) / prior_var
+            by_logvar = by_logvar + 0.5 * kl * torch.expm1(logvar - _log(prior_var))
+        return by_mean, by_logvar
+
+
+class Hook(NamedTuple):
+    """The backward of a draw, and a zero that comes of it: what is added to it reaches there."""
+
+    node: Draw
+    token: Tensor
+
+
 class _Draw(torch.autograd.Function):
-    """``w = mean + exp(logvar / 2) * noise`` with ``dw/dlogvar = (w - mean) / 2``."""
+    """``w = mean + exp(logvar / 2) * noise``, and a zero on which the KL divergence can hang."""
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, logvar: Tensor, memory: tuple[Tensor, Tensor], seed: Tensor,
-        key: int,
-    ) -> Tensor:  # fmt: skip
-        value, delta = memory
-        _finish(mean, logvar, value, delta)
-        ctx.save_for_backward(logvar, delta)
-        ctx.seed, ctx.key = seed, key
-        return value
+        ctx: Any, mean: Tensor, logvar: Tensor, memory: Any, node: Draw
+    ) -> tuple[Tensor, Tensor]:
+        (value,) = memory
+        assert node.delta is not None
+        _finish(mean, logvar, value, node.delta)
+        ctx.node = node
+        ctx.set_materialize_grads(False)
+        return value, mean.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,) = grads
-        logvar, delta = ctx.saved_tensors
-        wanted = None
-        if ctx.needs_input_grad[1]:
-            if torch.is_grad_enabled():  # this gradient is differentiated again
-                eps = noise(ctx.seed, ctx.key, delta.shape, delta.dtype, delta.device)
-                delta = torch.exp(0.5 * logvar).to(delta.dtype) * eps
-                wanted = (grad * (0.5 * delta)).to(logvar.dtype)
-            elif delta.dtype != logvar.dtype or not _may_overwrite(grad):
-                wanted = (grad * delta).mul_(0.5).to(logvar.dtype)
-            else:
-                wanted = delta.mul_(grad).mul_(0.5)
-        return grad, wanted, None, None, None
+        by_mean, by_logvar = ctx.node.gradients(*grads)
+        wants_mean, wants_logvar, *_ = ctx.needs_input_grad
+        return by_mean if wants_mean else None, by_logvar if wants_logvar else None, None, None
+
+
+# -- the KL divergence of tensors that were drawn --------------------------------------------
+
+
+class _Hang(torch.autograd.Function):
+    """A number whose gradient goes to the backward of draws."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tokens: Tensor) -> Tensor:
+        ctx.count = len(tokens)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *(grads * ctx.count)
+
+
+def gaussian_kl(drawn: Sequence[tuple[Hook, Tensor | float, Tensor | float]]) -> Tensor:
+    """Sum of the KL divergences from drawn posteriors to N(prior mean, prior variance).
+
+    The reference is :func:`bayesify.gaussian.kl_divergence`. Here the gradient is added where the
+    gradient of the draw is computed: no other tensor of the size of a weight is made.
+    """
+    total = 0.0
+    tokens = []
+    for (node, token), prior_mean, prior_var in drawn:
+        node.prior = prior_mean, prior_var
+        tokens.append(token)
+        total += _kl_value(node.item.mean.detach(), node.item.logvar.detach(), node.prior)
+    value = torch.tensor(total, dtype=tokens[0].dtype)
+    result: Tensor = _Hang.apply(value, *tokens)
+    return result
+
+
+_PIECE = 1 << 15
+"""Elements whose intermediate results stay in the cache."""
+
+
+def _pieces(tensor: Tensor | float, like: Tensor) -> Sequence[Tensor | float]:
+    count = max(1, -(-like.numel() // _PIECE))
+    if not isinstance(tensor, Tensor):
+        return [tensor] * count
+    if tensor.dim() == 0:
+        return [float(tensor)] * count
+    return tensor.reshape(-1).split(_PIECE) if count > 1 else [tensor.reshape(-1)]
+
+
+def _log(value: Tensor | float) -> Any:
+    return torch.log(value) if isinstance(value, Tensor) else math.log(value)
+
+
+def _kl_value(mean: Tensor, logvar: Tensor, prior: tuple[Tensor | float, Tensor | float]) -> float:
+    total = 0.0
+    with torch.no_grad():
+        for m, s, pm, pv in zip(*(_pieces(t, mean) for t in (mean, logvar, *prior)), strict=True):
+            ratio = s - _log(pv)
+            terms = torch.expm1(ratio).sub_(ratio).add_((m - pm).square_().div_(pv))
+            total += 0.5 * float(terms.sum())
+    return total
+
+
+def _add_kl_gradients(
+    mean: Tensor, logvar: Tensor, prior: tuple[Tensor | float, Tensor | float], factor: float,
+    grad: Tensor | None, by_mean: Tensor, by_logvar: Tensor,
+) -> None:  # fmt: skip
+    """``by_mean = grad + factor (mean - m) / v``, ``by_logvar += factor (e^l / v - 1) / 2``."""
+    grads = [None] * max(1, -(-mean.numel() // _PIECE)) if grad is None else _pieces(grad, mean)
+    for m, s, pm, pv, g, out_m, out_s in zip(
+        *(_pieces(t, mean) for t in (mean, logvar, *prior)), grads,
+        _pieces(by_mean, mean), _pieces(by_logvar, mean), strict=True,
+    ):  # fmt: skip
+        torch.sub(m, pm, out=out_m)
+        out_m.mul_(factor / pv) if not isinstance(pv, Tensor) else out_m.mul_(factor).div_(pv)
+        if g is not None:
+            out_m.add_(g)
+        out_s.add_(torch.sub(s, _log(pv)).expm1_(), alpha=0.5 * factor)
