@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     from .priors import GaussianPrior as GaussianPrior
     from .priors import LivePrior as LivePrior
     from .priors import ScaleMixturePrior as ScaleMixturePrior
+    from .pruning import keep_pruned_ as keep_pruned_
+    from .pruning import multiply_adds as multiply_adds
+    from .pruning import prune_ as prune_
+    from .pruning import prune_n_of_m_ as prune_n_of_m_
+    from .pruning import prune_units_ as prune_units_
+    from .pruning import sparsity as sparsity
+    from .pruning import sparsity_schedule as sparsity_schedule
     from .rewriter.variants import generated_code as generated_code
     from .rewriter.variants import rungs as rungs
     from .scope import at_mean as at_mean
@@ -61,6 +68,8 @@ _HOMES = {
     "optim": "check_optimizer param_groups",
     "posterior": "posterior_stats posteriors set_prior_ stddev",
     "priors": "GaussianPrior LivePrior ScaleMixturePrior",
+    "pruning": "keep_pruned_ multiply_adds prune_ prune_n_of_m_ prune_units_ sparsity "
+    "sparsity_schedule",
     "rewriter.variants": "generated_code rungs",
     "scope": "at_mean draws one_draw sampled",
     "storage": "load save",

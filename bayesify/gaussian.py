@@ -50,7 +50,12 @@ def raw_from_logvar(logvar: Tensor, parameterization: Parameterization) -> Tenso
 
 
 def kl_divergence(
-    mean: Tensor, logvar: Tensor, prior_mean: Tensor | float, prior_var: Tensor | float
+    mean: Tensor,
+    logvar: Tensor,
+    prior_mean: Tensor | float,
+    prior_var: Tensor | float,
+    *,
+    pruned: Tensor | None = None,
 ) -> Tensor:
     r"""KL divergence from N(mean, exp(logvar)) to N(prior_mean, prior_var), summed.
 
@@ -62,6 +67,7 @@ def kl_divergence(
         logvar: Log of the posterior variance, of ``mean``'s shape.
         prior_mean: Mean of the prior, broadcast against ``mean``.
         prior_var: Variance of the prior, broadcast against ``mean``; positive.
+        pruned: Weights that do not count.
 
     Returns:
         A scalar in nats, in float32 or better.
@@ -82,6 +88,8 @@ def kl_divergence(
     log_ratio = logvar - log_prior_var
     # expm1(r) - r keeps its precision where posterior and prior nearly agree
     terms = (mean - prior_mean).square() / prior_var + torch.expm1(log_ratio) - log_ratio
+    if pruned is not None:
+        terms = terms.masked_fill(pruned, 0.0)
     return 0.5 * terms.sum()
 
 
@@ -92,5 +100,8 @@ def log_density(value: Tensor, mean: Tensor | float, std: Tensor | float) -> Ten
 
 
 def signal_to_noise(mean: Tensor, std: Tensor) -> Tensor:
-    """Signal-to-noise ratio ``|mean| / std`` of each weight (Blundell et al., 2015, section 5)."""
-    return mean.abs() / std
+    """Signal-to-noise ratio ``|mean| / std`` of each weight (Blundell et al., 2015, section 5).
+
+    Of a pruned weight, where both are 0, it is 0.
+    """
+    return (mean.abs() / std).masked_fill(mean == 0, 0.0)

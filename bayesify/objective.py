@@ -34,7 +34,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
 
     Gaussian and live priors have a closed form. A scale mixture has none: its term is
     ``log q(w) - log p(w)`` at one draw ``w``, that of the enclosing ``one_draw`` or a fresh one,
-    and its expectation over draws is the KL divergence.
+    and its expectation over draws is the KL divergence. Pruned weights are left out.
 
     Args:
         model: A converted model, or a module that holds one.
@@ -313,8 +313,11 @@ def _closed_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
 
 
 def _closed_term(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> Tensor:
-    logvar = gaussian.logvar_from_raw(_wide(site.raw, site.mean), site.slot.parameterization)
-    return gaussian.kl_divergence(site.mean, logvar, *prior)
+    raw, pruned = _wide(site.raw, site.mean), site.pruned
+    if pruned is not None:
+        raw = raw.masked_fill(pruned, 0.0)  # at a sigma of 0 its logarithm has no gradient
+    logvar = gaussian.logvar_from_raw(raw, site.slot.parameterization)
+    return gaussian.kl_divergence(site.mean, logvar, *prior, pruned=pruned)
 
 
 def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.Hook | None:
@@ -322,7 +325,7 @@ def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.H
     hook = site.slot.drawn
     if hook is None or not torch.is_grad_enabled() or not grouped.possible():
         return None
-    if not hook.node.may_carry(site.mean, site.raw):
+    if site.slot.has_pruned or not hook.node.may_carry(site.mean, site.raw):
         return None
     if any(isinstance(v, Tensor) and v.dtype != site.mean.dtype for v in prior):
         return None
@@ -330,13 +333,16 @@ def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.H
 
 
 def _drawn_term(site: Site, prior: ScaleMixturePrior, seed: Tensor) -> Tensor:
-    mean, std = site.mean, _wide(site.std, site.mean)
+    mean, std, pruned = site.mean, _wide(site.std, site.mean), site.pruned
+    if pruned is not None:
+        std = std.masked_fill(pruned, 1.0)
     epsilon = _beside(noise(seed, site.slot.key, mean.shape, std.dtype, mean.device), mean)
     assert isinstance(epsilon, Tensor)
     # From the noise itself: (w - mean) / std would lose it where w has been rounded to bfloat16.
     log_q = gaussian.log_density(epsilon, 0.0, 1.0) - torch.log(std)
     value = gaussian.draw(mean.to(std.dtype), std, epsilon)
-    return (log_q - prior.log_density(value)).sum()
+    terms = log_q - prior.log_density(value)
+    return (terms if pruned is None else terms.masked_fill(pruned, 0.0)).sum()
 
 
 def _wide(tensor: Tensor, mean: Tensor) -> Tensor:

@@ -22,6 +22,11 @@ from .priors import GaussianPrior, LivePrior, Prior
 STATE = "_bayesify"
 RAW_SUFFIX: dict[str, str] = {"exp": "_logvar", "softplus": "_rho"}
 PRIOR_MEAN_SUFFIX = "_prior_mean"
+PRUNED_RAW = -4096.0
+"""Trained spread of a pruned weight: its sigma is 0 also in float64, by exp and by softplus.
+
+It is finite, for what looks for NaN and infinity, and exact in bfloat16.
+"""
 _uids = itertools.count()
 
 
@@ -33,6 +38,7 @@ class Slot:
     may replace them.
     """
 
+    has_pruned = False
     __slots__ = (
         "buffers", "drawn", "key", "name", "parameterization", "prior", "prior_scale", "uid",
     )  # fmt: skip
@@ -99,6 +105,16 @@ class Site(NamedTuple):
     @property
     def logvar(self) -> Tensor:
         return gaussian.logvar_from_raw(self.raw, self.slot.parameterization)
+
+    @property
+    def pruned(self) -> Tensor | None:
+        """Which weights are pruned; None if none is."""
+        return pruned_elements(self.raw) if self.slot.has_pruned else None
+
+
+def pruned_elements(raw: Tensor) -> Tensor:
+    """Which weights are pruned, from their trained spread."""
+    return raw.detach() <= PRUNED_RAW / 2  # an optimizer may have moved it since
 
 
 class Posterior(NamedTuple):

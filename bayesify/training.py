@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from .data import ImageData
 from .errors import ArgumentError, BayesifyError
 from .inference import predict, recompute_batchnorm_
-from .metrics import ClassificationMetrics
+from .metrics import (
+    BrierDecomposition,
+    BrierParts,
+    ClassificationMetrics,
+    Interval,
+    TopLabelParts,
+    cross_fitted_temperature,
+)
 from .models import InputConfig, input_config
 from .objective import (
     KLReduction,
@@ -30,11 +37,12 @@ from .objective import (
 )
 from .optim import check_optimizer, param_groups
 from .posterior import is_bayesian, sites
+from .pruning import keep_pruned_
 from .scope import at_mean
 
 Data = ImageData | Dataset[Any]
 Loss = Callable[[Any, Tensor], Tensor]
-Prediction = Literal["deterministic", "at the means", "MC average"]
+Prediction = Literal["deterministic", "at the means", "temperature scaled", "MC average"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +84,17 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of one kind of prediction; the numbers of ``metrics.classification_metrics``."""
+    """Quality of one kind of prediction.
+
+    ``accuracy`` to ``entropy`` are the numbers of :func:`bayesify.metrics.classification_metrics`.
+
+    Args:
+        parts: Of the Brier score, by predicted class; None above 4,096 classes.
+        top_label: Parts of the Brier score of the predicted class alone, by confidence.
+        mutual_information: Mean over the images, nats; None where nothing was drawn.
+        temperature: Mean of the fitted temperatures; None where nothing was scaled.
+        intervals: Bootstrap intervals (95 %) of accuracy, nll, ece and brier, where asked for.
+    """
 
     prediction: Prediction
     num_samples: int
@@ -84,6 +102,17 @@ class Evaluation:
     nll: float
     ece: float
     brier: float
+    top5: float
+    mce: float
+    adaptive_ece: float
+    classwise_ece: float
+    aurc: float
+    entropy: float
+    parts: BrierParts | None
+    top_label: TopLabelParts
+    mutual_information: float | None = None
+    temperature: float | None = None
+    intervals: dict[str, Interval] | None = None
 
 
 def fit(
@@ -175,6 +204,7 @@ def fit(
     scaled_by = num_data if kl_reduction == "num_data" else None
     scale = budget = None
     if bayesian:
+        keep_pruned_(model)
         scale = kl_scale(model, num_data=scaled_by, kl_reduction=kl_reduction)
         budget = noise_budget(model, kl_weight, num_data=scaled_by, kl_reduction=kl_reduction)
         weights = sum(site.mean.numel() for site in sites(model))
@@ -251,6 +281,8 @@ def evaluate(
     amp: bool = False,
     model_config: InputConfig | None = None,
     workers: int = 0,
+    control: bool = False,
+    resamples: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[Evaluation]:
     """Measure the predicted class probabilities of ``model``, in ``eval()``, batch by batch.
@@ -265,11 +297,16 @@ def evaluate(
         amp: Autocast to bfloat16.
         model_config: As in :func:`fit`.
         workers: Processes that read the data.
+        control: Also give a row ``temperature scaled``: the logits at the means divided by a
+            temperature that was fitted on other images of ``data``, five-fold. A posterior is not
+            worth its price where it does no better. All logits are kept until the end.
+        resamples: Of the bootstrap intervals, 0 or at least 2; 0 gives none.
         on_step: Gets the number of batches done and of all, after every batch.
 
     Returns:
         One row, ``deterministic``, for a model without posterior; else two: ``at the means``, and
-        ``MC average``, the mean over the draws of the class probabilities.
+        ``MC average``, the mean over the draws of the class probabilities. The control, if asked
+        for, comes after the first.
 
     Raises:
         ArgumentError: An argument has a value that cannot work, the output is no table of logits,
@@ -282,11 +319,17 @@ def evaluate(
     [('at the means', 1), ('MC average', 5)]
     """
     _check_data(data)
+    if type(resamples) is not int or resamples < 0 or resamples == 1:
+        raise ArgumentError(f"resamples must be 0 or a whole number above 1, got {resamples!r}.")
+    if control and len(data) < 2:  # type: ignore[arg-type]
+        raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
     target_device = _device_of(model) if device is None else torch.device(device)
     model.to(target_device)
     batches = _batches(data, model, batch_size, model_config, workers)
     bayesian = is_bayesian(model)
-    at_means, averaged = ClassificationMetrics(), ClassificationMetrics()
+    at_means, averaged = _Measured(), _Measured()
+    kept: list[tuple[Tensor, Tensor]] = []
+    information = 0.0
     was_training = model.training
     model.eval()
     try:
@@ -295,22 +338,61 @@ def evaluate(
                 inputs = inputs.to(target_device)
                 with at_mean(model) if bayesian else contextlib.nullcontext():
                     logits = _logits(model(inputs))
-                at_means.update(logits.double().softmax(-1).float(), targets)
+                at_means.add(logits.double().softmax(-1).float(), targets)
+                if control:
+                    kept.append((logits, targets))
                 if bayesian:
                     summary = predict(
                         model, inputs, num_samples=num_samples, seed=seed, reduce="probabilities"
                     )
-                    averaged.update(summary.mean, targets)
+                    averaged.add(summary.mean, targets)
+                    information += float(summary.mutual_information.sum())
                 if on_step is not None:
                     on_step(done, len(batches))
     finally:
         model.train(was_training)
-    if not bayesian:
-        return [Evaluation("deterministic", 1, **at_means.compute())]
-    return [
-        Evaluation("at the means", 1, **at_means.compute()),
-        Evaluation("MC average", num_samples, **averaged.compute()),
-    ]
+    rows = [at_means.row("at the means" if bayesian else "deterministic", 1, resamples, seed)]
+    if control:
+        logits, targets = (torch.cat(column) for column in zip(*kept, strict=True))
+        scaled = cross_fitted_temperature(logits, targets, min(5, len(targets)), seed)
+        measured = _Measured()
+        for probs, labels in zip(
+            scaled.probs.split(batch_size), targets.split(batch_size), strict=True
+        ):
+            measured.add(probs, labels)
+        row = measured.row("temperature scaled", 1, resamples, seed)
+        rows.append(replace(row, temperature=float(scaled.temperatures.mean())))
+    if bayesian:
+        row = averaged.row("MC average", num_samples, resamples, seed)
+        rows.append(replace(row, mutual_information=information / len(data)))  # type: ignore[arg-type]
+    return rows
+
+
+class _Measured:
+    """Gathers what a row of the evaluation says."""
+
+    def __init__(self) -> None:
+        self.metrics = ClassificationMetrics()
+        self.parts: BrierDecomposition | None = BrierDecomposition()
+
+    def add(self, probs: Tensor, targets: Tensor) -> None:
+        self.metrics.update(probs, targets)
+        if probs.shape[1] > 4096:  # two tables of 128 MiB and growing as the square
+            self.parts = None
+        if self.parts is not None:
+            self.parts.update(probs, targets)
+
+    def row(
+        self, prediction: Prediction, num_samples: int, resamples: int, seed: int
+    ) -> Evaluation:
+        return Evaluation(
+            prediction,
+            num_samples,
+            **self.metrics.compute(),
+            parts=None if self.parts is None else self.parts.compute(),
+            top_label=self.metrics.top_label(),
+            intervals=self.metrics.intervals(resamples, seed=seed) if resamples else None,
+        )
 
 
 def _batches(

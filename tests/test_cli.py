@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -299,13 +300,32 @@ def test_the_whole_path() -> None:
     trained = load("fit.safetensors", model=models.create_model("tinyfactory:tiny").eval())
     config = InputConfig((3, 4, 4), (0.5,) * 3, (0.5,) * 3)
     test = load_dataset(data, split="test")
-    measured = json.loads(run("eval", "fit.safetensors", data, *model, "-k", 4, "--json").stdout)
-    expected = training.evaluate(trained, test, num_samples=4, model_config=config)
-    assert [row["prediction"] for row in measured["rows"]] == ["at the means", "MC average"]
-    assert [row["nll"] for row in measured["rows"]] == [row.nll for row in expected]
-    shown = run("eval", "fit.safetensors", data, *model, "-k", 4).stdout
-    assert f"{expected[1].accuracy:.2%}" in shown
-    assert f"{expected[1].nll:.4f}" in shown
+    command = ("eval", "fit.safetensors", data, *model, "-k", 4, "--resamples", 50)
+    measured = json.loads(run(*command, "--json").stdout)["rows"]
+    expected = training.evaluate(
+        trained, test, num_samples=4, model_config=config, control=True, resamples=50
+    )
+    assert measured == json.loads(json.dumps([asdict(row) for row in expected]))
+    kinds = [row["prediction"] for row in measured]
+    assert kinds == ["at the means", "temperature scaled", "MC average"]
+    shown = run(*command).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    for row in measured:
+        kind, k = row["prediction"], row["num_samples"]
+        lines = [line[len(kind) :].split() for line in shown.splitlines() if line.startswith(kind)]
+        shares = [f"{row['accuracy']:.2%}", f"{row['top5']:.2%}"]
+        scores = [f"{row[name]:.4f}" for name in ("nll", "ece", "brier", "aurc")]
+        doubts = ("adaptive_ece", "classwise_ece", "mce", "entropy", "mutual_information")
+        split = ("uncertainty", "resolution", "reliability", "residual")
+        assert lines[:3] == [
+            [str(k), *shares, *scores],
+            [f"{row[name]:.4f}" for name in doubts if row[name] is not None],
+            [f"{row['parts'][name]:.4f}" for name in split],
+        ]
+        assert lines[3][1:] == [
+            "{:.4f}-{:.4f}".format(*row["intervals"][name]) for name in ("nll", "ece", "brier")
+        ]
+    assert f"Temperature {measured[1]['temperature']:.3f}" in shown
 
     rows = json.loads(
         run("predict", "fit.safetensors", data, *model, "-k", 4, "-b", 7, "--json").stdout
@@ -351,6 +371,17 @@ def test_a_timm_model_needs_no_model_option() -> None:
     assert rows != json.loads(run(*command, "--seed", 1).stdout)["rows"]
 
 
+def test_eval_shows_the_parts_of_the_brier_score_of_a_model_that_errs() -> None:
+    command = ("eval", converted(), dataset(), "--model", "tinyfactory:tiny", "-k", 1)
+    [row, *_] = json.loads(run(*command, "--json").stdout)["rows"]
+    names = ("uncertainty", "resolution", "reliability", "residual")
+    parts = [f"{row['parts'][name]:.4f}" for name in names]
+    assert len(set(parts)) == 4
+    lines = [line.split() for line in run(*command).stdout.splitlines()]
+    start = lines.index(["Brier,", "in", "parts", "UNC", "RES", "REL", "rest"])
+    assert lines[start + 2] == ["at", "the", "means", *parts]
+
+
 def test_json_has_no_infinity() -> None:
     file = converted("--logvar", -1000)  # sigma is 0 in float32
     document = json.loads(run("inspect", file, "--json").stdout)
@@ -381,6 +412,113 @@ def test_an_unknown_pattern_names_the_closest_model() -> None:
     assert "torchvision:resnet18" in failure(
         "models", "resnet1800", "--source", "torchvision", code=2
     )
+
+
+# -- prune -----------------------------------------------------------------------------------
+
+
+def test_prune_writes_a_file() -> None:
+    file = converted("--logvar", -4)
+    model = ("--model", "tinyfactory:tiny")
+    shown = run("prune", file, *model, "--sparsity", 0.5, "--only", "blocks").stdout
+    assert re.search(r"^blocks.0.linear.weight +36 +18 +50.0% +0 of 6", shown, re.MULTILINE)
+    assert "Wrote tiny.pruned.bbb.safetensors" in shown
+    pruned = load("tiny.pruned.bbb.safetensors", model=models.create_model("tinyfactory:tiny"))
+    expected = load(file, model=models.create_model("tinyfactory:tiny"))
+    bayesify.prune_(expected, 0.5, only="blocks")
+    for key, value in expected.state_dict().items():
+        assert torch.equal(pruned.state_dict()[key], value)
+    header = read_header("tiny.pruned.bbb.safetensors")
+    assert header["info"]["pruned"]["sparsity"] == 0.5
+    assert header["info"]["weights"] == "random"
+    assert header["input"] == read_header(file)["input"]
+
+    options = ("--score", "magnitude", "--scope", "global", "--sparsity", 0.8, "--min-dim", 1)
+    result = run("prune", file, *model, *options, "--out", "b", "--json")
+    document = json.loads(result.stdout)
+    assert document["pruned"] == round(0.8 * document["elements"])
+    assert {row["name"] for row in document["rows"]} == {site.name for site in sites(expected)}
+    assert run("prune", file, *model, *options, "--out", "b", "--force", "--quiet").stdout == ""
+
+
+def test_prune_units() -> None:
+    file = converted("--logvar", -4)
+    command = ("prune", file, "--model", "tinyfactory:tiny", "--json")
+    document = json.loads(
+        run(*command, "--unit", "channels", "--sparsity", 0.5, "--only", "blocks.0.linear").stdout
+    )
+    found = {row["name"]: (row["pruned"], row["dead_outputs"]) for row in document["rows"]}
+    assert found["blocks.0.linear.weight"] == (18, 3)
+    assert found["blocks.0.linear.bias"] == (3, 3)
+    assert document["pruned"] == 21
+    assert "no multiples of 4" in failure(
+        *command, "--unit", "2:4", "--only", "stem", "--out", "b", code=2
+    )
+
+
+def test_timm_loads_the_pruned_means() -> None:
+    import timm
+
+    run("convert", "test_vit", "--num-classes", 10, "--quiet")
+    file = "test_vit.bbb.safetensors"
+    run("prune", file, "--sparsity", 0.8, "--deterministic")
+    plain: Any = timm.create_model("test_vit", num_classes=10)
+    plain.load_state_dict(load_file("test_vit.pruned.safetensors"))
+    expected = bayesify.to_deterministic(bayesify.prune_(load(file), 0.8))
+    for key, value in expected.state_dict().items():
+        assert torch.equal(plain.state_dict()[key], value)
+    assert float((plain.blocks[0].mlp.fc1.weight == 0).float().mean()) == pytest.approx(0.8, 1e-3)
+    images = torch.randn(2, *plain.pretrained_cfg["input_size"])
+    assert torch.equal(plain.eval()(images), expected.eval()(images))
+    run("convert", "test_vit", "--num-classes", 10, "--weights", "test_vit.pruned.safetensors",
+        "--out", "again", "--quiet")  # fmt: skip
+    document = json.loads(run("prune", file, "--unit", "heads", "--sparsity", 0.5, "--json").stdout)
+    assert all(r["pruned"] for r in document["rows"] if r["name"].endswith("qkv.weight"))
+    assert sum(r["pruned"] for r in document["rows"] if ".mlp." in r["name"]) == 0
+    run("prune", file, "--unit", "2:4", "--only", "blocks", "--out", "half", "--json")
+    half = load("half").get_parameter("blocks.0.mlp.fc1.weight") == 0
+    assert bool((half.view(-1, 4).sum(1) == 2).all())
+
+
+def test_prune_draws_a_curve() -> None:
+    pytest.importorskip("matplotlib")
+    file = converted("--logvar", -4)
+    command = (
+        "prune",
+        file,
+        "--model",
+        "tinyfactory:tiny",
+        "--curve",
+        "--data",
+        dataset(),
+        "-k",
+        3,
+    )
+    scores = ("--score", "snr", "--score", "random")
+    shares = ("--sparsity", 0.6, "--sparsity", 0)
+    document = json.loads(run(*command, *scores, *shares, "--plot", "c.png", "--json").stdout)
+    rows = document["rows"]
+    assert [(r["score"], r["sparsity"]) for r in rows[::2]] == [
+        ("snr", 0.0), ("snr", 0.6), ("random", 0.0), ("random", 0.6)
+    ]  # fmt: skip
+    test = load_dataset("colours.safetensors", split="test")
+    config = InputConfig((3, 4, 4), (0.5,) * 3, (0.5,) * 3)
+    expectations: dict[Any, Any] = {"snr": rows[2:4], "random": rows[6:8]}
+    for score, two in expectations.items():
+        model = load(file, model=models.create_model("tinyfactory:tiny"))
+        bayesify.prune_(model, 0.6, score=score)
+        expected = training.evaluate(model, test, num_samples=3, model_config=config)
+        for row, found in zip(expected, two, strict=True):
+            assert [getattr(row, c) for c in ("prediction", "accuracy", "nll", "ece")] == [
+                found[c] for c in ("prediction", "accuracy", "nll", "ece")
+            ]
+    assert rows[0]["nll"] == rows[4]["nll"]
+    with Image.open("c.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 10
+    shown = run(*command, "--sparsity", 0.6).stdout
+    assert re.search(rf"^snr +60% +MC average .* {rows[3]['nll']:.4f}", shown, re.MULTILINE)
+    assert len(run(*command, "--only", "head").stdout.splitlines()) == 2 + 2 * 12
 
 
 # -- failures --------------------------------------------------------------------------------
@@ -420,6 +558,7 @@ def test_an_unknown_pattern_names_the_closest_model() -> None:
         (["eval", "tiny.bbb.safetensors", "DATA"], 2, "--model package.module:factory"),
         (["eval", "tiny.bbb.safetensors", "DATA", "MODEL", "-k", "0"], 2, "num_samples"),
         (["eval", "tiny.bbb.safetensors", "DATA", "MODEL", "-b", "0"], 2, "batch_size"),
+        (["eval", "tiny.bbb.safetensors", "DATA", "MODEL", "--resamples", "1"], 2, "resamples"),
         (["eval", "tiny.bbb.safetensors", "DATA", "MODEL", "--device", "abacus"], 2, "'abacus'"),
         (["predict", "tiny.bbb.safetensors", "DATA", "MODEL", "-k", "0"], 2, "num_samples"),
         (["predict", "tiny.bbb.safetensors", "a.png", "MODEL"], 2, "no image file 'a.png'"),
@@ -427,6 +566,21 @@ def test_an_unknown_pattern_names_the_closest_model() -> None:
         (["fit", "tiny.bbb.safetensors", "DATA", "MODEL", "-o", "old"], 1, "old exists"),
         (["fit", "tiny.bbb.safetensors", "DATA", "MODEL", "-o", "x", "--epochs", "0"], 2, "epochs"),
         (["fit", "tiny.bbb.safetensors", "fashion-sample", "MODEL", "-o", "x"], 2, "out of range"),
+        (["prune", "tiny.bbb.safetensors", "MODEL"], 2, "--sparsity 0.8"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "--sparsity", "1"], 2, "[0, 1), got 1.0"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "S", "--score", "sn"], 2, "'magnitude'"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "S", "--only", "x"], 2, "matches nothing"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "S", "--only", "LayerNorm"], 2, "No tensor"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "S", "S"], 2, "needs --curve"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "S", "--unit", "heads"], 2, "has no heads"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "S", "--unit", "2:4"], 2, "leave out --spar"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "S", "--data", "x"], 2, "belong to --curve"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "S", "--out", "old"], 1, "old exists"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "--curve"], 2, "--data DATA"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "C", "--out", "x"], 2, "writes no model"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "C", "--plot", "x.gif"], 2, "end in .png"),
+        (["prune", "tiny.bbb.safetensors", "MODEL", "C", "--unit", "2:4"], 2, "no curve"),
+        (["prune", "tiny.bbb.safetensors", "C"], 2, "--model package.module:factory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -441,7 +595,10 @@ def test_failures(arguments: list[str], code: int, message: str) -> None:
     Path("cut.safetensors").write_bytes(Path("nan.safetensors").read_bytes()[:-9])
     if "convert" in arguments:
         Path("tiny.bbb.safetensors").unlink()
-    given = {"DATA": [data], "MODEL": ["--model", "tinyfactory:tiny"]}
+    given = {
+        "DATA": [data], "MODEL": ["--model", "tinyfactory:tiny"], "S": ["--sparsity", "0.5"],
+        "C": ["--curve", "--data", data],
+    }  # fmt: skip
     command = [word for argument in arguments for word in given.get(argument, [argument])]
     assert message in failure(*command, code=code)
     assert Path("old").read_bytes() == b"something else"
@@ -536,7 +693,16 @@ def test_version() -> None:
 
 def test_help_names_every_command_and_completion() -> None:
     shown = run("--help").stdout
-    for word in ("convert", "inspect", "fit", "eval", "predict", "models", "--install-completion"):
+    for word in (
+        "convert",
+        "inspect",
+        "fit",
+        "eval",
+        "predict",
+        "prune",
+        "models",
+        "--install-completion",
+    ):
         assert word in shown
     assert "recipe" not in shown.split()
     assert all(preset in run("convert", "--help").stdout for preset in PRESETS)

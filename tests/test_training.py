@@ -14,6 +14,7 @@ import bayesify
 from bayesify.data import load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
 from bayesify.kernels.noise import fold
+from bayesify.metrics import ClassificationMetrics, cross_fitted_temperature
 from bayesify.models import InputConfig
 from bayesify.training import Evaluation, FitResult, Progress, evaluate, fit
 
@@ -285,9 +286,7 @@ def test_amp_keeps_the_posterior_in_float32() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def expected_row(
-    kind: Any, k: int, probs: np.ndarray[Any, Any], y: np.ndarray[Any, Any]
-) -> Evaluation:
+def expected_numbers(probs: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> dict[str, float]:
     """The metrics by their definitions, on numpy arrays."""
     n = len(y)
     confidence, hit = probs.max(1), probs.argmax(1) == y
@@ -296,16 +295,24 @@ def expected_row(
         inside = (confidence > m / 15) & (confidence <= (m + 1) / 15)
         if inside.any():
             ece += inside.sum() / n * abs(hit[inside].mean() - confidence[inside].mean())
-    nll = -np.log(probs[np.arange(n), y]).mean()
-    brier = ((probs - np.eye(probs.shape[1])[y]) ** 2).sum(1).mean()
-    return Evaluation(kind, k, float(hit.mean()), float(nll), float(ece), float(brier))
+    wrong = ~hit[np.argsort(-confidence)]
+    return {
+        "accuracy": hit.mean(),
+        "nll": -np.log(probs[np.arange(n), y]).mean(),
+        "ece": ece,
+        "brier": ((probs - np.eye(probs.shape[1])[y]) ** 2).sum(1).mean(),
+        "top5": 1.0,  # of three classes
+        "aurc": (wrong.cumsum() / np.arange(1, n + 1)).mean(),
+        "entropy": -(probs * np.log(probs)).sum(1).mean(),
+    }
 
 
-def assert_rows_equal(rows: list[Evaluation], expected: list[Evaluation]) -> None:
-    for row, other in zip(rows, expected, strict=True):
-        assert (row.prediction, row.num_samples) == (other.prediction, other.num_samples)
-        for name in ("accuracy", "nll", "ece", "brier"):
-            assert getattr(row, name) == pytest.approx(getattr(other, name), rel=1e-4, abs=1e-6)
+def assert_row_equals(row: Evaluation, kind: str, k: int, expected: dict[str, float]) -> None:
+    assert (row.prediction, row.num_samples) == (kind, k)
+    found = {name: getattr(row, name) for name in expected}
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert row.parts is not None
+    assert row.parts.brier == pytest.approx(row.brier)
 
 
 @pytest.mark.parametrize("batch_size", [7, 100])
@@ -314,7 +321,7 @@ def test_evaluation_against_numpy(batch_size: int) -> None:
     inputs, labels = data.tensors[0], data.tensors[1].numpy()
     model = bayesify.to_bbb(nn.Sequential(small(), nn.Dropout(0.5)), logvar=-2.0).train()
     steps: list[tuple[int, int]] = []
-    rows = evaluate(
+    at_means, averaged = evaluate(
         model, data, num_samples=6, seed=3, batch_size=batch_size,
         on_step=lambda done, all_: steps.append((done, all_)),
     )  # fmt: skip
@@ -323,29 +330,70 @@ def test_evaluation_against_numpy(batch_size: int) -> None:
 
     model.eval()
     means = model(inputs).softmax(-1).detach().double().numpy()
-    drawn = [
-        torch.func.functional_call(model, bayesify.draws(model, seed=fold(3, k)), (inputs,))
-        for k in range(6)
-    ]
-    average = torch.stack([d.softmax(-1) for d in drawn]).mean(0).detach().double().numpy()
-    assert not np.allclose(means, average, atol=1e-3)
-    assert_rows_equal(
-        rows,
+    drawn = torch.stack(
         [
-            expected_row("at the means", 1, means, labels),
-            expected_row("MC average", 6, average, labels),
-        ],
+            torch.func.functional_call(model, bayesify.draws(model, seed=fold(3, k)), (inputs,))
+            for k in range(6)
+        ]
     )
+    each = drawn.softmax(-1).detach().double().numpy()
+    average = each.mean(0)
+    assert not np.allclose(means, average, atol=1e-3)
+    assert_row_equals(at_means, "at the means", 1, expected_numbers(means, labels))
+    assert_row_equals(averaged, "MC average", 6, expected_numbers(average, labels))
+    # the other form of the mutual information: the mean divergence from the average
+    information = (each * np.log(each / average)).sum(-1).mean()
+    assert averaged.mutual_information == pytest.approx(information, rel=1e-4)
+    assert at_means.mutual_information is None
+    assert (averaged.temperature, averaged.intervals) == (None, None)
 
 
 def test_evaluation_of_a_deterministic_model() -> None:
     data, model = blobs(), small()
     probs = model(data.tensors[0]).softmax(-1).detach().double().numpy()
-    expected = [expected_row("deterministic", 1, probs, data.tensors[1].numpy())]
-    assert_rows_equal(evaluate(model, data), expected)
+    expected = expected_numbers(probs, data.tensors[1].numpy())
+    [row] = evaluate(model, data)
+    assert_row_equals(row, "deterministic", 1, expected)
     # ... which is what a converted model gives at its means
     rows = evaluate(bayesify.to_bbb(model, logvar=-2.0), data, num_samples=1)
-    assert rows[0].nll == pytest.approx(expected[0].nll, rel=1e-6)
+    assert rows[0].nll == pytest.approx(expected["nll"], rel=1e-6)
+
+
+@pytest.mark.parametrize("bayesian", [False, True])
+def test_the_control_scales_the_logits_at_the_means(bayesian: bool) -> None:
+    data, model = blobs(), small()
+    with torch.no_grad():
+        model[2].weight.mul_(20)  # type: ignore[index]  # far too sure
+    if bayesian:
+        model = bayesify.to_bbb(model, logvar=-2.0)
+    rows = evaluate(model, data, num_samples=2, batch_size=7, seed=4, control=True, resamples=20)
+    kinds = ["at the means", "temperature scaled", "MC average"]
+    assert [row.prediction for row in rows] == (kinds if bayesian else ["deterministic", kinds[1]])
+    logits, labels = model.eval()(data.tensors[0]).detach(), data.tensors[1]
+    probs, temperatures = cross_fitted_temperature(logits, labels, folds=5, seed=4)
+    assert_row_equals(
+        rows[1], "temperature scaled", 1, expected_numbers(probs.numpy(), labels.numpy())
+    )
+    assert rows[1].temperature == pytest.approx(temperatures.mean().item())
+    assert temperatures.min() > 3
+    measured = ClassificationMetrics()
+    measured.update(probs, labels)
+    found, expected = rows[1].intervals, measured.intervals(20, seed=4)
+    assert found is not None
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name])
+    assert rows[1].nll < rows[0].nll / 2
+    for row in rows:
+        assert row.intervals is not None
+        for name in ("accuracy", "nll", "brier"):
+            assert row.intervals[name].low < getattr(row, name) < row.intervals[name].high
+
+
+def test_the_control_wants_two_images_for_its_folds() -> None:
+    data = blobs(3)
+    assert len(evaluate(small(), data, control=True)) == 2  # fewer folds than five
+    with pytest.raises(ArgumentError, match="at least 2 images"):
+        evaluate(small(), blobs(1), control=True)
 
 
 def test_bad_arguments_of_evaluate() -> None:
@@ -354,6 +402,9 @@ def test_bad_arguments_of_evaluate() -> None:
         evaluate(model, data, num_samples=0)
     with pytest.raises(ArgumentError, match="batch_size must be"):
         evaluate(model, data, batch_size=0)
+    for resamples in (1, -5, True, 2.5):
+        with pytest.raises(ArgumentError, match="resamples must be 0 or"):
+            evaluate(model, data, resamples=resamples)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="empty"):
         evaluate(model, TensorDataset(torch.zeros(0, 2), torch.zeros(0)))
     with pytest.raises(ArgumentError, match="out of range"):

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from . import convert, evaluate, fit, inspect, models, predict
+from . import convert, evaluate, fit, inspect, models, predict, prune
 
 RECIPES = "bayesify.recipes"
 """Entry points of this group are typer apps, each a sub-command of ``bayesify recipe``."""
@@ -46,6 +46,7 @@ app.command("inspect")(inspect.inspect)
 app.command("fit")(fit.fit)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("prune")(prune.prune)
 app.command("models")(models.models)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
 from .guard import guard
 from .options import (
     Amp,
@@ -19,6 +23,9 @@ from .options import (
     resolve_device,
 )
 
+if TYPE_CHECKING:
+    from ..training import Evaluation
+
 
 def evaluate(
     file: File,
@@ -29,15 +36,26 @@ def evaluate(
     model: ModelName = None,
     workers: Workers = 0,
     seed: Seed = 0,
+    resamples: Annotated[
+        int,
+        typer.Option(
+            "--resamples", metavar="N", help="Bootstrap 95 % intervals from N resamples; 0: none."
+        ),
+    ] = 0,
     device: Device = "auto",
     amp: Amp = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure accuracy, NLL, ECE and Brier score on DATA, at the means and over K draws.
+    """Measure accuracy, NLL, calibration and Brier score on DATA, at the means and over K draws.
 
-    NLL is in nats. ECE is the calibration error over 15 bins of confidence. The Brier score sums
-    over the classes, from 0 to 2.
+    Between them stands a control that a posterior must beat: the logits at the means divided by one
+    temperature, fitted on other images of DATA (five-fold).
+
+    NLL, entropy and mutual information (MI) are in nats. ECE is the calibration error over 15 bins
+    of confidence, AURC the mean error rate over all coverages when the least sure are left out
+    first. The Brier score sums over the classes, from 0 to 2; its parts by predicted class add up:
+    UNC - RES + REL + rest. Higher is better for top-1, top-5 and RES.
     """
     with guard(debug):
         from dataclasses import asdict
@@ -61,26 +79,71 @@ def evaluate(
                 amp=amp,
                 model_config=opened.input,
                 workers=workers,
+                control=len(images) > 1,
+                resamples=resamples,
                 on_step=bar.to,
             )
         if json:
             head = {"file": str(file), "data": data, "split": images.split, "images": len(images)}
             render.as_json({**head, "rows": [asdict(row) for row in rows]})
             return
-        render.table(
-            ("prediction", "draws", "accuracy", "NLL", "ECE", "Brier"),
-            [
-                (
-                    row.prediction,
-                    row.num_samples,
-                    f"{row.accuracy:.2%}",
-                    f"{row.nll:.4f}",
-                    f"{row.ece:.4f}",
-                    f"{row.brier:.4f}",
-                )
-                for row in rows
-            ],
-        )
+        render.table(*_main(rows))
+        for table in (_doubt(rows), _parts(rows), _intervals(rows)):
+            if table[1]:
+                render.text("")
+                render.table(*table)
+        for row in rows:
+            if row.temperature is not None:
+                render.text(f"Temperature {row.temperature:.3f}: a control, not a posterior.")
         render.text(f"{len(images):,} images of {data} ({images.split}).")
         if images.split == "all":
             render.note(f"{data} has no splits: was the model trained on these images?")
+
+
+Table = tuple[tuple[str, ...], list[tuple[str | int, ...]]]
+
+
+def _main(rows: list[Evaluation]) -> Table:
+    columns = ("prediction", "K", "top-1", "top-5", "NLL", "ECE", "Brier", "AURC")
+    return columns, [
+        (
+            row.prediction,
+            row.num_samples,
+            f"{row.accuracy:.2%}",
+            f"{row.top5:.2%}",
+            f"{row.nll:.4f}",
+            f"{row.ece:.4f}",
+            f"{row.brier:.4f}",
+            f"{row.aurc:.4f}",
+        )
+        for row in rows
+    ]
+
+
+def _doubt(rows: list[Evaluation]) -> Table:
+    lines: list[tuple[str | int, ...]] = []
+    for row in rows:
+        numbers = row.adaptive_ece, row.classwise_ece, row.mce, row.entropy, row.mutual_information
+        lines.append((row.prediction, *("" if n is None else f"{n:.4f}" for n in numbers)))
+    return ("calibration, doubt", "adaptive ECE", "class-wise", "MCE", "entropy", "MI"), lines
+
+
+def _parts(rows: list[Evaluation]) -> Table:
+    lines: list[tuple[str | int, ...]] = []
+    for row in rows:
+        if row.parts is not None:
+            found = row.parts
+            parts = found.uncertainty, found.resolution, found.reliability, found.residual
+            lines.append((row.prediction, *(f"{part:.4f}" for part in parts)))
+    return ("Brier, in parts", "UNC", "RES", "REL", "rest"), lines
+
+
+def _intervals(rows: list[Evaluation]) -> Table:
+    lines: list[tuple[str | int, ...]] = []
+    for row in rows:
+        if row.intervals is not None:
+            low, high = row.intervals["accuracy"]
+            others = [row.intervals[name] for name in ("nll", "ece", "brier")]
+            shown = [f"{ends.low:.4f}-{ends.high:.4f}" for ends in others]
+            lines.append((row.prediction, f"{100 * low:.1f}-{100 * high:.1f}", *shown))
+    return ("95 % intervals", "top-1 %", "NLL", "ECE", "Brier"), lines

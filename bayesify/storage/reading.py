@@ -27,6 +27,7 @@ from ..posterior import (
     sites,
     tensor_stats,
 )
+from ..pruning import keep_pruned_
 from ..rewriter import caches
 from .layout import Contents, Row, read_contents
 
@@ -217,6 +218,7 @@ def _restore(model: nn.Module, file: Contents) -> None:
             owner = owner_state(module)
             if owner is not None:
                 owner.spec, owner.strict = conversion, conversion.config.strict
+    keep_pruned_(model)
     caches.drop(model)
 
 

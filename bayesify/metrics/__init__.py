@@ -1,0 +1,63 @@
+"""Quality of predictions: accuracy, calibration, selective prediction, detection of strange inputs.
+
+Every number is computed in float64 where the device has it, whatever the input's dtype: a bfloat16
+softmax often holds a confidence of exactly 1, and small sums of logs cancel in float32.
+"""
+
+from .brier import (
+    BrierDecomposition,
+    BrierParts,
+    TopLabelParts,
+    brier_decomposition,
+    brier_score,
+    top_label_decomposition,
+)
+from .calibration import (
+    ReliabilityBins,
+    adaptive_calibration_error,
+    classwise_calibration_error,
+    expected_calibration_error,
+    maximum_calibration_error,
+    reliability_bins,
+)
+from .classification import ClassificationMetrics, Examples, classification_metrics
+from .detection import ood_metrics
+from .resampling import Interval, bootstrap_interval
+from .selective import (
+    RiskCoverage,
+    area_under_risk_coverage,
+    risk_coverage,
+    selective_accuracy,
+)
+from .temperature import CrossFitted, cross_fitted_temperature, fit_temperature
+from .uncertainty import entropy, mutual_information
+
+__all__ = [
+    "BrierDecomposition",
+    "BrierParts",
+    "ClassificationMetrics",
+    "CrossFitted",
+    "Examples",
+    "Interval",
+    "ReliabilityBins",
+    "RiskCoverage",
+    "TopLabelParts",
+    "adaptive_calibration_error",
+    "area_under_risk_coverage",
+    "bootstrap_interval",
+    "brier_decomposition",
+    "brier_score",
+    "classification_metrics",
+    "classwise_calibration_error",
+    "cross_fitted_temperature",
+    "entropy",
+    "expected_calibration_error",
+    "fit_temperature",
+    "maximum_calibration_error",
+    "mutual_information",
+    "ood_metrics",
+    "reliability_bins",
+    "risk_coverage",
+    "selective_accuracy",
+    "top_label_decomposition",
+]

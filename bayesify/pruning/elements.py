@@ -1,0 +1,316 @@
+"""Pruning of single weights: by score, per tensor or over all, and N out of M."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import gaussian
+from ..errors import ArgumentError
+from ..kernels.noise import fold, noise
+from ..posterior import Site, bayesian_sites, pruned_elements
+from ..rewriter import caches
+from ..scope import as_seed
+from ..selection import Pattern, select
+from .holding import prune_site
+
+Score = Literal["snr", "magnitude", "variance", "random"] | Callable[[Site], Tensor]
+Scope = Literal["tensor", "global"]
+
+_SCORES = ("snr", "magnitude", "variance", "random")
+_RANDOM = 1 << 40  # the scores of a seed are not the noise of the draw of that seed
+
+
+def prune_(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    score: Score = "snr",
+    scope: Scope = "tensor",
+    only: Pattern | Sequence[Pattern] = (),
+    skip: Pattern | Sequence[Pattern] = (),
+    min_dim: int = 2,
+    seed: int = 0,
+) -> nn.Module:
+    r"""Prune the weights of the lowest score: mean and sigma become exactly 0 and stay it.
+
+    What is pruned already counts towards ``sparsity`` and is never revived, so that a model can
+    be pruned further step by step (:func:`sparsity_schedule`).
+
+    Args:
+        model: A converted model, changed in place. Upon an error it is as it was.
+        sparsity: Share of the chosen weights that are pruned afterwards, in [0, 1). As in
+            ``torch.nn.utils.prune`` it is rounded to whole weights, of each tensor or of all.
+        score: ``"snr"``: :math:`|\mu| / \sigma`; ``"magnitude"``: :math:`|\mu|`; ``"variance"``:
+            :math:`-\sigma`, the widest go first; ``"random"``; or a function of a
+            :class:`bayesify.posterior.Site` (``name``, ``mean``, ``std``) that gives a tensor of
+            the mean's shape.
+        scope: ``"tensor"``: the share of each tensor; ``"global"``: of all chosen together.
+        only: Patterns of what is pruned, as in :func:`bayesify.to_bbb`; all if empty.
+        skip: Patterns of what is not; skip beats only.
+        min_dim: Tensors of fewer dimensions are not pruned; 1 takes biases and norms too.
+        seed: Of ``"random"``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work, nothing is chosen, or a score has
+            another shape or is NaN.
+        NoMatchError: A pattern matches nothing.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    Reference:
+        Graves, 2011, Practical Variational Inference for Neural Networks, section 5; Blundell et
+        al., 2015, arXiv:1505.05424, section 5.
+
+    >>> import torch, bayesify
+    >>> model = prune_(bayesify.to_bbb(torch.nn.Linear(8, 5)), 0.8)
+    >>> int((model.weight == 0).sum())
+    32
+    """
+    check_share(sparsity)
+    check_scope(scope)
+    found = chosen(model, only, skip, min_dim)
+    with torch.no_grad():
+        scores = [scores_of(site, score, seed).flatten() for site in found]
+        masks = [
+            mask.view_as(site.mean)
+            for site, mask in zip(found, lowest(scores, sparsity, scope), strict=True)
+        ]
+        apply_masks(model, found, masks)
+    return model
+
+
+def prune_n_of_m_(
+    model: nn.Module,
+    n: int = 2,
+    m: int = 4,
+    *,
+    score: Score = "snr",
+    only: Pattern | Sequence[Pattern] = (),
+    skip: Pattern | Sequence[Pattern] = (),
+    seed: int = 0,
+) -> nn.Module:
+    """Keep the n weights of the highest score in every m neighbours along the input dimension.
+
+    Weights of ``Linear`` and of convolutions are pruned; those whose input dimension (for a
+    convolution, the channels in its group) is no multiple of m are left, and named in a warning.
+    2 of 4 is what NVIDIA's sparse tensor cores and ``torch.sparse.to_sparse_semi_structured``
+    expect.
+
+    Args:
+        model: A converted model, changed in place. Upon an error it is as it was.
+        n: Weights that are kept, at least 1.
+        m: Neighbours, above n.
+        score: As in :func:`prune_`.
+        only: As in :func:`prune_`.
+        skip: As in :func:`prune_`.
+        seed: As in :func:`prune_`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ArgumentError: As :func:`prune_`; or no tensor has a fitting input dimension.
+        NoMatchError: A pattern matches nothing.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    Reference:
+        Mishra et al., 2021, arXiv:2104.08378.
+
+    >>> import torch, bayesify
+    >>> model = prune_n_of_m_(bayesify.to_bbb(torch.nn.Linear(8, 1)))
+    >>> (model.weight.view(-1, 4) == 0).sum(1).tolist()
+    [2, 2]
+    """
+    if type(n) is not int or type(m) is not int or not 1 <= n < m:
+        raise ArgumentError(
+            f"prune_n_of_m_: n and m must be integers with 1 <= n < m, got {n!r} and {m!r}."
+        )
+    layers = [
+        site
+        for site in chosen(model, only, skip, 2)
+        if isinstance(site.module, LAYERS) and site.attribute == "weight"
+    ]
+    found = [site for site in layers if site.mean.shape[1] % m == 0]
+    left = [site.name for site in layers if site.mean.shape[1] % m]
+    if not found:
+        why = f"their input dimensions are no multiples of {m}" if layers else "there is none"
+        raise ArgumentError(
+            f"prune_n_of_m_ finds no weight of a Linear or a convolution to prune: {why}."
+        )
+    with torch.no_grad():
+        masks = []
+        for site in found:
+            scores = scores_of(site, score, seed).movedim(1, -1)
+            groups = scores.reshape(*scores.shape[:-1], -1, m)
+            order = groups.argsort(dim=-1, stable=True)[..., : m - n]
+            mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+            masks.append(mask.view(scores.shape).movedim(-1, 1))
+        apply_masks(model, found, masks)
+    if left:
+        warnings.warn(
+            f"{len(left)} tensors are not pruned, since their input dimension is no multiple of "
+            f"{m}: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def sparsity_schedule(final: float, rounds: int, *, initial: float = 0.0) -> list[float]:
+    r"""The sparsities of iterative pruning: prune, fine-tune, and again, in ``rounds`` rounds.
+
+    .. math:: s_t = s_f + (s_i - s_f) (1 - t/n)^3, \quad t = 1, \dots, n
+
+    Args:
+        final: Sparsity of the last round, in [0, 1).
+        rounds: Number of rounds n, at least 1; 1 is pruning in one shot.
+        initial: Sparsity before the first round, in [0, final].
+
+    Returns:
+        ``rounds`` sparsities, for :func:`prune_` before each round of fine-tuning.
+
+    Raises:
+        ArgumentError: A value is out of its range.
+
+    Reference:
+        Zhu and Gupta, 2017, arXiv:1710.01878, equation 1.
+
+    >>> sparsity_schedule(0.5, 2)
+    [0.4375, 0.5]
+    """
+    check_share(final)
+    check_share(initial)
+    if initial > final:
+        raise ArgumentError(f"initial must be at most final, got {initial!r} and {final!r}.")
+    if type(rounds) is not int or rounds < 1:
+        raise ArgumentError(f"rounds must be an integer of at least 1, got {rounds!r}.")
+    return [final + (initial - final) * (1.0 - t / rounds) ** 3 for t in range(1, rounds + 1)]
+
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weight has the outputs in its first dimension and the inputs in its second."""
+
+
+def check_share(sparsity: float) -> None:
+    """Refuse what is no sparsity."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0.0 <= sparsity < 1.0:
+        raise ArgumentError(f"sparsity must be a number in [0, 1), got {sparsity!r}.")
+
+
+def check_scope(scope: str) -> None:
+    """Refuse what is no scope."""
+    if scope not in ("tensor", "global"):
+        raise ArgumentError(f"scope must be 'tensor' or 'global', got {scope!r}.")
+
+
+def chosen(
+    model: nn.Module,
+    only: Pattern | Sequence[Pattern],
+    skip: Pattern | Sequence[Pattern],
+    min_dim: int,
+) -> list[Site]:
+    """The Bayesian tensors that the patterns take; there is at least one."""
+    found = bayesian_sites(model)
+    if type(min_dim) is not int or min_dim < 0:
+        raise ArgumentError(f"min_dim must be an integer of at least 0, got {min_dim!r}.")
+    skipped = select(model, only=only, skip=skip, strict=True).skipped
+    taken = [site for site in found if site.name not in skipped]
+    result = [site for site in taken if site.mean.dim() >= min_dim]
+    if not result:
+        raise ArgumentError(
+            f"No tensor of {type(model).__name__} is chosen for pruning: of {len(found)} Bayesian "
+            f"ones, {len(found) - len(taken)} are left out by only and skip, and {len(taken)} "
+            f"have fewer than {min_dim} dimensions."
+        )
+    return result
+
+
+def scores_of(site: Site, score: Score, seed: int) -> Tensor:
+    """The score of each weight of one tensor; what is pruned already has the lowest."""
+    if callable(score):
+        values = score(site)
+        if not isinstance(values, Tensor) or values.shape != site.mean.shape:
+            given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ArgumentError(
+                f"The score of {site.name!r} must be a tensor of the shape "
+                f"{tuple(site.mean.shape)}, got {given}."
+            )
+        wide = torch.promote_types(values.dtype, torch.float32)
+        values = values.detach().to(site.mean.device, wide)
+    else:
+        values = _named_score(site, score, seed)
+    mask = pruned_elements(site.raw)
+    values = values.masked_fill(mask, -math.inf)
+    if bool(values.isnan().any()):
+        raise ArgumentError(
+            f"The score of {site.name!r} is NaN for {int(values.isnan().sum())} weights: "
+            + (
+                "correct the function that was given as score."
+                if callable(score)
+                else "its mean or sigma is NaN. Has the training diverged?"
+            )
+        )
+    return values
+
+
+def _named_score(site: Site, score: str, seed: int) -> Tensor:
+    if score not in _SCORES:
+        raise ArgumentError(
+            f"score must be one of {', '.join(map(repr, _SCORES))}, or a function of a Site, got "
+            f"{score!r}."
+        )
+    wide = torch.promote_types(site.mean.dtype, torch.float32)
+    mean = site.mean.detach().to(wide)
+    if score == "magnitude":
+        return mean.abs()
+    if score == "random":
+        return random_scores(site, tuple(mean.shape), seed)
+    std = site.std.detach().to(wide)
+    if score == "variance":
+        return -std
+    return gaussian.signal_to_noise(mean, std)
+
+
+def random_scores(site: Site, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Independent scores that are a function of the seed and the parameter's name."""
+    key = fold(site.slot.key, _RANDOM)
+    return noise(as_seed(seed), key, shape, torch.float32, site.mean.device)
+
+
+def lowest(scores: list[Tensor], share: float, scope: Scope) -> list[Tensor]:
+    """A mask of the lowest ``share`` of the scores, of each tensor or of all together."""
+    if scope == "tensor":
+        return [_lowest(s, round(share * s.numel())) for s in scores]
+    joined = torch.cat([s.to(scores[0].device) for s in scores])
+    mask = _lowest(joined, round(share * joined.numel()))
+    parts = mask.split([s.numel() for s in scores])
+    return [part.to(s.device) for part, s in zip(parts, scores, strict=True)]
+
+
+def _lowest(scores: Tensor, count: int) -> Tensor:
+    """A mask of exactly ``count`` lowest; among equals the first ones."""
+    # torch.quantile takes no more than 16 million elements
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count).values
+    mask = scores < threshold
+    equal = (scores == threshold).nonzero().flatten()
+    mask[equal[: count - int(mask.sum())]] = True
+    return mask
+
+
+def apply_masks(model: nn.Module, found: Sequence[Site], masks: Sequence[Tensor]) -> None:
+    """Prune, now that nothing can fail any more."""
+    for site, mask in zip(found, masks, strict=True):
+        if bool(mask.any()):
+            prune_site(site, mask)
+    caches.drop(model)
