@@ -7,7 +7,7 @@ bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .buffers import Buffers
 from .noise import fill_normal, fold, noise
+
+_PIECE = 1 << 17
+"""Elements whose intermediate results stay in the cache, enough for all threads of torch."""
 
 
 class Item(NamedTuple):
@@ -70,24 +73,25 @@ def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]
     """
     number = int(seed)
     deltas = [item.buffers.take(item.mean) for item in items]
-    seeds = [fold(number, item.key) for item in items]
-    fill_normal(list(zip(deltas, seeds, strict=True)))
+    values = [item.buffers.take(item.mean) for item in items]
+    fill_normal([(d, fold(number, i.key)) for d, i in zip(deltas, items, strict=True)])
+    with torch.no_grad():
+        for item, delta, value in zip(items, deltas, values, strict=True):
+            _finish(item.mean, item.logvar, delta, value)
     found: list[tuple[Tensor, Hook | None]] = []
-    for item, delta in zip(items, deltas, strict=True):
-        value = item.buffers.take(item.mean)
+    for item, delta, value in zip(items, deltas, values, strict=True):
         if torch.is_grad_enabled() and (item.mean.requires_grad or item.logvar.requires_grad):
             node = Draw(item, delta, seed)
-            value, token = _Draw.apply(item.mean, item.logvar, [value], node)
-            found.append((value, Hook(node, token)))
+            drawn, token = _Draw.apply(item.mean, item.logvar, [value], node)
+            found.append((drawn, Hook(node, token)))
         else:
-            _finish(item.mean, item.logvar, value, delta)
             found.append((value, None))
     return found
 
 
-def _finish(mean: Tensor, logvar: Tensor, value: Tensor, delta: Tensor) -> None:
-    """Turn the noise in ``delta`` into sigma times noise, and fill ``value`` with the draw."""
-    with torch.no_grad():
+def _finish(*tensors: Tensor) -> None:
+    """Turn noise into ``delta = sigma * noise``, and fill ``value`` with ``mean + delta``."""
+    for mean, logvar, delta, value in _pieces(*tensors):
         if value.dtype == logvar.dtype:
             torch.mul(logvar, 0.5, out=value).exp_()
             delta.mul_(value)
@@ -139,17 +143,21 @@ class Draw:
         by_mean, by_logvar = grad, None
         if grad is not None:
             assert self.delta is not None
-            if overwrite and self.delta.dtype == logvar.dtype:
-                by_logvar, self.delta = self.delta.mul_(grad).mul_(0.5), None
-            else:
+            if not overwrite or self.delta.dtype != logvar.dtype:
                 by_logvar = (grad * self.delta).mul_(0.5).to(logvar.dtype)
+                grad_now = None
+            else:
+                by_logvar, self.delta, grad_now = self.delta, None, grad
+        else:
+            by_logvar, grad_now = torch.zeros_like(logvar), None
+        factor = None
         if kl is not None:
-            assert self.prior is not None
-            if by_logvar is None:
-                by_logvar = torch.zeros_like(logvar)
-            out = self.item.buffers.take(mean) if overwrite else torch.empty_like(mean)
-            _add_kl_gradients(mean, logvar, self.prior, float(kl), grad, out, by_logvar)
-            by_mean = out
+            factor = float(kl)
+            by_mean = self.item.buffers.take(mean) if overwrite else torch.empty_like(mean)
+        elif grad_now is None:
+            return by_mean, by_logvar
+        prior = self.prior or (None, None)
+        _add(factor, mean, logvar, by_mean, by_logvar, grad, grad_now, *prior)
         return by_mean, by_logvar
 
     def _differentiable(self, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
@@ -183,8 +191,6 @@ class _Draw(torch.autograd.Function):
         ctx: Any, mean: Tensor, logvar: Tensor, memory: Any, node: Draw
     ) -> tuple[Tensor, Tensor]:
         (value,) = memory
-        assert node.delta is not None
-        _finish(mean, logvar, value, node.delta)
         ctx.node = node
         ctx.set_materialize_grads(False)
         return value, mean.new_zeros(())
@@ -229,17 +235,17 @@ def gaussian_kl(drawn: Sequence[tuple[Hook, Tensor | float, Tensor | float]]) ->
     return result
 
 
-_PIECE = 1 << 15
-"""Elements whose intermediate results stay in the cache."""
-
-
-def _pieces(tensor: Tensor | float, like: Tensor) -> Sequence[Tensor | float]:
-    count = max(1, -(-like.numel() // _PIECE))
-    if not isinstance(tensor, Tensor):
-        return [tensor] * count
-    if tensor.dim() == 0:
-        return [float(tensor)] * count
-    return tensor.reshape(-1).split(_PIECE) if count > 1 else [tensor.reshape(-1)]
+def _pieces(*tensors: Any) -> Iterator[tuple[Any, ...]]:
+    """Flat parts of tensors of one shape; a number or None is the same for all parts."""
+    count = max(1, -(-tensors[0].numel() // _PIECE))
+    columns = []
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dim() == tensors[0].dim():
+            flat = tensor.reshape(-1)
+            columns.append(flat.split(_PIECE) if count > 1 else (flat,))
+        else:
+            columns.append((tensor,) * count)
+    return zip(*columns, strict=True)
 
 
 def _log(value: Tensor | float) -> Any:
@@ -248,26 +254,25 @@ def _log(value: Tensor | float) -> Any:
 
 def _kl_value(mean: Tensor, logvar: Tensor, prior: tuple[Tensor | float, Tensor | float]) -> float:
     total = 0.0
-    with torch.no_grad():
-        for m, s, pm, pv in zip(*(_pieces(t, mean) for t in (mean, logvar, *prior)), strict=True):
-            ratio = s - _log(pv)
-            terms = torch.expm1(ratio).sub_(ratio).add_((m - pm).square_().div_(pv))
-            total += 0.5 * float(terms.sum())
+    for m, s, pm, pv in _pieces(mean, logvar, *prior):
+        ratio = s - _log(pv)
+        terms = torch.expm1(ratio).sub_(ratio).add_((m - pm).square_().div_(pv))
+        total += 0.5 * float(terms.sum())
     return total
 
 
-def _add_kl_gradients(
-    mean: Tensor, logvar: Tensor, prior: tuple[Tensor | float, Tensor | float], factor: float,
-    grad: Tensor | None, by_mean: Tensor, by_logvar: Tensor,
-) -> None:  # fmt: skip
-    """``by_mean = grad + factor (mean - m) / v``, ``by_logvar += factor (e^l / v - 1) / 2``."""
-    grads = [None] * max(1, -(-mean.numel() // _PIECE)) if grad is None else _pieces(grad, mean)
-    for m, s, pm, pv, g, out_m, out_s in zip(
-        *(_pieces(t, mean) for t in (mean, logvar, *prior)), grads,
-        _pieces(by_mean, mean), _pieces(by_logvar, mean), strict=True,
-    ):  # fmt: skip
-        torch.sub(m, pm, out=out_m)
-        out_m.mul_(factor / pv) if not isinstance(pv, Tensor) else out_m.mul_(factor).div_(pv)
-        if g is not None:
-            out_m.add_(g)
-        out_s.add_(torch.sub(s, _log(pv)).expm1_(), alpha=0.5 * factor)
+def _add(factor: float | None, *tensors: Any) -> None:
+    """``by_logvar *= grad / 2`` if there is one to multiply; then what the KL divergence adds.
+
+    ``by_mean = grad + factor (mean - m) / v``, ``by_logvar += factor (e^l / v - 1) / 2``.
+    """
+    for m, s, by_m, by_s, grad, grad_now, pm, pv in _pieces(*tensors):
+        if grad_now is not None:
+            by_s.mul_(grad_now).mul_(0.5)
+        if factor is None:
+            continue
+        torch.sub(m, pm, out=by_m)
+        by_m.mul_(factor / pv) if isinstance(pv, float) else by_m.mul_(factor).div_(pv)
+        if grad is not None:
+            by_m.add_(grad)
+        by_s.add_(torch.sub(s, _log(pv)).expm1_(), alpha=0.5 * factor)

@@ -53,6 +53,37 @@ def _noise(
     return result.normal_(generator=torch.Generator(device=device).manual_seed(mixed))
 
 
+def fill_normal(wanted: Sequence[tuple[Tensor, int]]) -> None:
+    """Fill contiguous CPU tensors with standard normal noise, each by its own 63-bit seed.
+
+    The numbers come in blocks of :data:`BLOCK` elements, block ``i > 0`` with the seed
+    ``fold(seed, i)``: however many threads there are, they are the same.
+    """
+    blocks = []
+    for tensor, seed in wanted:
+        flat = tensor.view(-1)
+        for index, block in enumerate(flat.split(BLOCK) if flat.numel() > BLOCK else (flat,)):
+            blocks.append((block, fold(seed, index) if index else seed))
+    shares = min(torch.get_num_threads(), len(blocks))
+    if shares < 2 or sum(block.numel() for block, _ in blocks) < BLOCK:
+        _fill(blocks, torch.is_inference_mode_enabled())
+        return
+    tasks: list[list[tuple[Tensor, int]]] = [[] for _ in range(shares)]
+    loads = [0] * shares
+    for block, seed in sorted(blocks, key=lambda item: -item[0].numel()):
+        lightest = loads.index(min(loads))
+        tasks[lightest].append((block, seed))
+        loads[lightest] += block.numel()
+    _THREADS.run(tasks)
+
+
+def _fill(blocks: list[tuple[Tensor, int]], inference: bool) -> None:
+    generator = torch.Generator()
+    with torch.inference_mode(inference):
+        for block, seed in blocks:
+            block.normal_(generator=generator.manual_seed(seed))
+
+
 class _Threads:
     """Threads that fill blocks with noise, started when they are first needed."""
 
@@ -75,38 +106,6 @@ class _Threads:
 
 
 _THREADS = _Threads()
-
-
-def _fill(blocks: list[tuple[Tensor, int]], inference: bool) -> None:
-    generator = torch.Generator()
-    with torch.inference_mode(inference):
-        for block, seed in blocks:
-            block.normal_(generator=generator.manual_seed(seed))
-
-
-def fill_normal(wanted: Sequence[tuple[Tensor, int]]) -> None:
-    """Fill contiguous CPU tensors with standard normal noise, each by its own 63-bit seed.
-
-    The numbers come in blocks of :data:`BLOCK` elements, block ``i > 0`` with the seed
-    ``fold(seed, i)``: however many threads there are, they are the same.
-    """
-    blocks = []
-    for tensor, seed in wanted:
-        flat = tensor.view(-1)
-        for index, block in enumerate(flat.split(BLOCK) if flat.numel() > BLOCK else (flat,)):
-            blocks.append((block, fold(seed, index) if index else seed))
-    threads = min(torch.get_num_threads(), len(blocks))
-    total = sum(block.numel() for block, _ in blocks)
-    if threads < 2 or total < BLOCK:
-        _fill(blocks, torch.is_inference_mode_enabled())
-        return
-    tasks: list[list[tuple[Tensor, int]]] = [[] for _ in range(threads)]
-    loads = [0] * threads
-    for block, seed in sorted(blocks, key=lambda item: -item[0].numel()):
-        lightest = loads.index(min(loads))
-        tasks[lightest].append((block, seed))
-        loads[lightest] += block.numel()
-    _THREADS.run(tasks)
 
 
 def _noise_meta(
