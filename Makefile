@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types format clean distclean
+.PHONY: help venv demo test test-all lint types format bench zoo clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,13 @@ types: venv ## mypy --strict
 format: venv ## let ruff fix and format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: venv ## speed beside the original and beside installed peers (about 10 minutes)
+	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/step.py
+
+zoo: venv ## check every model of timm and torchvision (hours; goes on where it ended)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --jobs $(WORKERS)
 
 clean: ## remove caches and build outputs
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@
 
 Conversion and first call are measured in new processes, since a first time is what a user has.
 The cost of a call is measured in pairs, one of each after the other, and given as the median of
-their ratios with quartiles. Writes `results/convert.json` and `docs/speed.md`.
+their ratios with quartiles. Writes `results/convert.json`, and `docs/speed.md` anew.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import speed_table
 import timm
 import torch
 from provenance import machine, provenance
@@ -28,7 +29,6 @@ from provenance import machine, provenance
 import bayesify
 from bayesify.storage import replacing
 
-ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "convert.json"
 FIRST = ("resnet50", "vit_base_patch16_224")
 PAIRED = (("resnet18", 1), ("resnet18", 16), ("vit_tiny_patch16_224", 1))
@@ -93,42 +93,6 @@ def paired(name: str, batch: int, calls: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def table(record: dict[str, Any]) -> str:
-    where = record["machine"]
-    lines = [
-        "# Speed\n",
-        f"On {where['cores']} cores of {where['processor']}, {record['threads']} threads, Python "
-        f"{where['python']}, torch {record['versions']['torch']}, timm "
-        f"{record['versions']['timm']}, commit `{record['commit']}`, {record['date']}. "
-        "`make bench-convert` measures it again and writes this page. CUDA: not measured.\n",
-        f"## Once\n\nIn {record['repeats']} new processes each, seconds: median (lowest to "
-        "highest).\n",
-        "| | plan | to_bbb_ | both | first call that draws, less a later one |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, runs in record["first"].items():
-        columns = {
-            "plan": [r["plan_s"] for r in runs],
-            "to_bbb_": [r["to_bbb_s"] for r in runs],
-            "both": [r["plan_s"] + r["to_bbb_s"] for r in runs],
-            "trace": [r["first_call_s"] - r["second_call_s"] for r in runs],
-        }
-        cells = [
-            f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in columns.values()
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
-        f"\n## At every call\n\nRatio of times, median of {record['calls']} pairs (quartiles), 224 "
-        "px, no gradient. *Draws given*: the weights of a held draw are read, none is made.\n",
-        "| model, batch | at the means / original | draws given / functional_call |",
-        "| --- | ---: | ---: |",
-    ]
-    for name, ratios in record["paired"].items():
-        cells = [f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in ratios.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="new processes a model")
@@ -158,7 +122,7 @@ def main() -> None:
         print(name, batch, record["paired"][f"{name}, {batch}"], flush=True)
     with replacing(RESULT, overwrite=True) as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
-    (ROOT / "docs" / "speed.md").write_text(table(record))
+    speed_table.write()
 
 
 if __name__ == "__main__":

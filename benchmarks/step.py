@@ -1,0 +1,245 @@
+"""A training step beside the deterministic one, for bayesify and every peer that is installed.
+
+    python benchmarks/step.py [--rounds 15] [--only resnet18]
+
+In every round each method takes one step (forward, loss with its KL term, backward, AdamW,
+gradients set to None), in an order that turns, and its time is divided by that of the deterministic
+step of the same round. The result is the median of these ratios with quartiles. Peers are used as
+their documentation says, in the settings written beside their adapter. Writes `results/step.json`,
+and `docs/speed.md` anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import speed_table
+import timm
+import torch
+from provenance import machine, provenance
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bayesify
+from bayesify.storage import replacing
+
+RESULT = Path(__file__).parent / "results" / "step.json"
+NUM_DATA = 50_000
+LR = 1e-4
+Step = Callable[[Tensor, Tensor], Any]
+
+
+# -- models ----------------------------------------------------------------------------------
+
+
+def mlp() -> nn.Module:
+    """10.5 M weights."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3072, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(),
+        nn.Linear(2048, 10),
+    )  # fmt: skip
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "vit_tiny_patch16_224": (
+        lambda: timm.create_model("vit_tiny_patch16_224", num_classes=10), (16, 3, 224, 224),
+    ),
+    "resnet18": (lambda: timm.create_model("resnet18", num_classes=10), (16, 3, 224, 224)),
+    "mlp": (mlp, (64, 3, 32, 32)),
+}  # fmt: skip
+
+
+# -- methods ---------------------------------------------------------------------------------
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+
+
+def deterministic(model: nn.Module) -> Step:
+    optimizer = adamw(model.parameters())
+
+    def step(x: Tensor, y: Tensor) -> None:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(model: nn.Module) -> Step:
+    """One draw a step, exact KL."""
+    bayesify.to_bbb_(model)
+    optimizer = adamw(bayesify.param_groups(model, lr=LR))
+
+    def step(x: Tensor, y: Tensor) -> None:
+        loss = F.cross_entropy(model(x), y)
+        bayesify.elbo_loss(loss, model, num_data=NUM_DATA).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours_without_kl(model: nn.Module) -> Step:
+    """One draw a step and nothing else: what the draw alone costs."""
+    bayesify.to_bbb_(model)
+    optimizer = adamw(bayesify.param_groups(model, lr=LR))
+
+    def step(x: Tensor, y: Tensor) -> None:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bayesian_torch(kind: str) -> Callable[[nn.Module], Step]:
+    def method(model: nn.Module) -> Step:
+        from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn, get_kl_loss
+
+        dnn_to_bnn(
+            model,
+            {
+                "prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0,
+                "posterior_rho_init": -3.0, "type": kind, "moped_enable": True,
+                "moped_delta": 0.1,
+            },
+        )  # fmt: skip
+        optimizer = adamw(model.parameters())
+
+        def step(x: Tensor, y: Tensor) -> None:
+            loss = F.cross_entropy(model(x), y) + get_kl_loss(model) / NUM_DATA
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return method
+
+
+def torchbayesian(model: nn.Module) -> Step:
+    import torchbayesian.bnn as bnn
+
+    bayesian: Any = bnn.BayesianModule(model)
+    optimizer = adamw(bayesian.parameters())
+
+    def step(x: Tensor, y: Tensor) -> None:
+        loss = F.cross_entropy(bayesian(x), y) + bayesian.kl_divergence() / NUM_DATA
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ivon(model: nn.Module) -> Step:
+    import ivon as library
+
+    optimizer = library.IVON(model.parameters(), lr=LR, ess=NUM_DATA)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        with optimizer.sampled_params(train=True):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+METHODS: dict[str, tuple[str | None, Callable[[nn.Module], Step]]] = {
+    "deterministic": (None, deterministic),
+    "bayesify": (None, ours),
+    "bayesify, no KL": (None, ours_without_kl),
+    "bayesian-torch reparam": ("bayesian_torch", bayesian_torch("Reparameterization")),
+    "bayesian-torch flipout": ("bayesian_torch", bayesian_torch("Flipout")),
+    "torchbayesian": ("torchbayesian", torchbayesian),
+    "IVON": ("ivon", ivon),
+}
+
+
+# -- measuring -------------------------------------------------------------------------------
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Ratios to the deterministic step of the same round, by method."""
+    factory, shape = MODELS[name]
+    torch.manual_seed(0)
+    x, y = torch.randn(shape), torch.randint(0, 10, shape[:1])
+    steps: dict[str, Step] = {}
+    found: dict[str, Any] = {}
+    for method, (package, make) in METHODS.items():
+        if package is not None and importlib.util.find_spec(package) is None:
+            found[method] = {"error": "not installed"}
+            continue
+        torch.manual_seed(0)
+        model = factory().train()
+        try:
+            step = make(model)
+            for _ in range(3):
+                step(x, y)
+        except Exception as error:
+            found[method] = {"error": f"{type(error).__name__}: {error}"[:200]}
+            continue
+        steps[method] = step
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
+    order = list(steps)
+    for turn in range(rounds):
+        turn %= len(order)
+        for method in order[turn:] + order[:turn]:
+            start = time.perf_counter()
+            steps[method](x, y)
+            seconds[method].append(time.perf_counter() - start)
+    base = seconds["deterministic"]
+    for method, times in seconds.items():
+        low, middle, high = statistics.quantiles(
+            [a / b for a, b in zip(times, base, strict=True)], n=4
+        )
+        found[method] = {
+            "low": low, "median": middle, "high": high, "seconds": statistics.median(times),
+        }  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=list(MODELS), help="only this model")
+    parser.add_argument("--methods", help="only these, separated by commas; nothing is written")
+    options = parser.parse_args()
+    if options.methods:
+        for method in set(METHODS) - {"deterministic", *options.methods.split(",")}:
+            del METHODS[method]
+    results = {}
+    for name in [options.only] if options.only else MODELS:
+        results[name] = measure(name, options.rounds)
+        for method, row in results[name].items():
+            print(f"{name:24}{method:26}", row.get("error") or
+                  f"{row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f}), "
+                  f"{1000 * row['seconds']:.0f} ms", flush=True)  # fmt: skip
+    if options.only or options.methods:
+        return
+    installed = [p for p, _ in METHODS.values() if p and importlib.util.find_spec(p)]
+    packages = {"bayesian_torch": "bayesian-torch", "ivon": "ivon-opt"}
+    record = {
+        "command": f"benchmarks/step.py --rounds {options.rounds}",
+        "rounds": options.rounds, "seed": 0, "threads": torch.get_num_threads(),
+        "machine": machine(),
+        **provenance("torch", "timm", *sorted({packages.get(p, p) for p in installed})),
+        "models": results,
+    }  # fmt: skip
+    with replacing(RESULT, overwrite=True) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    speed_table.write()
+
+
+if __name__ == "__main__":
+    main()
