@@ -663,3 +663,80 @@ def test_a_parameter_tied_later_has_one_draw() -> None:
         assert "1.weight" in str(error)  # noqa: PT017
     else:
         assert "1.weight" not in drawn
+
+
+# -- factories -------------------------------------------------------------------------------
+
+
+class AsksForDevice(Model):
+    """Makes a tensor on the device of another that was made without saying where."""
+
+    def forward(self, x: Tensor) -> Any:
+        places = torch.arange(4.0)
+        jitter = torch.ones(4, device=places.device)
+        return self.layer(x) * self.scale + (places * jitter).to(x.device)
+
+
+def test_factories_follow_the_default_device() -> None:
+    converted = bayesify.to_bbb(AsksForDevice().to("meta"), logvar=-3.0)
+    for _ in range(2):
+        with torch.device("meta"), one_draw(converted, seed=1):
+            assert converted(torch.empty(2, 4)).device.type == "meta"
+
+
+# -- forwards that are not the class's -------------------------------------------------------
+
+
+class ChoosesForward(nn.Module):
+    """Its class has no forward: each instance holds one, as timm's FasterNet does."""
+
+    def __init__(self, double: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.forward = self.forward_double if double else self.forward_once
+
+    def forward_once(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+    def forward_double(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.layer(x))
+        return y
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_class_without_forward(double: bool) -> None:
+    torch.manual_seed(0)
+    report = check(nn.Sequential(ChoosesForward(double), nn.Linear(4, 2)), randn(4))
+    assert report.problems == []
+    assert report.swapped == []
+
+
+class Reshapes(nn.Module):
+    """Passes a shape through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor, size: Any) -> tuple[Tensor, Any]:
+        return x.reshape(-1, *size) * self.scale, x.shape[-2:]
+
+
+class PassesShapes(nn.Module):
+    """Two layers between which a slice of a shape goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Reshapes(), Reshapes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, size = self.first(x, x.shape[-2:])
+        x, size = self.second(x, size)
+        return x.reshape(-1, *size)
+
+
+def test_a_slice_of_a_shape_goes_from_layer_to_layer() -> None:
+    report = check(PassesShapes(), lambda batch: ((torch.randn(batch, 3, 4),), {}))
+    assert report.problems == []
+    assert report.swapped == []

@@ -95,7 +95,8 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         "__doc__": original.__doc__,
         "_bayesify_original": original,
     }
-    for name in methods_to_wrap(original, attributes):
+    # forward also where the class has none: an instance may hold its own
+    for name in {*methods_to_wrap(original, attributes), "forward"}:
         namespace[name] = _wrapper(name, getattr(original, name))
 
     def _apply(self: Any, fn: Callable[..., Any], recurse: bool = True) -> Any:

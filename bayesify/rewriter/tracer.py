@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
 
 from . import caches
 from .arguments import Outline
@@ -158,6 +159,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self._sizes: dict[tuple[int, int], TracedInt] = {}
         self._hidden: set[tuple[int, str]] = set()
         self._variables = contextvars.copy_context()
+        modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
+        self._device = modes[-1].device if modes else None
 
     # -- what there is ---------------------------------------------------------------------
 
@@ -294,6 +297,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _evaluate(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func`` on examples: metadata only, no data and no side effect."""
         args, kwargs = self._as_examples((args, kwargs))
+        if self._device is not None and func in _device_constructors():
+            if kwargs.get("device") is None:  # `with torch.device(...)`, which acts when it runs
+                kwargs["device"] = self._device
         with torch._C.DisableTorchFunction(), self.fake_mode, paused():
             return func(*args, **kwargs)
 
@@ -305,7 +311,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return value.value
         if isinstance(value, Tensor):
             return self.example_of(value)
-        if kind is TracedSize:
+        if kind in (TracedSize, torch.Size):  # a slice of the one is the other
             return torch.Size(v.value if isinstance(v, TracedNumber) else v for v in value)
         if kind is functools.partial:
             return _examples_of_partial(value, self._as_examples)
