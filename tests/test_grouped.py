@@ -142,6 +142,24 @@ def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_sparse_gradients(with_kl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = bayesify.to_bbb(nn.Embedding(6, 3, sparse=True), logvar=-1.0).train()
+        with bayesify.one_draw(layer, seed=1):
+            loss = layer(torch.tensor([1, 1, 4])).square().sum()
+        (loss + bayesify.kl_divergence(layer) if with_kl else loss).backward()
+        found = [p.grad for p in layer.parameters()]
+        assert all(g.is_sparse != with_kl for g in found if g is not None)
+        return [g.to_dense() for g in found if g is not None]
+
+    found = gradients()
+    plainly(monkeypatch)
+    for a, b in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def test_batched_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     def jacobian() -> Tensor:
         torch.manual_seed(0)

@@ -139,11 +139,14 @@ class Draw:
         if torch.is_grad_enabled():
             return self._differentiable(grad, kl)
         mean, logvar = self.item.mean.detach(), self.item.logvar.detach()
+        if grad is not None and grad.layout is not torch.strided and kl is not None:
+            grad = grad.to_dense()  # as the gradient of the KL divergence is
         overwrite = _may_overwrite(grad)
         by_mean, by_logvar = grad, None
         if grad is not None:
             assert self.delta is not None
-            if not overwrite or self.delta.dtype != logvar.dtype:
+            strided = grad.layout is torch.strided
+            if not overwrite or not strided or self.delta.dtype != logvar.dtype:
                 by_logvar = (grad * self.delta).mul_(0.5).to(logvar.dtype)
                 grad_now = None
             else:
