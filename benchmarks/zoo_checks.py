@@ -105,6 +105,8 @@ def native_size(name: str, model: nn.Module) -> int:
     known = getattr(model, "pretrained_cfg", None)
     if known:
         return int(known["input_size"][-1])
+    if isinstance(fixed := getattr(model, "image_size", None), int):
+        return fixed  # torchvision's VisionTransformer
     builder = name.partition(":")[2]
     weights = torchvision.models.get_model_weights(builder)
     for weight in weights:
