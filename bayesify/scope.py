@@ -31,19 +31,26 @@ class Scope:
     needs gradients.
     """
 
-    __slots__ = ("drawing", "keys", "realised", "seed")
+    __slots__ = ("drawing", "filled", "keys", "realised", "seed")
 
     def __init__(self, seed: Tensor | None, keys: dict[int, int] | None = None) -> None:
         self.seed = seed
         self.drawing = seed is not None
         self.keys = {} if keys is None else keys
         self.realised: dict[tuple[int, int], Tensor] = {}
+        self.filled: set[tuple[int, int]] = set()  # what needs no look again: (module, grad mode)
+
+    def clear(self) -> None:
+        """Let go of what is realised."""
+        self.realised.clear()
+        self.filled.clear()
 
     def fork(self, *, keep: bool) -> Scope:
         """A scope of the same seed, with a copy of what is realised or with nothing."""
         child = Scope(self.seed, self.keys)
         if keep:
             child.realised = dict(self.realised)
+            child.filled = set(self.filled)
         return child
 
     def read(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
@@ -164,11 +171,14 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
     Made here, a draw lies outside every checkpointed region and every compiled sub-graph; a
     sharded parameter is drawn by the module that reads it, after its own all-gather.
     """
+    mode = _grad_mode()
+    if (id(module), mode) in scope.filled:
+        return
+    scope.filled.add((id(module), mode))
     seen: dict[int, int] = {}
     together = grouped.possible()
     items: dict[tuple[int, int], grouped.Item] = {}
     slots: list[Slot] = []
-    mode = _grad_mode()
     for child in module.modules():
         state = owner_state(child)
         if state is None:
@@ -221,7 +231,7 @@ def enter(module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, at
     finally:
         LOCAL.scope = None
         if not held:
-            scope.realised.clear()
+            scope.clear()
 
 
 @contextlib.contextmanager
@@ -295,7 +305,7 @@ def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[Non
         try:
             yield
         finally:
-            scope.realised.clear()
+            scope.clear()
 
 
 def draws(model: nn.Module, seed: int | Tensor | None = None) -> dict[str, Tensor]:
