@@ -17,8 +17,8 @@ def write() -> None:
     parts = [
         "# Speed\n",
         "Everything here was measured on the CPU; on CUDA nothing has been. `make bench` measures "
-        "it again and writes this page. Machines are noisy: ratios are of times taken one after the "
-        "other in one run, and their median counts.\n",
+        "it again and writes this page. Machines are noisy: ratios are of times taken one after "
+        "the other in one run, and their median counts.\n",
     ]
     for name, section in (("step.json", steps), ("convert.json", conversion)):
         file = RESULTS / name
@@ -51,8 +51,8 @@ def steps(record: dict[str, Any]) -> list[str]:
     lines = [
         "## A training step\n",
         "Forward, loss with its KL term, backward and AdamW (fused), over the deterministic step "
-        f"of the same round: median of {record['rounds']} rounds (quartiles). Peers in the settings "
-        "that `benchmarks/step.py` states.\n",
+        f"of the same round: median of {record['rounds']} rounds (quartiles). Peers in the "
+        "settings that `benchmarks/step.py` states.\n",
         "| | " + " | ".join(shapes[n] for n in names) + " |",
         "| --- |" + " ---: |" * len(names),
     ]

@@ -96,6 +96,8 @@ def page(rows: dict[str, Row], table: list[Verified]) -> str:
         v for v in table if v.numeric in ("ok", "shallow", "failed") and v.structural != "not run"
     ]
     agree = [v for v in both if (v.structural == "failed") == (v.numeric == "failed")]
+    small = [v for v in table if v.parameters < 30_000_000]
+    small_done = [v for v in small if v.numeric in ("ok", "shallow", "failed")]
     used = sum(c["used"] for c in checks)
     drawn = sum(c["drawn"] for c in checks)
     seconds = sorted(c["first_call_s"] for c in checks)
@@ -122,8 +124,9 @@ def page(rows: dict[str, Row], table: list[Verified]) -> str:
         "two draws differ, and converting back is exact.",
         "- A *structural group* is a set of models in which the same classes of modules occur, "
         "with the same names of own parameters, buffers and children; how many layers there are "
-        "and how wide they are does not count. Of each group the smallest model is compared, and "
-        "every model below 30 M parameters.\n",
+        "and how wide they are does not count. Of each group the smallest model is compared first, "
+        f"then the others below 30 M parameters: so far {len(small_done)} of {len(small)} "
+        "below 30 M.\n",
         f"{graphs:,} of {owners:,} owners of parameters became torch.fx graphs "
         f"({100 * graphs / max(owners, 1):.2f} %); {drawn:,} of {used:,} parameter tensors in use "
         f"are drawn. Where both checks ran they agree on {len(agree):,} of {len(both):,} models. "
