@@ -33,6 +33,8 @@ def cheapest_by_family() -> dict[str, str]:
 SAMPLE = cheapest_by_family()
 
 
+# googlenet and inception_v3 say so whenever they are built
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
 @pytest.mark.parametrize("family", sorted(SAMPLE))
 def test_a_model_of_every_family_is_as_listed(family: str) -> None:
     threads = torch.get_num_threads()
