@@ -43,7 +43,7 @@ format: venv ## let ruff fix and format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: venv ## speed beside the original and beside installed peers (about 10 minutes)
+bench: venv ## speed beside the original and beside installed peers
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/step.py
 

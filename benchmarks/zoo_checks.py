@@ -74,8 +74,8 @@ def detects(name: str) -> bool:
     )
 
 
-def build(name: str, device: str, **options: Any) -> nn.Module:
-    """A model by name on ``device``; detectors get a low threshold, so that there are boxes."""
+def build(name: str, **options: Any) -> nn.Module:
+    """A model by name; detectors get a low threshold, so that there are boxes."""
     torch.manual_seed(0)
     if detects(name):
         kind = name.partition(":")[2]
@@ -91,9 +91,9 @@ def build_on_meta(name: str, **options: Any) -> nn.Module:
     """Without memory; what cannot be built there is built on the CPU and moved."""
     try:
         with torch.device("meta"):
-            return build(name, "meta", **options)
+            return build(name, **options)
     except Exception:
-        return build(name, "cpu", **options).to("meta")
+        return build(name, **options).to("meta")
 
 
 # -- inputs ----------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def structural(name: str) -> dict[str, Any]:
     In eval and train mode, at each of :data:`BATCHES`; no number is looked at.
     """
     device = "cpu" if detects(name) else "meta"
-    model = build(name, device) if device == "cpu" else build_on_meta(name)
+    model = build(name) if device == "cpu" else build_on_meta(name)
     size = native_size(name, model)
     group = signature(model)
     problems: list[str] = []
@@ -343,7 +343,7 @@ def numeric(name: str, shallow: bool) -> dict[str, Any]:
         else:
             return {"problems": ["too large for this machine, and no smaller one of its kind"]}
     size, other = sizes(name, options)
-    model = build(name, "cpu", **options)
+    model = build(name, **options)
     parameters = sum(p.numel() for p in model.parameters())
     others = [] if other is None else [inputs(name, model, 2, other, "cpu")]
     report = check(
