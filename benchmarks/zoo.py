@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bayesify.storage import replacing
 
 RESULT = Path(__file__).parent / "results" / "zoo.jsonl"
-LIMIT_S = {"structural": 240, "numeric": 600}
+LIMIT_S = {"structural": 240, "numeric": 1200}
 SMALL = 30_000_000
 """Parameters below which every model is checked in numbers."""
 LARGE = 150_000_000

@@ -346,8 +346,9 @@ def numeric(name: str, shallow: bool) -> dict[str, Any]:
     model = build(name, **options)
     parameters = sum(p.numel() for p in model.parameters())
     others = [] if other is None else [inputs(name, model, 2, other, "cpu")]
+    batch = 1 if name.startswith("torchvision:mvit") else 3  # 16 whole frames an example
     report = check(
-        model, lambda batch: inputs(name, model, batch, size, "cpu"), batches=(3,), others=others
+        model, lambda n: inputs(name, model, n, size, "cpu"), batches=(batch,), others=others
     )
     return {
         "size": size, "other_size": other, "parameters": parameters, "options": options,
