@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,19 @@ def sizes(name: str, options: dict[str, Any]) -> tuple[int, int | None]:
     return smallest, next((s for s in others if runs_at(name, outline, s)), None)
 
 
+def _find_boxes(name: str, model: nn.Module, size: int) -> None:
+    """Give random weights statistics of their own images: without them no box survives in eval."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    args, kwargs = inputs(name, model, 3, size, "cpu")
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 def numeric(name: str, shallow: bool) -> dict[str, Any]:
     """Invariants 1-5 in numbers, by ``tests/reference.py``.
 
@@ -348,8 +362,9 @@ def numeric(name: str, shallow: bool) -> dict[str, Any]:
     others = [] if other is None else [inputs(name, model, 2, other, "cpu")]
     batch = 1 if name.startswith("torchvision:mvit") else 3  # 16 whole frames an example
     report = check(
-        model, lambda n: inputs(name, model, n, size, "cpu"), batches=(batch,), others=others
-    )
+        model, lambda n: inputs(name, model, n, size, "cpu"), batches=(batch,), others=others,
+        prepare=partial(_find_boxes, name, size=size) if detects(name) else None,
+    )  # fmt: skip
     return {
         "size": size, "other_size": other, "parameters": parameters, "options": options,
         "owners": report.owners, "fx_owners": report.fx_owners,

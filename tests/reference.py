@@ -150,6 +150,7 @@ def check(
     rtol: float = 0.0,
     logvar: float | None = None,
     gradients: bool = True,
+    prepare: Callable[[nn.Module], object] | None = None,
     others: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] = (),
 ) -> Report:
     """Check invariants 1-5 of a model in eval and in train.
@@ -161,11 +162,14 @@ def check(
         rtol: Tolerance of 1b; 0 asks for equal bits.
         logvar: Initial log variance; None for the default.
         gradients: Whether to check the gradients.
+        prepare: Called with the perturbed model before it is converted.
         others: Further (args, kwargs) for the model in eval, as images of another size.
     """
     report = Report()
     say = report.problems.append
     perturb_(model)
+    if prepare is not None:
+        prepare(model)
     original = copy_detached(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     converted = bayesify.to_bbb(model, logvar=logvar)
