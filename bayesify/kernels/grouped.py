@@ -72,16 +72,16 @@ def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]
         of the same tensor.
     """
     number = int(seed)
-    deltas = [item.buffers.take(item.mean) for item in items]
+    halves = [item.buffers.take(item.mean) for item in items]
     values = [item.buffers.take(item.mean) for item in items]
-    fill_normal([(d, fold(number, i.key)) for d, i in zip(deltas, items, strict=True)])
+    fill_normal([(h, fold(number, i.key)) for h, i in zip(halves, items, strict=True)], std=0.5)
     with torch.no_grad():
-        for item, delta, value in zip(items, deltas, values, strict=True):
-            _finish(item.mean, item.logvar, delta, value)
+        for item, half, value in zip(items, halves, values, strict=True):
+            _finish(item.mean, item.logvar, half, value)
     found: list[tuple[Tensor, Hook | None]] = []
-    for item, delta, value in zip(items, deltas, values, strict=True):
+    for item, half, value in zip(items, halves, values, strict=True):
         if torch.is_grad_enabled() and (item.mean.requires_grad or item.logvar.requires_grad):
-            node = Draw(item, delta, seed)
+            node = Draw(item, half, seed)
             drawn, token = _Draw.apply(item.mean, item.logvar, [value], node)
             found.append((drawn, Hook(node, token)))
         else:
@@ -90,22 +90,25 @@ def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]
 
 
 def _finish(*tensors: Tensor) -> None:
-    """Turn noise into ``delta = sigma * noise``, and fill ``value`` with ``mean + delta``."""
-    for mean, logvar, delta, value in _pieces(*tensors):
+    """Turn half the noise into ``half = sigma * noise / 2``, and fill ``value`` with the draw.
+
+    Half of it is the draw's derivative by the log variance; a power of two costs no bit.
+    """
+    for mean, logvar, half, value in _pieces(*tensors):
         if value.dtype == logvar.dtype:
             torch.mul(logvar, 0.5, out=value).exp_()
-            delta.mul_(value)
+            half.mul_(value)
         else:
-            delta.mul_(torch.exp(0.5 * logvar).to(value.dtype))
-        torch.add(mean, delta, out=value)
+            half.mul_(torch.exp(0.5 * logvar).to(value.dtype))
+        torch.add(mean, half, alpha=2, out=value)
 
 
 class Draw:
     """What the backward of one draw needs, and whether a KL divergence hangs on it."""
 
-    def __init__(self, item: Item, delta: Tensor, seed: Tensor) -> None:
+    def __init__(self, item: Item, half: Tensor, seed: Tensor) -> None:
         self.item, self.seed = item, seed
-        self.delta: Tensor | None = delta
+        self.half: Tensor | None = half
         self.prior: tuple[Tensor | float, Tensor | float] | None = None
         self.versions = (item.mean._version, item.logvar._version)
 
@@ -115,7 +118,7 @@ class Draw:
         Not after its backward, nor after a change of its tensors.
         """
         return (
-            self.delta is not None
+            self.half is not None
             and mean is self.item.mean
             and logvar is self.item.logvar
             and mean.dtype == logvar.dtype
@@ -132,7 +135,7 @@ class Draw:
                 "A mean or log variance was changed in place between forward and backward (by an "
                 "optimizer step?): its gradient would be wrong. Call backward before."
             )
-        if grad is not None and self.delta is None:
+        if grad is not None and self.half is None:
             raise RuntimeError(
                 "This draw's backward ran already. Give retain_graph=True to the first one."
             )
@@ -144,13 +147,13 @@ class Draw:
         overwrite = _may_overwrite(grad)
         by_mean, by_logvar = grad, None
         if grad is not None:
-            assert self.delta is not None
+            assert self.half is not None
             strided = grad.layout is torch.strided
-            if not overwrite or not strided or self.delta.dtype != logvar.dtype:
-                by_logvar = (grad * self.delta).mul_(0.5).to(logvar.dtype)
+            if not overwrite or not strided or self.half.dtype != logvar.dtype:
+                by_logvar = (grad * self.half).to(logvar.dtype)
                 grad_now = None
             else:
-                by_logvar, self.delta, grad_now = self.delta, None, grad
+                by_logvar, self.half, grad_now = self.half, None, grad
         else:
             by_logvar, grad_now = torch.zeros_like(logvar), None
         factor = None
@@ -258,24 +261,38 @@ def _log(value: Tensor | float) -> Any:
 def _kl_value(mean: Tensor, logvar: Tensor, prior: tuple[Tensor | float, Tensor | float]) -> float:
     total = 0.0
     for m, s, pm, pv in _pieces(mean, logvar, *prior):
-        ratio = s - _log(pv)
-        terms = torch.expm1(ratio).sub_(ratio).add_((m - pm).square_().div_(pv))
+        ratio, offset = _less(s, _log(pv)), _less(m, pm)
+        terms = torch.expm1(ratio).sub_(ratio)
+        if isinstance(pv, float):
+            terms.addcmul_(offset, offset, value=1.0 / pv)
+        else:
+            terms.add_(offset.square().div_(pv))
         total += 0.5 * float(terms.sum())
     return total
 
 
+def _less(tensor: Tensor, other: Tensor | float) -> Tensor:
+    """``tensor - other``, and no pass over the memory for a standard normal prior."""
+    return tensor if isinstance(other, float) and other == 0.0 else tensor - other
+
+
 def _add(factor: float | None, *tensors: Any) -> None:
-    """``by_logvar *= grad / 2`` if there is one to multiply; then what the KL divergence adds.
+    """``by_logvar *= grad`` if there is one to multiply; then what the KL divergence adds.
 
     ``by_mean = grad + factor (mean - m) / v``, ``by_logvar += factor (e^l / v - 1) / 2``.
     """
     for m, s, by_m, by_s, grad, grad_now, pm, pv in _pieces(*tensors):
         if grad_now is not None:
-            by_s.mul_(grad_now).mul_(0.5)
+            by_s.mul_(grad_now)
         if factor is None:
             continue
-        torch.sub(m, pm, out=by_m)
-        by_m.mul_(factor / pv) if isinstance(pv, float) else by_m.mul_(factor).div_(pv)
-        if grad is not None:
-            by_m.add_(grad)
-        by_s.add_(torch.sub(s, _log(pv)).expm1_(), alpha=0.5 * factor)
+        offset = _less(m, pm)
+        if not isinstance(pv, float):
+            torch.mul(offset, factor, out=by_m).div_(pv)
+            if grad is not None:
+                by_m.add_(grad)
+        elif grad is not None:
+            torch.add(grad, offset, alpha=factor / pv, out=by_m)
+        else:
+            torch.mul(offset, factor / pv, out=by_m)
+        by_s.add_(torch.expm1(_less(s, _log(pv))), alpha=0.5 * factor)

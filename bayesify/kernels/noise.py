@@ -53,8 +53,8 @@ def _noise(
     return result.normal_(generator=torch.Generator(device=device).manual_seed(mixed))
 
 
-def fill_normal(wanted: Sequence[tuple[Tensor, int]]) -> None:
-    """Fill contiguous CPU tensors with standard normal noise, each by its own 63-bit seed.
+def fill_normal(wanted: Sequence[tuple[Tensor, int]], std: float = 1.0) -> None:
+    """Fill contiguous CPU tensors with normal noise, each by its own 63-bit seed.
 
     The numbers come in blocks of :data:`BLOCK` elements, block ``i > 0`` with the seed
     ``fold(seed, i)``: however many threads there are, they are the same.
@@ -66,7 +66,7 @@ def fill_normal(wanted: Sequence[tuple[Tensor, int]]) -> None:
             blocks.append((block, fold(seed, index) if index else seed))
     shares = min(torch.get_num_threads(), len(blocks))
     if shares < 2 or sum(block.numel() for block, _ in blocks) < BLOCK:
-        _fill(blocks, torch.is_inference_mode_enabled())
+        _fill(blocks, std, torch.is_inference_mode_enabled())
         return
     tasks: list[list[tuple[Tensor, int]]] = [[] for _ in range(shares)]
     loads = [0] * shares
@@ -74,14 +74,14 @@ def fill_normal(wanted: Sequence[tuple[Tensor, int]]) -> None:
         lightest = loads.index(min(loads))
         tasks[lightest].append((block, seed))
         loads[lightest] += block.numel()
-    _THREADS.run(tasks)
+    _THREADS.run(tasks, std)
 
 
-def _fill(blocks: list[tuple[Tensor, int]], inference: bool) -> None:
+def _fill(blocks: list[tuple[Tensor, int]], std: float, inference: bool) -> None:
     generator = torch.Generator()
     with torch.inference_mode(inference):
         for block, seed in blocks:
-            block.normal_(generator=generator.manual_seed(seed))
+            block.normal_(std=std, generator=generator.manual_seed(seed))
 
 
 class _Threads:
@@ -95,12 +95,12 @@ class _Threads:
     def _forget(self) -> None:
         self._pool = None  # a fork has no threads
 
-    def run(self, tasks: list[list[tuple[Tensor, int]]]) -> None:
+    def run(self, tasks: list[list[tuple[Tensor, int]]], std: float) -> None:
         inference = torch.is_inference_mode_enabled()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="bayesify-noise")
-        others = [self._pool.submit(_fill, task, inference) for task in tasks[1:]]
-        _fill(tasks[0], inference)
+        others = [self._pool.submit(_fill, task, std, inference) for task in tasks[1:]]
+        _fill(tasks[0], std, inference)
         for other in others:
             other.result()
 
