@@ -80,6 +80,11 @@ def outputs(value: Any) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
 
 
+def values(value: Any) -> list[Tensor]:
+    """The tensors of an output, without the memory of its graph."""
+    return [tensor.detach() for tensor in outputs(value)]
+
+
 def perturb_(model: nn.Module, scale: float = 0.02) -> nn.Module:
     """Move every parameter a little, or checks on zero-initialised tensors are vacuous."""
     generator = torch.Generator().manual_seed(1)
@@ -194,11 +199,11 @@ def check(
             clear_caches(converted)
             state_a, state_b = state_of(original), state_of(converted)
             torch.manual_seed(7)
-            expected = original(*args, **kwargs)
+            expected = values(original(*args, **kwargs))
             rng = torch.get_rng_state()
             torch.manual_seed(7)
             with bayesify.at_mean(converted):
-                found = converted(*args, **kwargs)
+                found = values(converted(*args, **kwargs))
             if not same(found, expected):
                 say(f"1a: {label} {batch}: differs at the means")
             if not torch.equal(rng, torch.get_rng_state()):
@@ -209,24 +214,24 @@ def check(
             draws = bayesify.draws(converted, seed=11)
             clear_caches(original)
             torch.manual_seed(7)
-            expected = functional_call(original, draws, args, kwargs)
+            expected = values(functional_call(original, draws, args, kwargs))
             rng = torch.get_rng_state()
             expected_state = state_of(original)
             torch.manual_seed(7)
             with bayesify.one_draw(converted, seed=11):
                 # traced here, so that the probe sees only what runs; unwatched, memory is reused
-                unwatched = converted(*args, **kwargs)
+                unwatched = values(converted(*args, **kwargs))
             _restore(converted, state_b)
             probe = Probe(converted)
             torch.manual_seed(7)
             with probe.watching(), bayesify.one_draw(converted, seed=11):
-                found = converted(*args, **kwargs)
+                found = values(converted(*args, **kwargs))
             if not same(unwatched, found):
                 say(f"1b: {label} {batch}: a watched call gives something else")
             if not same(found, expected, rtol):
                 worst = max(
                     (float((x - y).abs().max())
-                     for x, y in zip(outputs(found), outputs(expected), strict=False)
+                     for x, y in zip(found, expected, strict=False)
                      if x.shape == y.shape and x.numel() and x.is_floating_point()), default=-1.0
                 )  # fmt: skip
                 say(f"1b: {label} {batch}: differs by {worst:.3g}")
