@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -658,8 +659,9 @@ def _shard_and_compare(rank: int, folder: str) -> None:
                 assert hasattr(next(model.parameters()), "placements")
                 torch.testing.assert_close(found, whole)
             whole = found
-    dist.destroy_process_group()
     Path(folder, f"done{rank}").touch()
+    dist.barrier()
+    os._exit(0)  # gloo's threads can abort an interpreter that shuts down beside a mesh
 
 
 def test_kl_of_a_sharded_model_is_that_of_the_whole(tmp_path: Path) -> None:
