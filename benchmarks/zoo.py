@@ -35,8 +35,8 @@ RESULT = Path(__file__).parent / "results" / "zoo.jsonl"
 LIMIT_S = {"structural": 240, "numeric": 1200}
 SMALL = 30_000_000
 """Parameters below which every model is checked in numbers."""
-LARGE = 150_000_000
-"""Parameters above which the numbers are those of a model of the same kind with fewer layers."""
+MEDIUM = 40_000_000
+"""Parameters above which the numbers are those of a model with fewer layers, if it is alike."""
 
 Row = dict[str, Any]
 
@@ -128,7 +128,7 @@ def numeric_queue(rows: dict[str, Row]) -> list[tuple[str, bool]]:
     chosen = {row["name"] for row in first}
     rest = [row for row in rows.values() if row.get("parameters", SMALL) < SMALL]
     rest = sorted((r for r in rest if r["name"] not in chosen), key=lambda row: row["parameters"])
-    return [(row["name"], row["parameters"] > LARGE) for row in [*first, *rest]]
+    return [(row["name"], row["parameters"] > MEDIUM) for row in [*first, *rest]]
 
 
 def run(checks: list[str], jobs: int, only: str, again: bool, minutes: float) -> None:
