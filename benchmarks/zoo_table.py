@@ -118,7 +118,8 @@ def page(rows: dict[str, Row], table: list[Verified]) -> str:
         "kept, `forward_features` draws too, and converting back restores all. Twelve detectors "
         "run on the CPU, all others on torch's meta device.",
         "- *Numeric*, on the CPU with random weights, zeros perturbed: at the means and under a "
-        "draw, in eval and train mode, with a batch of 3 and where possible another size of image, "
+        "draw, in eval and train mode, with a batch of 3 (torchvision's MViT, which takes 16 frames, "
+        "with 1) and where possible another size of image, "
         "the outputs and buffers are bit for bit those of the original with these weights, and "
         "random numbers are consumed alike. Gradients reach every mean and log variance in use, "
         "two draws differ, and converting back is exact.",
@@ -126,7 +127,9 @@ def page(rows: dict[str, Row], table: list[Verified]) -> str:
         "with the same names of own parameters, buffers and children; how many layers there are "
         "and how wide they are does not count. Of each group the smallest model is compared first, "
         f"then the others below 30 M parameters: so far {len(small_done)} of {len(small)} "
-        "below 30 M.\n",
+        "below 30 M. Where the smallest model of a group is large, one with fewer layers of the "
+        "same modules is compared; its row says so. Detectors get the statistics of their own "
+        "images first, so that they find boxes.\n",
         f"{graphs:,} of {owners:,} owners of parameters became torch.fx graphs "
         f"({100 * graphs / max(owners, 1):.2f} %); {drawn:,} of {used:,} parameter tensors in use "
         f"are drawn. Where both checks ran they agree on {len(agree):,} of {len(both):,} models. "
