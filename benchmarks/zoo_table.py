@@ -118,8 +118,8 @@ def page(rows: dict[str, Row], table: list[Verified]) -> str:
         "kept, `forward_features` draws too, and converting back restores all. Twelve detectors "
         "run on the CPU, all others on torch's meta device.",
         "- *Numeric*, on the CPU with random weights, zeros perturbed: at the means and under a "
-        "draw, in eval and train mode, with a batch of 3 (torchvision's MViT, which takes 16 frames, "
-        "with 1) and where possible another size of image, "
+        "draw, in eval and train mode, with a batch of 3 (1 for MViT, which takes 16 frames) and "
+        "where possible another size of image, "
         "the outputs and buffers are bit for bit those of the original with these weights, and "
         "random numbers are consumed alike. Gradients reach every mean and log variance in use, "
         "two draws differ, and converting back is exact.",
