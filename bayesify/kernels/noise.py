@@ -1,4 +1,4 @@
-"""Standard normal noise as a function of (seed, parameter), the plain-torch version."""
+"""Standard normal noise as a function of seed, parameter and element."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import philox
+from .choice import by_triton
 
 BLOCK = 1 << 17
 """Elements of noise that one seed makes, so that several threads can fill one tensor."""
@@ -45,6 +48,14 @@ def _noise(
     if device.type == "meta":
         return torch.empty(size, dtype=dtype, device=device)
     result = torch.empty(size, dtype=dtype, device=device)
+    if device.type == "cuda":
+        if by_triton(device):
+            from . import triton_draw  # not before: a machine without CUDA may not have Triton
+
+            triton_draw.fill_normal(result, int(seed), key)
+        else:
+            philox.fill_normal(result, int(seed), key)
+        return result
     # torch's CPU engine keeps only the low 32 bits of a seed, so they must depend on all of it
     mixed = fold(int(seed), key)
     if device.type == "cpu":
