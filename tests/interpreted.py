@@ -95,7 +95,7 @@ def test_draws_are_those_of_the_plain_version(dtype: torch.dtype, number: int) -
     drawn = grouped.draw(items, seed)
     for item, (value, hook) in zip(items, drawn, strict=True):
         assert hook is not None
-        assert hook.node.delta is None
+        assert hook.node.half is None
         assert value.dtype == dtype
         bound = ROUNDING[dtype]
         torch.testing.assert_close(value, plain(item, seed), rtol=bound, atol=2e-6)
@@ -154,20 +154,22 @@ def test_angles_all_around() -> None:
 
 
 @pytest.mark.usefixtures("real_block")
-def test_a_model_is_drawn_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches: list[int] = []
-    kernel: Any = triton_kernels.draw_kernel
-    grid = type(kernel).__getitem__
+def test_the_launches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[tuple[str, int]] = []
+    kind: Any = type(triton_kernels.draw_kernel)
+    plain_grid = kind.__getitem__
 
-    def counted(self: Any, size: Any) -> Any:
-        if self is kernel:
-            launches.append(size[0])
-        return grid(self, size)
+    def counted(self: Any, grid: tuple[int]) -> Any:
+        launches.append((self.fn.__name__, grid[0]))
+        return plain_grid(self, grid)
 
-    monkeypatch.setattr(type(kernel), "__getitem__", counted)
+    monkeypatch.setattr(kind, "__getitem__", counted)
     model = bayesify.to_bbb(nn.Sequential(nn.Linear(50, 200), nn.Linear(200, 3)), logvar=-2.0)
-    model(torch.ones(1, 50)).sum().backward()
-    assert launches == [3 + 1 + 1 + 1]  # blocks of both weights and both biases
+    loss = model(torch.ones(1, 50)).sum()
+    (loss + bayesify.kl_divergence(model)).backward()
+    blocks = [3, 1, 1, 1]  # of both weights and both biases
+    assert launches[:2] == [("draw_kernel", sum(blocks)), ("kl_kernel", sum(blocks))]
+    assert sorted(launches[2:]) == [("backward_kernel", count) for count in sorted(blocks)]
 
 
 def test_values_and_gradients_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,155 @@
+"""What a Bayesian training step does beyond the deterministic one: kernels and memory, not time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import bayesify
+from bayesify.kernels.cpu_draw import _PIECE
+
+# By what they work on: each of these goes through all elements of its tensors.
+KERNELS = (
+    "normal_", "mul", "mul_", "exp_", "exp", "add", "add_", "sub", "sub_", "expm1", "expm1_",
+    "square_", "div", "div_", "sum", "log", "zero_", "clone", "cat", "addcmul_",
+    "_fused_adamw_", "_foreach_add_",
+)  # fmt: skip
+DRAW = Counter({"normal_": 1, "mul": 1, "exp_": 1, "mul_": 1, "add": 1})
+BACKWARD = Counter({"mul_": 1})  # the gradient of the mean is that of the draw
+KL = Counter({"expm1": 1, "sub_": 1, "addcmul_": 1, "sum": 1})  # to a standard normal prior
+KL_BACKWARD = Counter({"add": 1, "expm1": 1, "add_": 1})
+OPTIMIZER = Counter({"add_": 1})  # of a number: each log variance counts its steps
+TEMPORARIES = 2  # one of the KL divergence and one of its gradient, each of a piece
+
+
+def mlp() -> tuple[nn.Module, Tensor]:
+    """A weight of two pieces, and three tensors of one."""
+    return nn.Sequential(nn.Linear(512, 300), nn.ReLU(), nn.Linear(300, 10)), torch.randn(4, 512)
+
+
+def vit() -> tuple[nn.Module, Tensor]:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3,
+        num_classes=10,
+    )  # fmt: skip
+    return model, torch.randn(4, 3, 32, 32)
+
+
+def step_of(
+    make: Callable[[], tuple[nn.Module, Tensor]], bayesian: bool, kl: bool = True
+) -> tuple[Callable[[], None], int, int]:
+    """A training step, the number of pieces of all weights, and that of all tensors."""
+    torch.manual_seed(0)
+    model, x = make()
+    sizes = [p.numel() for p in model.parameters()]
+    pieces = sum(-(-size // _PIECE) for size in sizes)
+    y = torch.randint(0, 10, (4,))
+    groups: Any = model.parameters()
+    if bayesian:
+        bayesify.to_bbb_(model)
+        groups = bayesify.param_groups(model, lr=1e-3)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    model.train()
+
+    def step() -> None:
+        loss = F.cross_entropy(model(x), y)
+        if bayesian and kl:
+            loss = bayesify.elbo_loss(loss, model, num_data=100)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, pieces, len(sizes)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The profiler sees the noise that this thread makes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def profiled(run: Callable[[], Any], times: int = 3) -> tuple[Counter[str], Counter[int]]:
+    """Calls of each operation, and sizes in bytes of what is allocated, once all is warm."""
+    for _ in range(times):
+        run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        run()
+    operations = Counter(
+        event.name.removeprefix("aten::")
+        for event in seen.events() or ()
+        if event.name.startswith("aten::")
+    )
+    results: Any = seen.profiler
+    sizes = Counter(
+        event.nbytes()
+        for event in results.kineto_results.events()
+        if event.name() == "[memory]" and event.nbytes() > 0
+    )
+    return operations, sizes
+
+
+def extra(bayesian: Counter[Any], deterministic: Counter[Any]) -> Counter[Any]:
+    difference = Counter(bayesian)
+    difference.subtract(deterministic)
+    return Counter({key: count for key, count in difference.items() if count})
+
+
+def times(counts: Counter[str], factor: int) -> Counter[str]:
+    return Counter({key: count * factor for key, count in counts.items()})
+
+
+@pytest.mark.parametrize("make", [mlp, vit])
+def test_the_kernels_of_a_step(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    step, pieces, tensors = step_of(make, True)
+    base, _ = profiled(step_of(make, False)[0])
+    found = extra(profiled(step)[0], base)
+    # means and log variances are two groups of the optimizer; the KL divergence is scaled and added
+    once = Counter(("_fused_adamw_", "_foreach_add_", "mul", "mul", "add", "cat", "clone", "sum"))
+    once += times(OPTIMIZER, tensors)
+    whole = sum((times(c, pieces) for c in (DRAW, BACKWARD, KL, KL_BACKWARD)), start=once)
+    assert {k: found[k] for k in KERNELS if found[k]} == dict(whole)
+
+
+def test_the_kernels_of_a_step_without_kl() -> None:
+    step, pieces, tensors = step_of(mlp, True, kl=False)
+    base, _ = profiled(step_of(mlp, False)[0])
+    found = extra(profiled(step)[0], base)
+    once = Counter(("_fused_adamw_", "_foreach_add_")) + times(OPTIMIZER, tensors)
+    expected = sum((times(c, pieces) for c in (DRAW, BACKWARD)), start=once)
+    assert {k: found[k] for k in KERNELS if found[k]} == dict(expected)
+
+
+def test_a_step_allocates_nothing_of_the_size_of_a_weight() -> None:
+    base = profiled(step_of(mlp, False)[0])[1]
+    found = extra(profiled(step_of(mlp, True)[0])[1], base)
+    weight = 4 * 512 * 300
+    assert found[weight] == 0
+    assert base[weight] == 1  # its gradient
+    assert found[4 * _PIECE] == found[weight - 4 * _PIECE] == TEMPORARIES
+    without = extra(profiled(step_of(mlp, True, kl=False)[0])[1], base)
+    assert {size: count for size, count in without.items() if size > 1024} == {}
+
+
+def test_calls_of_small_operations_stay_few() -> None:
+    """Those that make views and wrap numbers; a draw is to be no long Python program."""
+    step, pieces, _ = step_of(vit, True)
+    found = extra(profiled(step)[0], profiled(step_of(vit, False)[0])[0])
+    assert sum(found.values()) <= 115 * pieces + 60
+
+
+def test_the_means_run_what_the_original_runs() -> None:
+    model, x = mlp()
+    original = profiled(lambda: model(x))
+    bayesify.to_bbb_(model).eval()
+    assert profiled(lambda: model(x)) == original
