@@ -35,6 +35,11 @@ def std_from_raw(raw: Tensor, parameterization: Parameterization) -> Tensor:
     return torch.exp(0.5 * raw) if parameterization == "exp" else F.softplus(raw)
 
 
+def var_from_raw(raw: Tensor, parameterization: Parameterization) -> Tensor:
+    """Variance from the trained parameter: ``exp(raw)`` or ``softplus(raw) ** 2``."""
+    return torch.exp(raw) if parameterization == "exp" else F.softplus(raw).square()
+
+
 def logvar_from_raw(raw: Tensor, parameterization: Parameterization) -> Tensor:
     """Log of the variance from the trained parameter."""
     return raw if parameterization == "exp" else 2.0 * torch.log(F.softplus(raw))

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .kernels.grouped import Hook
 from .kernels.noise import key_of
 from .priors import GaussianPrior, LivePrior, Prior
 
+Estimator = Literal["weight", "local", "flipout"]
 STATE = "_bayesify"
 RAW_SUFFIX: dict[str, str] = {"exp": "_logvar", "softplus": "_rho"}
 PRIOR_MEAN_SUFFIX = "_prior_mean"
@@ -40,24 +41,32 @@ class Slot:
 
     has_pruned = False
     __slots__ = (
-        "buffers", "drawn", "key", "name", "parameterization", "prior", "prior_scale", "uid",
+        "buffers", "drawn", "estimator", "key", "name", "parameterization", "prior", "prior_scale",
+        "uid",
     )  # fmt: skip
 
     def __init__(
-        self, name: str, prior: Prior, parameterization: Parameterization, prior_scale: float = 1.0
-    ) -> None:
+        self, name: str, prior: Prior, parameterization: Parameterization,
+        prior_scale: float = 1.0, estimator: Estimator = "weight",
+    ) -> None:  # fmt: skip
         self.uid = next(_uids)
         self.name = name
         self.key = key_of(name)
         self.prior = prior
         self.prior_scale = prior_scale
         self.parameterization = parameterization
+        self.estimator = estimator
         self.buffers = Buffers()
         self.drawn: Hook | None = None  # the last draw that had a gradient
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """The arguments that make such a slot anew."""
+        return self.name, self.prior, self.parameterization, self.prior_scale, self.estimator
+
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy is another parameter: it must not share a draw with this one
-        return Slot, (self.name, self.prior, self.parameterization, self.prior_scale)
+        return Slot, self.settings
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Scope:
         self.seed = seed
         self.drawing = seed is not None
         self.keys = {} if keys is None else keys
-        self.realised: dict[tuple[int, int], Tensor] = {}
+        self.realised: dict[tuple[int | str, ...], Tensor] = {}
         self.filled: set[tuple[int, int]] = set()  # what needs no look again: (module, grad mode)
 
     def clear(self) -> None:
@@ -58,10 +58,33 @@ class Scope:
         index = (slot.uid, _grad_mode())
         tensor = self.realised.get(index)
         if tensor is None:
-            key = self.keys.get(slot.uid, slot.key)
-            tensor = realise(module, attribute, slot, self.seed, key)
+            tensor = realise(module, attribute, slot, self.seed, self.key_of(slot))
             self.realised[index] = tensor
         return tensor
+
+    def deviation(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
+        """The draw of one slot less its mean: sigma times noise."""
+        index = (slot.uid, _grad_mode(), "deviation")
+        tensor = self.realised.get(index)
+        if tensor is None:
+            mean, raw = tensors_of(module, attribute, slot)
+            dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+            std = gaussian.std_from_raw(raw, slot.parameterization).to(dtype)
+            epsilon = self.noise(slot, mean.shape, dtype, mean.device)
+            tensor = self.realised[index] = (std * epsilon).to(mean.dtype)
+        return tensor
+
+    def noise(
+        self, slot: Slot, size: Sequence[int], dtype: torch.dtype, device: torch.device,
+        family: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Standard normal noise that belongs to one slot; family 0 is that of its draw."""
+        assert self.seed is not None
+        return noise(self.seed, self.key_of(slot) ^ family, size, dtype, device)
+
+    def key_of(self, slot: Slot) -> int:
+        """The key of a slot's noise."""
+        return self.keys.get(slot.uid, slot.key)
 
 
 AT_MEAN = Scope(None)
@@ -177,7 +200,7 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
     scope.filled.add((id(module), mode))
     seen: dict[int, int] = {}
     together = grouped.possible()
-    items: dict[tuple[int, int], grouped.Item] = {}
+    items: dict[tuple[int | str, ...], grouped.Item] = {}
     slots: list[Slot] = []
     for child in module.modules():
         state = owner_state(child)
@@ -191,10 +214,11 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
             index = (slot.uid, mode)
             if type(mean) is not nn.Parameter or index in scope.realised:
                 continue
+            if slot.estimator != "weight":
+                continue  # most of its reads need no draw
             if together and slot.parameterization == "exp" and grouped.suits(mean, raw):
-                key = scope.keys.get(slot.uid, slot.key)
                 if index not in items:
-                    items[index] = grouped.Item(mean, raw, key, slot.buffers)
+                    items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers)
                     slots.append(slot)
                     slot.drawn = None
             else:

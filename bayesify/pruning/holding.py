@@ -27,12 +27,11 @@ class PrunedSlot(Slot):
     has_pruned = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self.name, self.prior, self.parameterization, self.prior_scale)
         held = _HELD.get(self.uid)
         module = None if held is None else held.module()
         if held is None or module is None:
-            return PrunedSlot, arguments
-        return PrunedSlot, arguments, (module, held.attribute)
+            return PrunedSlot, self.settings
+        return PrunedSlot, self.settings, (module, held.attribute)
 
     def __setstate__(self, state: tuple[nn.Module, str]) -> None:
         _hold(self, *state)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import linecache
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from .. import scope
+from .estimators import RUNTIME
 from .tracer import Trace
 from .writer import Expression, access
 
@@ -18,7 +20,7 @@ def draw(module: Any, attribute: str) -> Any:
     return scope.read(module, attribute)
 
 
-def reads_to_draws(trace: Trace, bayesian: set[tuple[tuple[str, ...], str]]) -> int:
+def reads_to_draws(trace: Trace, bayesian: Collection[tuple[tuple[str, ...], str]]) -> int:
     """Turn each ``get_attr`` of a Bayesian parameter into a ``draw``.
 
     Args:
@@ -96,8 +98,9 @@ _EXIT = re.compile(r"^\s*\w+ = .*exit_context\(\).*$")
 
 def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
     """Python source of the rewritten method ``name`` and the globals that it needs."""
+    own = {function.__name__: function for function in (draw, *RUNTIME)}
     for node in trace.graph.nodes:
-        if node.name in ("draw", "self"):  # names that the generated code uses itself
+        if node.name == "self" or node.name in own:  # names that the generated code uses itself
             node._rename(f"{node.name}_value")
     code = trace.graph.python_code("self")
     lines, indent = [], ""
@@ -110,10 +113,12 @@ def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
             indent = ""
         else:
             lines.append(indent + line)
-    source = "\n".join(lines).replace("bayesify_rewriter_passes_draw", "draw")
+    source = "\n".join(lines)
+    for short, function in own.items():
+        source = re.sub(rf"\b{function.__module__.replace('.', '_')}_{short}\b", short, source)
     source = source.replace("def forward(", f"def {name}(", 1)
     names = dict(code.globals)
-    names.update(trace.constants, draw=draw, torch=torch)
+    names.update(trace.constants, **own, torch=torch)
     return source, names
 
 

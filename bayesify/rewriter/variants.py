@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .. import scope as scopes
 from ..errors import UnsupportedModuleError
-from ..posterior import STATE, OwnerState, owner_state
+from ..posterior import STATE, OwnerState, Slot, owner_state
 from ..scope import LOCAL
 from . import caches
 from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
+from .estimators import reads_to_estimates
 from .fallback import SwapMode
 from .guards import Guard
 from .outside import ACTIVE, has_hooks
@@ -284,27 +285,28 @@ def make(
         logger.info("%s.%s takes the fallback: %s", type(owner).__name__, method, reason)
         variant = Variant(key, (), frozenset(), False, shapes, None, "", "swap", reason)
     else:
-        bayesian = _bayesian_below(owner)
-        drawn = reads_to_draws(trace, bayesian)
+        slots = _slots_below(owner)
+        estimated, kept = reads_to_estimates(trace, slots)
+        drawn = reads_to_draws(trace, slots)
         restore_contexts(trace)
         source, names = source_of(trace, method)
         code = compile_source(source, names, method, f"{type(owner).__qualname__}.{method}")
         rung = "guided" if trace.guided else "plain"
         variant = Variant(
             key, trace.guards, trace.dims, trace.layout, shapes, code, source, rung,
-            f"{drawn} draws",
+            "; ".join([f"{drawn} draws" + (f", {estimated} estimated" * bool(estimated)), *kept]),
         )  # fmt: skip
     known.append(variant)
     return variant, None if trace is None else trace.result
 
 
-def _bayesian_below(owner: nn.Module) -> set[tuple[tuple[str, ...], str]]:
-    found: set[tuple[tuple[str, ...], str]] = set()
+def _slots_below(owner: nn.Module) -> dict[tuple[tuple[str, ...], str], Slot]:
+    found: dict[tuple[tuple[str, ...], str], Slot] = {}
     for name, module in owner.named_modules(remove_duplicate=False):
         state = owner_state(module)
         if state is not None:
             path = tuple(name.split(".")) if name else ()
-            found.update((path, attribute) for attribute in state.slots)
+            found.update(((path, a), slot) for a, slot in state.slots.items())
     return found
 
 
