@@ -19,7 +19,7 @@ from .planning import (
     BBBConfig,
     Conversion,
     ConversionPlan,
-    Estimator,
+    Estimators,
     Found,
     check_model,
     make_plan,
@@ -51,7 +51,7 @@ def to_bbb(
     preset: str | None = None,
     prior: Prior | None = None,
     logvar: float | None = None,
-    estimator: Estimator = "weight",
+    estimator: Estimators = "weight",
     config: BBBConfig = BBBConfig(),
 ) -> nn.Module:
     """A Bayesian copy of ``model``: a Gaussian posterior over each selected parameter.
@@ -65,7 +65,12 @@ def to_bbb(
         prior: Prior over the weights; N(0, 1) if None.
         logvar: Initial log variance of every weight; None scales sigma with each tensor
             (``config.relative_std``), which keeps a pretrained model's function.
-        estimator: ``"weight"``: one draw of the weights for the whole batch.
+        estimator: How a weight is drawn that one linear layer, convolution or embedding reads.
+            ``"weight"``: once, for the whole batch. ``"flipout"``: once, with random signs for
+            each example. ``"local"``: its outputs instead, each element by itself. The last two
+            give gradients of less variance; reads that cannot take them keep ``"weight"``. A
+            mapping from patterns, ``{"head": "local", "*": "flipout"}``, chooses for each
+            parameter: the first that matches.
         config: See :class:`BBBConfig`.
 
     Returns:
@@ -78,7 +83,8 @@ def to_bbb(
         UnsupportedModuleError: The model cannot be converted; the message lists every reason.
 
     Reference:
-        Blundell et al., 2015, arXiv:1505.05424.
+        Blundell et al., 2015, arXiv:1505.05424; Kingma, Salimans and Welling, 2015,
+        arXiv:1506.02557 (local); Wen et al., 2018, arXiv:1803.04386 (Flipout).
 
     >>> import torch, bayesify
     >>> model = bayesify.to_bbb(torch.nn.Linear(3, 1))
@@ -125,7 +131,7 @@ def to_bbb_(
     preset: str | None = None,
     prior: Prior | None = None,
     logvar: float | None = None,
-    estimator: Estimator = "weight",
+    estimator: Estimators = "weight",
     config: BBBConfig = BBBConfig(),
 ) -> nn.Module:
     """Convert ``model`` itself; arguments, result and errors as :func:`to_bbb`.
@@ -178,7 +184,7 @@ def _apply(
     slots: dict[int, dict[str, Slot]] = {}
     parameterization = spec.config.parameterization
     for item in chosen:
-        slot = Slot(prefix + item.name, spec.prior, parameterization)
+        slot = Slot(prefix + item.name, spec.prior, parameterization, estimator=item.estimator)
         logvar = -10.0 if item.std is None else 2.0 * math.log(item.std)
         double = torch.tensor(logvar, dtype=torch.float64, device="cpu")
         value = float(raw_from_logvar(double, parameterization))

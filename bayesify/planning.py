@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, UnsupportedModuleError
 from .gaussian import Parameterization
-from .posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, root_mean_square, sites
+from .posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, Estimator, root_mean_square, sites
 from .priors import GaussianPrior, Prior
+from .rewriter.estimators import may_take
 from .rewriter.owner import generated_class, methods_to_wrap, original_class
-from .selection import Pattern, parse_patterns, select
+from .selection import Pattern, assign, parse_patterns, select
 
-Estimator = Literal["weight"]
+Estimators = Estimator | Mapping[Pattern, Estimator]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NOISE = 0.003
 """Initial sigma over root mean square, shared by all tensors (benchmarks/initial_sigma.py)."""
@@ -69,6 +70,7 @@ class PlanRow:
 
     ``action`` is ``bayes``, ``frozen``, ``integer``, ``complex`` or ``skipped: <pattern>``; ``std``
     the initial standard deviation (None where it has no posterior, or no data: the meta device).
+    ``estimator`` is what its layer's code may take; :func:`rungs` says what a call has taken.
     """
 
     name: str
@@ -79,6 +81,7 @@ class PlanRow:
     action: str
     rewrite: str
     prior: str
+    estimator: str
     std: float | None
 
     @property
@@ -122,10 +125,11 @@ class ConversionPlan:
 
     def __str__(self) -> str:
         width = max([len(r.name) for r in self.rows] + [9])
-        lines = [f"{'parameter':{width}}  {'owner':20}  {'shape':18}  {'action':20}  std"]
+        table = [("parameter", "owner", "shape", "action", "estimator", "std")]
         for r in self.rows:
             std = "" if r.std is None else f"{r.std:.3g}"
-            lines.append(f"{r.name:{width}}  {r.owner:20}  {r.shape!s:18}  {r.action:20}  {std}")
+            table.append((r.name, r.owner, str(r.shape), r.action, r.estimator, std))
+        lines = [f"{a:{width}}  {b:20}  {c:18}  {d:20}  {e:9}  {f}" for a, b, c, d, e, f in table]
         lines.append(
             f"{self.model}: {self.bayesian_elements:,} of {self.elements:,} parameters "
             f"({100 * self.share:.2f} %) get a posterior"
@@ -135,14 +139,17 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The arguments of one conversion, kept so that new layers can be converted alike."""
+    """The arguments of one conversion, kept so that new layers can be converted alike.
+
+    ``estimators`` are (pattern, estimator), the first that matches a parameter being its own.
+    """
 
     skip: tuple[Pattern, ...] = ()
     only: tuple[Pattern, ...] = ()
     preset: str | None = None
     prior: Prior = field(default_factory=GaussianPrior)
     logvar: float | None = None
-    estimator: Estimator = "weight"
+    estimators: tuple[tuple[Pattern, Estimator], ...] = ()
     config: BBBConfig = field(default_factory=BBBConfig)
 
     def __post_init__(self) -> None:
@@ -157,8 +164,12 @@ class Conversion:
             raise ArgumentError(
                 f"logvar must be a finite number (log of the variance), got {self.logvar!r}."
             )
-        if self.estimator != "weight":
-            raise ArgumentError(f"estimator must be 'weight', got {self.estimator!r}.")
+        for _, estimator in self.estimators:
+            if estimator not in get_args(Estimator):
+                raise ArgumentError(
+                    "estimator must be 'weight', 'local' or 'flipout', or a mapping from patterns "
+                    f"to these, got {estimator!r}."
+                )
         if not isinstance(self.config, BBBConfig):
             raise ArgumentError(f"config must be a BBBConfig, got {self.config!r}.")
 
@@ -170,6 +181,7 @@ class Found:
     parameter: Tensor
     places: list[tuple[str, nn.Module, str]]
     action: str = "bayes"
+    estimator: Estimator = "weight"
     rms: float | None = None
     std: float | None = None
 
@@ -332,6 +344,29 @@ def _rewrite(item: Found) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
+def _choose_estimators(model: nn.Module, bayes: list[Found], spec: Conversion) -> tuple[str, ...]:
+    """Give each parameter its estimator if its layer's code may take it; gives notes."""
+    if all(estimator == "weight" for _, estimator in spec.estimators):
+        return ()
+    wanted, notes = assign(model, spec.estimators, what="estimator", strict=spec.config.strict)
+    takers: dict[tuple[int, str], set[int]] = {}
+    for item in sorted(bayes, key=lambda item: -item.parameter.dim()):
+        estimator: Any = wanted.get(item.name, "weight")
+        if estimator == "weight" or len({id(module) for _, module, _ in item.places}) > 1:
+            continue  # what is tied is one draw in all places
+        _, module, _ = item.places[0]
+        beside = takers.setdefault((id(module), estimator), set())
+        shape = _shape(item.parameter)
+        if len(shape) > 1 and may_take(original_class(type(module)), len(shape)):
+            beside.update(shape[:2])
+        elif len(shape) != 1 or shape[0] not in beside:
+            continue  # no weight, and no bias of one
+        item.estimator = estimator
+    if all(item.estimator == "weight" for item in bayes):
+        notes = (*notes, "estimator: no weight can take it, each is drawn whole.")
+    return notes
+
+
 def _shape(parameter: Tensor) -> tuple[int, ...]:
     lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
     return (0,) if lazy else tuple(parameter.shape)
@@ -362,6 +397,7 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
     scales = {id(item.parameter): item.rms for item in bayes}
     for item in bayes:
         item.std = _initial_std(item, spec, len(bayes), scales)
+    notes = selection.notes + _choose_estimators(model, bayes, spec)
     rows = [
         PlanRow(
             name=item.name,
@@ -372,20 +408,23 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
             action=item.action,
             rewrite=_rewrite(item) if item.action == "bayes" else "",
             prior=str(spec.prior) if item.action == "bayes" else "",
+            estimator=item.estimator if item.action == "bayes" else "",
             std=item.std,
         )
         for item in found
     ]
-    return ConversionPlan(type(model).__name__, tuple(rows), selection.notes), chosen
+    return ConversionPlan(type(model).__name__, tuple(rows), notes), chosen
 
 
 def specify(
     skip: Any, only: Any, preset: str | None, prior: Prior | None, logvar: float | None,
     estimator: Any, config: BBBConfig,
 ) -> Conversion:  # fmt: skip
+    chosen = estimator if isinstance(estimator, Mapping) else {"*": estimator}
     return Conversion(
         parse_patterns(skip), parse_patterns(only), preset,
-        GaussianPrior() if prior is None else prior, logvar, estimator, config,
+        GaussianPrior() if prior is None else prior, logvar,
+        tuple((p, value) for key, value in chosen.items() for p in parse_patterns(key)), config,
     )  # fmt: skip
 
 
@@ -397,7 +436,7 @@ def plan(
     preset: str | None = None,
     prior: Prior | None = None,
     logvar: float | None = None,
-    estimator: Estimator = "weight",
+    estimator: Estimators = "weight",
     config: BBBConfig = BBBConfig(),
 ) -> ConversionPlan:
     """The dry run of :func:`to_bbb`, with the same arguments; the model is not changed.

@@ -211,7 +211,7 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
                 # a copy of a layer in the same model: not the same noise
                 scope.keys.setdefault(slot.uid, fold(slot.key, 1 + len(scope.keys)))
             mean, raw = tensors_of(child, attribute, slot)
-            index = (slot.uid, mode)
+            index: tuple[int | str, ...] = (slot.uid, mode)
             if type(mean) is not nn.Parameter or index in scope.realised:
                 continue
             if slot.estimator != "weight":

@@ -212,6 +212,39 @@ def select(
     return Selection(skipped, (*missed, *notes), tuple(_text(p) for p in unmatched))
 
 
+def assign(
+    model: nn.Module, choices: Sequence[tuple[Pattern, str]], *, what: str, strict: bool = False
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Give each floating-point parameter the value of the first pattern that matches it.
+
+    Args:
+        model: any module; nothing in it is changed.
+        choices: (pattern, value) in the order in which they are tried.
+        what: the argument that they were given as, for messages.
+        strict: raise, rather than note, patterns that match nothing.
+
+    Returns:
+        The values by parameter name, all names of a tied one, and notes on patterns that match
+        nothing.
+
+    Raises:
+        NoMatchError: under ``strict``, a pattern matches nothing.
+    """
+    view = _View(model)
+    values: dict[int, str] = {}
+    missed = []
+    for pattern, value in choices:
+        match = _match(view, pattern)
+        if not match.parameters:
+            missed.append(_no_match_note(view, f"{what}={{{_shown(pattern)}: {value!r}}}", match))
+        for parameter in match.parameters:
+            values.setdefault(parameter, value)
+    if strict and missed:
+        raise NoMatchError("\n".join([*missed, "Correct or drop these patterns."]))
+    found = {name: values[p] for name, p in view.parameters.items() if p in values}
+    return found, tuple(missed)
+
+
 def _preset(name: str | None) -> Preset:
     if name is None:
         return PRESETS["full"]

@@ -253,7 +253,7 @@ def test_default_names(name: str, file: str) -> None:
 
 def test_parts_start_where_names_differ() -> None:
     def row(name: str, action: str = "bayes") -> PlanRow:
-        return PlanRow(name, (), "Linear", (1,), 1, action, "", "", 1.0)
+        return PlanRow(name, (), "Linear", (1,), 1, action, "", "", "weight", 1.0)
 
     nested = [row("net.body.0.w"), row("net.body.1.w"), row("net.body.2.w", "frozen")]
     assert {k: len(v) for k, v in parts(tuple(nested)).items()} == {

@@ -923,7 +923,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     "logvar nan": (Net, {"logvar": float("nan")}, ArgumentError, "logvar must be a finite"),
     "logvar text": (Net, {"logvar": "-10"}, ArgumentError, "logvar must be a finite"),
     "prior": (Net, {"prior": 1.0}, ArgumentError, "prior must be a GaussianPrior"),
-    "estimator": (Net, {"estimator": "flip"}, ArgumentError, "estimator must be 'weight'"),
+    "estimator": (Net, {"estimator": "flip"}, ArgumentError, "must be 'weight', 'local' or"),
     "config": (Net, {"config": {"strict": True}}, ArgumentError, "config must be a BBBConfig"),
     "preset": (Net, {"preset": "everything"}, ArgumentError, "everything.*last-layer"),
     "pattern": (Net, {"skip": 3}, ArgumentError, "3"),

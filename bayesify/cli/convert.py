@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,14 @@ def convert(
         typer.Option(
             help="Initial log variance of every weight; without it sigma scales with each tensor, "
             "which keeps a pretrained model's function."
+        ),
+    ] = None,
+    estimator: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PATTERN=]NAME",
+            help="weight, local or flipout, for all layers that can take it, or for those that a "
+            "pattern matches: head=local. Repeatable; the first that matches counts.",
         ),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Outputs of the classifier.")] = None,
@@ -109,7 +118,8 @@ def convert(
         spec = ModelSpec(name, num_classes, in_chans, img_size)
         arguments: dict[str, Any] = {
             "skip": skip or (), "only": only or (), "preset": preset, "prior": prior,
-            "logvar": logvar, "config": BBBConfig(strict=strict),
+            "logvar": logvar, "estimator": _estimators(estimator or ()),
+            "config": BBBConfig(strict=strict),
         }  # fmt: skip
         with render.status(f"Building {name}..."):
             torch.manual_seed(seed)
@@ -157,6 +167,13 @@ def _number(value: str) -> float:
         raise ArgumentError(f"--prior-mean must be a number or initial, not {value!r}.") from None
 
 
+def _estimators(given: Sequence[str]) -> dict[str, str]:
+    """``["flipout", "head=local"]`` as ``{"head": "local", "*": "flipout"}``."""
+    pairs = [(p or "*", e) for p, _, e in (text.rpartition("=") for text in given)]
+    named = [pair for pair in pairs if pair[0] != "*"]
+    return dict([*named, *(pair for pair in pairs if pair[0] == "*")])
+
+
 def default_name(name: str) -> str:
     """The file that a model of this name is written to: ``resnet50.bbb.safetensors``."""
     return re.sub(r"[^\w.-]", "_", name.rpartition(":")[2]) + SUFFIX
@@ -180,18 +197,25 @@ def print_plan(plan: ConversionPlan, verbose: bool) -> None:
 
     if verbose:
         render.table(
-            ("parameter", "layer", "shape", "action", "sigma", "read in"),
+            ("parameter", "layer", "shape", "action", "estimator", "sigma", "read in"),
             [
                 (" = ".join((r.name, *r.aliases)), r.owner, " x ".join(map(str, r.shape)),
-                 _action(r), r.std, r.rewrite)
+                 _action(r), r.estimator, r.std, r.rewrite)
                 for r in plan.rows
             ],
         )  # fmt: skip
     else:
         render.table(
-            ("part", "layers", "parameters", "action", "sigma"),
+            ("part", "layers", "parameters", "action", "estimator", "sigma"),
             [
-                (part, _layers(rows), sum(r.elements for r in rows), action, _sigmas(rows))
+                (
+                    part,
+                    _layers(rows),
+                    sum(r.elements for r in rows),
+                    action,
+                    _estimates(rows),
+                    _sigmas(rows),
+                )
                 for (part, action), rows in parts(plan.rows).items()
             ],
         )
@@ -222,6 +246,10 @@ def _action(row: PlanRow) -> str:
 def _layers(rows: list[PlanRow]) -> str:
     owners = {row.name.rpartition(".")[0]: row.owner for row in rows}
     return ", ".join(f"{n} {kind}" for kind, n in Counter(owners.values()).most_common())
+
+
+def _estimates(rows: list[PlanRow]) -> str:
+    return ", ".join(dict.fromkeys(row.estimator for row in rows if row.estimator))
 
 
 def _sigmas(rows: list[PlanRow]) -> str:

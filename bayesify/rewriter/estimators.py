@@ -244,9 +244,7 @@ def _arguments(user: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, user.args, strict=False)), **user.kwargs}
 
 
-def _exchange(
-    trace: Trace, node: fx.Node, estimator: str, wanted: dict[fx.Node, Slot]
-) -> None:
+def _exchange(trace: Trace, node: fx.Node, estimator: str, wanted: dict[fx.Node, Slot]) -> None:
     (user,) = node.users
     path, weight = trace.parameters[node.name]
     given = _arguments(user)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import BayesifyError, CheckpointError
 from ..gaussian import Parameterization
 from ..planning import BBBConfig, Conversion
-from ..posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX
+from ..posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, Estimator
 from ..priors import GaussianPrior, LivePrior, Prior, ScaleMixturePrior
 
 FORMAT = 1
@@ -36,6 +36,7 @@ class Row:
     parameterization: Parameterization
     prior: Prior
     prior_scale: float
+    estimator: Estimator
 
     @property
     def names(self) -> frozenset[str]:
@@ -55,6 +56,7 @@ class Row:
             "parameterization": self.parameterization,
             "prior": _prior_to_json(self.prior, self.name),
             "prior_scale": self.prior_scale,
+            "estimator": self.estimator,
         }
 
     @classmethod
@@ -67,6 +69,9 @@ class Row:
             parameterization=BBBConfig(parameterization=data["parameterization"]).parameterization,
             prior=_prior_from_json(data["prior"]),
             prior_scale=float(data["prior_scale"]),
+            estimator=Conversion(estimators=(("*", data.get("estimator", "weight")),)).estimators[
+                0
+            ][1],
         )
 
 
@@ -100,7 +105,9 @@ def conversion_to_json(conversion: Conversion) -> dict[str, Any]:
         "preset": conversion.preset,
         "prior": _prior_to_json(conversion.prior, "the conversion"),
         "logvar": conversion.logvar,
-        "estimator": conversion.estimator,
+        "estimators": [
+            [p if isinstance(p, str) else p.__name__, e] for p, e in conversion.estimators
+        ],
         "config": asdict(conversion.config),
     }
 
@@ -113,7 +120,7 @@ def conversion_from_json(data: Mapping[str, Any]) -> Conversion:
         preset=data["preset"],
         prior=_prior_from_json(data["prior"]),
         logvar=data["logvar"],
-        estimator=data["estimator"],
+        estimators=tuple((str(p), e) for p, e in data.get("estimators", ())),
         config=BBBConfig(**data["config"]),
     )
 

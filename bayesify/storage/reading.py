@@ -218,6 +218,7 @@ def _restore(model: nn.Module, file: Contents) -> None:
             owner = owner_state(module)
             if owner is not None:
                 owner.spec, owner.strict = conversion, conversion.config.strict
+                owner.variants.clear()  # they are code for the estimators of before
     keep_pruned_(model)
     caches.drop(model)
 
@@ -226,6 +227,7 @@ def _restore_slot(site: Site, row: Row, prior_mean: Tensor | None) -> None:
     site.slot.name, site.slot.key = row.slot, key_of(row.slot)
     attach_prior(site, row.prior)
     site.slot.prior_scale = row.prior_scale
+    site.slot.estimator = row.estimator
     if prior_mean is not None:
         own = prior_mean.clone().to(site.mean.device)  # the file's memory is only mapped
         site.module._buffers[site.attribute + PRIOR_MEAN_SUFFIX] = own

@@ -142,9 +142,8 @@ def _rows(model: nn.Module) -> list[Row]:
                 "whole model at once, not its parts one by one."
             )
         aliases = tuple(sorted(set(names[slot.uid]) - {name}))
-        rows.append(
-            Row(name, aliases, slot.name, slot.parameterization, slot.prior, slot.prior_scale)
-        )
+        kept = slot.name, slot.parameterization, slot.prior, slot.prior_scale, slot.estimator
+        rows.append(Row(name, aliases, *kept))
     return rows
 
 
