@@ -359,7 +359,7 @@ def _choose_estimators(model: nn.Module, bayes: list[Found], spec: Conversion) -
         shape = _shape(item.parameter)
         if len(shape) > 1 and may_take(original_class(type(module)), len(shape)):
             beside.update(shape[:2])
-        elif len(shape) != 1 or shape[0] not in beside:
+        elif len(shape) != 1 or all(shape[0] % side for side in beside):
             continue  # no weight, and no bias of one
         item.estimator = estimator
     if all(item.estimator == "weight" for item in bayes):
