@@ -19,7 +19,8 @@ from .rewriter.estimators import may_take
 from .rewriter.owner import generated_class, methods_to_wrap, original_class
 from .selection import Pattern, assign, parse_patterns, select
 
-Estimators = Estimator | Mapping[Pattern, Estimator]
+Estimators = Estimator | Mapping[Any, Estimator]
+"""One for all, or by pattern."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NOISE = 0.003
 """Initial sigma over root mean square, shared by all tensors (benchmarks/initial_sigma.py)."""

@@ -71,7 +71,10 @@ class Slot:
 
 @dataclass(eq=False)
 class OwnerState:
-    """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``."""
+    """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``.
+
+    ``seldom`` are the slots that a call of the module left unread, by method and grad mode.
+    """
 
     slots: dict[str, Slot] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +82,7 @@ class OwnerState:
     strict: bool = False
     spec: Any = None
     extend: Callable[[nn.Module], None] | None = None
+    seldom: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     handle: int = field(default_factory=lambda: next(_uids))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """Draw scopes, modes and seeds: inside one scope every parameter is drawn once.
 
-The outermost call of a converted model opens a scope; a parameter read inside it is drawn at its
-first read, or when the scope opens, and kept until the scope closes. Each thread has its own.
+The outermost call of a converted model opens a scope; a parameter read inside it is drawn when the
+scope opens, or at its first read if an earlier call of the same method has not read it (an expert
+of a mixture, a branch that was skipped), and kept until the scope closes. Each thread has its own.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Scope:
     needs gradients.
     """
 
-    __slots__ = ("drawing", "filled", "keys", "realised", "seed")
+    __slots__ = ("drawing", "filled", "keys", "reads", "realised", "seed")
 
     def __init__(self, seed: Tensor | None, keys: dict[int, int] | None = None) -> None:
         self.seed = seed
@@ -39,6 +40,7 @@ class Scope:
         self.keys = {} if keys is None else keys
         self.realised: dict[tuple[int | str, ...], Tensor] = {}
         self.filled: set[tuple[int, int]] = set()  # what needs no look again: (module, grad mode)
+        self.reads: set[tuple[int, int]] = set()  # what was asked for, shared with forks
 
     def clear(self) -> None:
         """Let go of what is realised."""
@@ -48,6 +50,7 @@ class Scope:
     def fork(self, *, keep: bool) -> Scope:
         """A scope of the same seed, with a copy of what is realised or with nothing."""
         child = Scope(self.seed, self.keys)
+        child.reads = self.reads
         if keep:
             child.realised = dict(self.realised)
             child.filled = set(self.filled)
@@ -55,6 +58,12 @@ class Scope:
 
     def read(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """The draw of one slot, whose parameters are those that ``module`` holds now."""
+        if not torch.compiler.is_compiling():
+            self.reads.add((slot.uid, _grad_mode()))
+        return self.draw(module, attribute, slot)
+
+    def draw(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
+        """As :meth:`read`, but no read."""
         index = (slot.uid, _grad_mode())
         tensor = self.realised.get(index)
         if tensor is None:
@@ -188,15 +197,21 @@ def _wanted(module: nn.Module) -> Scope | None:
     return None if drawing else AT_MEAN
 
 
-def _prefill(module: nn.Module, scope: Scope) -> None:
-    """Draw every weight below ``module`` now, except those that are sharded.
+def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
+    """Draw every weight below ``module`` now, except those that are sharded or seldom read.
 
     Made here, a draw lies outside every checkpointed region and every compiled sub-graph; a
     sharded parameter is drawn by the module that reads it, after its own all-gather.
+
+    Returns:
+        The slots that were drawn; none while torch.compile traces, which drops what is not read.
     """
     mode = _grad_mode()
     if (id(module), mode) in scope.filled:
-        return
+        return []
+    compiling = torch.compiler.is_compiling()
+    seldom = set() if compiling else module.__dict__[STATE].seldom.get((method, mode), set())
+    drawn: list[Slot] = []
     scope.filled.add((id(module), mode))
     seen: dict[int, int] = {}
     together = grouped.possible()
@@ -214,26 +229,42 @@ def _prefill(module: nn.Module, scope: Scope) -> None:
             index: tuple[int | str, ...] = (slot.uid, mode)
             if type(mean) is not nn.Parameter or index in scope.realised:
                 continue
-            if slot.estimator != "weight":
-                continue  # most of its reads need no draw
+            if slot.estimator != "weight" or slot.uid in seldom:
+                continue  # most of its reads need no draw, or there is none
+            if not compiling:
+                drawn.append(slot)
             if together and slot.parameterization == "exp" and grouped.suits(mean, raw):
                 if index not in items:
                     items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers)
                     slots.append(slot)
                     slot.drawn = None
             else:
-                scope.read(child, attribute, slot)
+                scope.draw(child, attribute, slot)
     if items:
         assert scope.seed is not None
         # as in realise
         with torch._C.DisableTorchFunction():
-            drawn = grouped.draw(list(items.values()), scope.seed)
-        for index, slot, (value, hook) in zip(items, slots, drawn, strict=True):
+            made = grouped.draw(list(items.values()), scope.seed)
+        for index, slot, (value, hook) in zip(items, slots, made, strict=True):
             scope.realised[index], slot.drawn = value, hook
+    return drawn
 
 
-def enter(module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, at_mean: Any) -> Any:
-    """Run an outermost call of ``module``: ``run`` inside a scope that draws, else ``at_mean``."""
+def _note_unread(module: nn.Module, method: str, scope: Scope, drawn: list[Slot]) -> None:
+    """Remember which weights a call drew in vain: later calls draw them when they read them."""
+    mode = _grad_mode()
+    unread = [slot for slot in drawn if (slot.uid, mode) not in scope.reads]
+    if unread:
+        seldom = module.__dict__[STATE].seldom.setdefault((method, mode), set())
+        seldom.update(slot.uid for slot in unread)
+        for slot in unread:
+            slot.drawn = None
+
+
+def enter(
+    module: nn.Module, method: str, run: Callable[..., Any], args: Any, kwargs: Any, at_mean: Any
+) -> Any:
+    """Run an outermost call of a method: ``run`` inside a scope that draws, else ``at_mean``."""
     scope = _wanted(module)
     if scope is AT_MEAN:
         LOCAL.scope = scope
@@ -247,11 +278,13 @@ def enter(module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, at
     LOCAL.scope = scope
     try:
         if torch.compiler.is_compiling():
-            _prefill(module, scope)
+            _prefill(module, method, scope)
             return run(*args, **kwargs)
         with _checkpoint_seam:
-            _prefill(module, scope)
-            return run(*args, **kwargs)
+            drawn = _prefill(module, method, scope)
+            result = run(*args, **kwargs)
+        _note_unread(module, method, scope, drawn)
+        return result
     finally:
         LOCAL.scope = None
         if not held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import math
@@ -34,8 +35,10 @@ from bayesify import (
     sampled,
 )
 from bayesify.kernels import grouped
-from bayesify.posterior import sites
+from bayesify.kernels.noise import key_of
+from bayesify.posterior import STATE, sites
 from bayesify.scope import LOCAL
+from reference import functional_call
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGVAR = -2.0
@@ -640,3 +643,106 @@ def test_a_draw_has_the_mean_and_variance_of_its_posterior() -> None:
     assert float(error.abs().max()) < 5 / math.sqrt(count)
     ratio = found.var(0) / std.square()
     assert float((ratio - 1).abs().max()) < 5 * math.sqrt(2 / count)
+
+
+# -- what a call does not read ---------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    """Experts, of which a call reads two at most; with activation checkpointing on demand."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 8)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor, first: int, second: int) -> Tensor:
+        gate = self.router(x).softmax(-1)
+        for index in (first, second):
+            run = self.experts[index]
+            if self.reentrant is None:
+                y = run(x)
+            else:
+                y = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=self.reentrant)
+            x = x + gate[:, index : index + 1] * y
+        return x
+
+
+def drawn_in(call: Callable[[], Any]) -> set[str]:
+    """Names of the slots that are drawn during a call, together or one by one."""
+    names: set[str] = set()
+    together, alone = grouped.draw, bayesify.scope.realise
+    keys = {key_of(f"{n}.{k}"): n for n in [*MIXTURE, "router"] for k in ("weight", "bias")}
+
+    def draw(items: Any, seed: Tensor) -> Any:
+        names.update(keys[item.key] for item in items)
+        return together(items, seed)
+
+    def realise(module: nn.Module, attribute: str, slot: Any, *rest: Any) -> Tensor:
+        names.add(slot.name.rpartition(".")[0])
+        return alone(module, attribute, slot, *rest)
+
+    patch = mock.patch.object
+    with patch(grouped, "draw", draw), patch(bayesify.scope, "realise", realise):
+        call()
+    return names
+
+
+MIXTURE = [f"experts.{index}" for index in range(8)]
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_mixture_of_experts_draws_what_it_reads(reentrant: bool | None) -> None:
+    plain = Mixture(reentrant)
+    model = bayesify.to_bbb(plain, logvar=LOGVAR)
+    x = torch.randn(5, 4, requires_grad=True)
+    assert drawn_in(lambda: model(x, 0, 1)) == {*MIXTURE, "router"}
+    for chosen, drawn in (((1, 2), {0, 1, 2}), ((7, 3), {1, 7, 3}), ((0, 1), {0, 1})):
+        names = drawn_in(functools.partial(model, x, *chosen))
+        if reentrant:  # such a region draws by itself: nothing is drawn for it when a scope opens
+            drawn = set(chosen)
+        assert names == {"router", *(f"experts.{index}" for index in drawn)}
+    expected = functional_call(plain, draws(model, seed=3), (x, 4, 5), {})
+    with one_draw(model, seed=3):
+        found = model(x, 4, 5)
+    torch.testing.assert_close(found, expected)
+    loss = bayesify.elbo_loss(found.square().sum(), model, num_data=10)
+    loss.backward()
+    for site in sites(model):  # the KL divergence reaches also what was not drawn
+        assert site.raw.grad is not None, site.name
+        assert site.raw.grad.any(), site.name
+
+
+def test_each_method_has_what_it_reads_drawn_together() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward_a(self, x: Tensor) -> Tensor:
+            found: Tensor = self.a(x)
+            return found
+
+        def forward_b(self, x: Tensor) -> Tensor:
+            found: Tensor = self.b(x)
+            return found
+
+    model: Any = bayesify.to_bbb(Two())
+    x = torch.randn(2, 3)
+    for _ in range(2):
+        model.forward_a(x)
+        model.forward_b(x)
+    with mock.patch.object(bayesify.scope, "realise", side_effect=AssertionError):
+        model.forward_a(x)
+        model.forward_b(x)
+    assert {site.name: site.slot.drawn is None for site in sites(model)} == {
+        "a.weight": False, "a.bias": False, "b.weight": False, "b.bias": False,
+    }  # fmt: skip
+
+
+def test_a_call_that_fails_says_nothing_of_what_is_read() -> None:
+    model = bayesify.to_bbb(nn.Sequential(nn.Linear(3, 3), nn.Linear(4, 3)))
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 3))
+    assert not model.__dict__[STATE].seldom

@@ -183,7 +183,7 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
                 or self.__dict__.get(STATE) is None
             ):
                 return run(*args, **kwargs)
-            return scopes.enter(self, run, args, kwargs, run)
+            return scopes.enter(self, "__call__", run, args, kwargs, run)
 
         namespace["__call__"] = __call__
     return type(original)(original.__name__, (original,), namespace)

@@ -130,6 +130,7 @@ def call(
     if scope is None:
         return scopes.enter(
             owner,
+            method,
             functools.partial(_draw, owner, state, method, original),
             args,
             kwargs,
