@@ -215,7 +215,7 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
     if images.numel() == 0:
         raise DataError(f"There is no image in a batch of shape {tuple(images.shape)}.")
     if images.shape[-2:] != (height, width):
-        images = _resize_and_crop(images, model_config)
+        images = resize_and_crop(images, model_config)
     x = images.float() / 255
     if x.shape[-3] != channels:
         if channels == 1:
@@ -228,8 +228,16 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
     return (x - mean) / std
 
 
-def _resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
-    """Do what timm.data.create_transform does for evaluation, on uint8 tensors."""
+def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
+    """Bring stored images to a model's height and width, as timm.data.create_transform does.
+
+    Args:
+        images: uint8; channels stay as they are.
+        model_config: As :func:`bayesify.models.input_config` returns it.
+
+    Shape:
+        images (..., C, H, W), result (..., C, H', W') with H', W' of ``model_config.size``.
+    """
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 
@@ -264,14 +272,14 @@ class _Prepared(Dataset[tuple[Tensor, int]]):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         """The batch, which DataLoader asks for: images in memory are prepared together."""
         source = self.data.source
-        if isinstance(source, _InMemory):
+        if isinstance(source, InMemory):
             images = prepare(source.images[indices], self.model_config)
             return list(zip(images, source.labels[indices].tolist(), strict=True))
         return [self[index] for index in indices]
 
 
 @dataclass(frozen=True, eq=False)
-class _InMemory:
+class InMemory:
     """Images (N, C, H, W) of uint8 and labels (N,) of int64, checked when opened."""
 
     images: Tensor
@@ -337,7 +345,7 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels[None] if grey else np.moveaxis(pixels, 2, 0).copy())
 
 
-def _fashion(split: Split) -> _InMemory:
+def _fashion(split: Split) -> InMemory:
     asset = resources.files("bayesify") / "assets" / "fashion_sample.npz"
     try:
         with asset.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -349,7 +357,7 @@ def _fashion(split: Split) -> _InMemory:
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     if digest != _FASHION_SHA256[split] or images.shape != (len(labels), 28, 28):
         raise DataError(f"{asset} is damaged, its sha256 is {digest}: install bayesify anew.")
-    return _InMemory(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
+    return InMemory(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
 
 
 def _open_safetensors(name: str, path: Path, split: Split) -> ImageData:
@@ -393,7 +401,7 @@ def _open_safetensors(name: str, path: Path, split: Split) -> ImageData:
             f"Label {int(labels.max())} in {name} is out of range: the labels of its training "
             f"images go from 0 to {min(classes, _MAX_CLASSES) - 1}."
         )
-    source = _InMemory(images.permute(0, 3, 1, 2).contiguous(), labels)
+    source = InMemory(images.permute(0, 3, 1, 2).contiguous(), labels)
     return ImageData(
         name, split if has_splits else "all", tuple(str(i) for i in range(classes)), source
     )
