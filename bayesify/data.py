@@ -305,7 +305,7 @@ class Files:
         path, label = self.samples[index]
         try:
             with Image.open(path) as image:
-                return _to_tensor(image), label
+                return to_tensor(image), label
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"The image {path} cannot be read: {error}") from error
 
@@ -323,7 +323,7 @@ class _TimmItems:
     def read(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.items[index]
-            tensor = _to_tensor(image)
+            tensor = to_tensor(image)
         except Exception as error:  # data sets of many libraries
             raise DataError(f"Image {index} of {self.name!r} cannot be read: {error}") from error
         if isinstance(label, Tensor | np.generic):
@@ -336,8 +336,12 @@ class _TimmItems:
         return tensor, label
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    """Decode into uint8 (C, H, W): grey stays 1 channel, all else becomes red, green, blue."""
+def to_tensor(image: Image.Image) -> Tensor:
+    """Decode into uint8 (C, H, W): grey stays 1 channel, all else becomes red, green, blue.
+
+    Raises:
+        ValueError: If a pixel has more than 8 bits a channel.
+    """
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"its mode {image.mode} is no 8-bit image; convert it to 8 bits first")
     grey = image.mode in ("1", "L", "LA")
