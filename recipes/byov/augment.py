@@ -12,11 +12,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bayesify import ArgumentError
 
-_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2 as torchvision rounds it
+from . import pixels
+from .pixels import normalise
+
 _CROP_TRIES = 10  # as in torchvision, before the centre is taken
 
 
@@ -142,16 +143,49 @@ IMAGENET_VIEWS = (
 """Grill et al. 2020, arXiv 2006.07733, table 6; deepmind-research byol/configs/byol.py."""
 
 CIFAR_VIEWS = (
-    ViewConfig(size=32, blur=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
+    ViewConfig(32, blur=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
     ViewConfig(
-        size=32,
-        blur=0.0,
-        solarise=0.2,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.247, 0.2435, 0.2616),
+        32, blur=0.0, solarise=0.2, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)
     ),
 )
 """solo-learn, scripts/pretrain/cifar/augmentations/asymmetric.yaml: no blur at 32 pixels."""
+
+VIEWS = {"imagenet": IMAGENET_VIEWS, "cifar": CIFAR_VIEWS}
+
+
+def view_configs(
+    name: str,
+    *,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    grey: bool = False,
+    min_crop: float = 0.08,
+    strength: float = 1.0,
+) -> tuple[ViewConfig, ViewConfig]:
+    """Return the configs of both views for a data set.
+
+    Args:
+        name: Of the published pair in ``VIEWS``.
+        size: Side of the square view in pixels.
+        mean: Of the data set, one number for each channel of the model.
+        std: Likewise.
+        grey: Its images are grey.
+        min_crop: Smallest share of the image that is cropped.
+        strength: See :meth:`ViewConfig.scaled`.
+
+    Raises:
+        ArgumentError: If a value cannot work.
+    """
+    if name not in VIEWS:
+        raise ArgumentError(f"augmentation must be one of {', '.join(VIEWS)}, not {name!r}.")
+    first, second = (
+        replace(view, size=size, mean=mean, std=std, grey=grey, crop_area=(min_crop, 1.0)).scaled(
+            strength
+        )
+        for view in VIEWS[name]
+    )
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -280,37 +314,20 @@ def apply_view(images: Tensor, drawn: ViewParameters, config: ViewConfig) -> Ten
     Shape:
         images (B, C, H, W), result (B, C', size, size).
     """
-    x = _crop_and_flip(images, drawn, config.size)
+    x = pixels.crop_and_flip(images, drawn.crop, drawn.flip, config.size)
     grey = config.grey or x.shape[1] == 1
-    operations = (_brightness, _contrast) if grey else (_brightness, _contrast, _saturation, _hue)
+    operations = [pixels.brightness, pixels.contrast, pixels.saturation, pixels.hue]
     for turn in drawn.order.unbind(1):
-        for number, operation in enumerate(operations):
+        for number, operation in enumerate(operations[:2] if grey else operations):
             rows = drawn.jitter & (turn == number)
             x = _on_rows(x, rows, operation, drawn.factors[:, number])
     if not grey:
-        x = _on_rows(x, drawn.grayscale, lambda image: _luma(image).expand_as(image))
-    x = _on_rows(x, drawn.blur, lambda image, s: blur(image, s, config.blur_kernel), drawn.sigma)
-    threshold = config.solarise_threshold
-    x = _on_rows(x, drawn.solarise, lambda image: torch.where(image >= threshold, 1 - image, image))
-    return normalise(x, config.mean, config.std)
-
-
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return ``(images - mean) / std``, grey images repeated for the channels of ``mean``.
-
-    Raises:
-        ArgumentError: If colour images are given for a model of one channel.
-    """
-    if images.shape[-3] not in (1, len(mean)):
-        raise ArgumentError(
-            f"Images of {images.shape[-3]} channels cannot be normalised by {len(mean)} means; "
-            "give one mean and std for each channel."
-        )
-    shift, scale = (
-        torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None]
-        for v in (mean, std)
+        x = _on_rows(x, drawn.grayscale, pixels.grayscale)
+    x = _on_rows(
+        x, drawn.blur, lambda image, s: pixels.blur(image, s, config.blur_kernel), drawn.sigma
     )
-    return (images - shift) / scale
+    x = _on_rows(x, drawn.solarise, lambda image: pixels.solarise(image, config.solarise_threshold))
+    return normalise(x, config.mean, config.std)
 
 
 def _on_rows(
@@ -325,108 +342,6 @@ def _on_rows(
     here = index.to(x.device)
     changed = operation(x[here], *(p[index].to(x.device) for p in parameters))
     return x.index_copy_(0, here, changed)
-
-
-def _crop_and_flip(images: Tensor, drawn: ViewParameters, size: int) -> Tensor:
-    """Resize each crop by two matrix products, one an axis: bicubic and antialiased as in PIL."""
-    top, left, height, width = drawn.crop.to(images.device).unbind(1)
-    rows = resize_weights(top, height, images.shape[2], size)
-    columns = resize_weights(left, width, images.shape[3], size)
-    columns = torch.where(drawn.flip.to(images.device)[:, None, None], columns.flip(1), columns)
-    return torch.einsum("bsh,bchw,btw->bcst", rows, images, columns).clamp_(0, 1)
-
-
-def resize_weights(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
-    """Return the matrix that crops one axis and resizes the crop, for each image.
-
-    Weight of pixel j for output i is ``k((j + 1/2 - start - (i + 1/2) r) / max(r, 1))`` with
-    ``r = length / size``, inside the crop, divided by its sum; k is the cubic kernel with a = -1/2.
-
-    Args:
-        start: First pixel of the crop.
-        length: Its pixels.
-        source: Pixels of the axis.
-        size: Pixels of the result.
-
-    Shape:
-        start, length (B,), result (B, size, source).
-
-    Reference:
-        Keys 1981; PIL's and torch's antialiased bicubic resize.
-    """
-    ratio = (length.float() / size)[:, None, None]
-    begin, end = start[:, None, None], (start + length)[:, None, None]
-    pixel = torch.arange(source, device=start.device)
-    centre = begin + (torch.arange(size, device=start.device)[:, None] + 0.5) * ratio
-    t = ((pixel + 0.5 - centre) / ratio.clamp(min=1)).abs()
-    near = (1.5 * t - 2.5) * t * t + 1
-    far = ((2.5 - 0.5 * t) * t - 4) * t + 2
-    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-    weights = weights * ((pixel >= begin) & (pixel < end))
-    return weights / weights.sum(dim=2, keepdim=True)
-
-
-def _luma(x: Tensor) -> Tensor:
-    red, green, blue = x.unbind(1)
-    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]
-
-
-def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    return other.lerp(x, factor[:, None, None, None]).clamp_(0, 1)
-
-
-def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor[:, None, None, None]).clamp_(0, 1)
-
-
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    grey = x if x.shape[1] == 1 else _luma(x)
-    return _blend(x, grey.mean(dim=(1, 2, 3), keepdim=True), factor)
-
-
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return _blend(x, _luma(x), factor)
-
-
-def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the colour circle; value and saturation stay."""
-    red, green, blue = x.unbind(1)
-    value = x.amax(dim=1)
-    chroma = value - x.amin(dim=1)
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    sector = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    turned = sector + 6 * shift[:, None, None]
-    away = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
-    k = (away + turned[:, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Blur each image with a Gaussian of its own width, mirrored at the borders.
-
-    Args:
-        images: Floating point.
-        sigma: Standard deviation in pixels.
-        kernel: Width in pixels, odd; less than twice the image's side.
-
-    Shape:
-        images (B, C, H, W), sigma (B,), result as images.
-    """
-    reach = torch.arange(kernel, device=images.device) - kernel // 2
-    weights = torch.exp(-0.5 * (reach / sigma[:, None]) ** 2)
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    flat = images.flatten(0, 1)[None]  # a channel of its own for each plane and its weights
-    weights = weights.repeat_interleave(images.shape[1], dim=0)[:, None, None]
-    flat = functional.pad(flat, [kernel // 2] * 4, mode="reflect")
-    planes = flat.shape[1]
-    flat = functional.conv2d(
-        functional.conv2d(flat, weights, groups=planes), weights.mT, groups=planes
-    )
-    return flat.view_as(images)
 
 
 class WorkerViews:
