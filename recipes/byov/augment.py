@@ -8,6 +8,7 @@ brightness multiplies (in BYOL's code it adds).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -296,10 +297,10 @@ class TwoViews(nn.Module):
             )
         generator = torch.Generator().manual_seed(seed)
         batch, _, height, width = images.shape
-        pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        unit = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         with torch.autocast(images.device.type, enabled=False):
             first, second = (
-                apply_view(pixels, draw_parameters(c, batch, height, width, generator), c)
+                apply_view(unit, draw_parameters(c, batch, height, width, generator), c)
                 for c in (self.first, self.second)
             )
         return first, second
@@ -323,11 +324,9 @@ def apply_view(images: Tensor, drawn: ViewParameters, config: ViewConfig) -> Ten
             x = _on_rows(x, rows, operation, drawn.factors[:, number])
     if not grey:
         x = _on_rows(x, drawn.grayscale, pixels.grayscale)
-    x = _on_rows(
-        x, drawn.blur, lambda image, s: pixels.blur(image, s, config.blur_kernel), drawn.sigma
-    )
-    x = _on_rows(x, drawn.solarise, lambda image: pixels.solarise(image, config.solarise_threshold))
-    return normalise(x, config.mean, config.std)
+    x = _on_rows(x, drawn.blur, partial(pixels.blur, kernel=config.blur_kernel), drawn.sigma)
+    solarise = partial(pixels.solarise, threshold=config.solarise_threshold)
+    return normalise(_on_rows(x, drawn.solarise, solarise), config.mean, config.std)
 
 
 def _on_rows(

@@ -88,7 +88,7 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 def grayscale(x: Tensor) -> Tensor:
     """Repeat the luma in all channels."""
-    return _luma(x).expand_as(x)
+    return _luma(x).repeat(1, 3, 1, 1)
 
 
 def solarise(x: Tensor, threshold: float) -> Tensor:
