@@ -69,17 +69,17 @@ def knn_accuracy(
     test_x: Tensor,
     test_y: Tensor,
     *,
-    num_classes: int,
     k: int = 20,
     temperature: float = 0.07,
     chunk: int = 1024,
 ) -> float:
     """Return the share of test features, in [0, 1], whose class :func:`knn_scores` puts first."""
+    classes = int(train_y.max()) + 1
     scores = knn_scores(
         train_x,
         train_y,
         test_x,
-        num_classes=num_classes,
+        num_classes=classes,
         k=k,
         temperature=temperature,
         chunk=chunk,

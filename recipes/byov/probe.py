@@ -15,8 +15,8 @@ class OnlineProbe:
     """A linear classifier that learns from detached features while the encoder trains.
 
     It shows how training goes and is no result: it lags behind the encoder. Its loss never reaches
-    the encoder. Features are normalised one by one to mean 0 and variance 1, so that their scale,
-    which changes during training, does not set its learning rate.
+    the encoder. It takes features as they are, so that its layer, ``linear``, is a classifier of
+    the encoder.
 
     Args:
         features: Width of a feature.
@@ -46,11 +46,10 @@ class OnlineProbe:
 
     def logits(self, features: Tensor) -> Tensor:
         """Return (B, num_classes) for features (B, D), without a gradient for them."""
-        x = features.detach().float()
-        logits: Tensor = self.linear(functional.layer_norm(x, x.shape[1:]))
+        logits: Tensor = self.linear(features.detach().float())
         return logits
 
-    def update(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step and return loss and accuracy of this batch before it, on the device."""
         with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
             logits = self.logits(features)
