@@ -384,7 +384,8 @@ def _torchvision(config: ViewConfig) -> Callable[[Tensor], Tensor]:
     def applied(probability: float, *operations: Any) -> list[Any]:
         return [v2.RandomApply(list(operations), p=probability)] if probability else []
 
-    colour = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
+    on_colour = (0.0, 0.0) if config.grey else (config.saturation, config.hue)
+    jitter = v2.ColorJitter(config.brightness, config.contrast, *on_colour)
     kernel, threshold = config.blur_kernel, math.ceil(255 * config.solarise_threshold)
     transform: Callable[[Tensor], Tensor] = v2.Compose(
         [
@@ -396,8 +397,8 @@ def _torchvision(config: ViewConfig) -> Callable[[Tensor], Tensor]:
                 antialias=True,
             ),
             v2.RandomHorizontalFlip(config.flip),
-            *applied(config.jitter, colour),
-            *([] if config.grey else applied(config.grayscale, v2.Grayscale(3))),
+            *applied(config.jitter, jitter),
+            *applied(0.0 if config.grey else config.grayscale, v2.Grayscale(len(config.mean))),
             *applied(config.blur, v2.GaussianBlur(kernel, config.blur_sigma)),
             *applied(config.solarise, v2.RandomSolarize(threshold, p=1.0)),
             v2.ToDtype(torch.float32, scale=True),
