@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -787,12 +786,3 @@ def test_each_tensor_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = timm.create_model("test_vit")  # its biases are zeros
     plan(model)
     assert sorted(read) == sorted(id(p) for p in model.parameters())
-
-
-@pytest.mark.slow
-def test_a_large_model_is_converted_in_half_a_second() -> None:
-    model = timm.create_model("vit_base_patch16_224")
-    start = time.perf_counter()
-    plan(model)
-    to_bbb_(model)
-    assert time.perf_counter() - start < 0.5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -548,18 +547,3 @@ def test_a_model_is_left_untouched() -> None:
     select(model, skip=["LayerNorm", "zzz"], only="blocks", preset="linear-only")
     assert all(old is new for old, new in zip(modules, model.modules(), strict=True))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_a_large_model_takes_milliseconds() -> None:
-    with torch.device("meta"):
-        stack = nn.ModuleDict({f"layer_{i}": nn.Sequential(nn.Linear(1, 1)) for i in range(500)})
-    assert sum(1 for _ in stack.modules()) > 1000
-
-    def seconds(**arguments: Any) -> float:
-        start = time.perf_counter()
-        select(stack, **arguments)
-        return time.perf_counter() - start
-
-    patterns = ["Conv2d", "layer_1*", "*.bias", "re:weight$", "Linear"]
-    assert min(seconds(skip=patterns, only="Sequential") for _ in range(5)) < 0.05
-    assert min(seconds(skip=["Sequental", "LayerNorm", "layr_7.0"]) for _ in range(5)) < 0.05
