@@ -20,10 +20,15 @@ if TYPE_CHECKING:
     from .inference import calibrate_ as calibrate_
     from .inference import predict as predict
     from .inference import recompute_batchnorm_ as recompute_batchnorm_
+    from .models import InputConfig as InputConfig
+    from .models import ModelSpec as ModelSpec
     from .models import create_model as create_model
+    from .models import input_config as input_config
     from .objective import elbo_loss as elbo_loss
     from .objective import kl_divergence as kl_divergence
+    from .objective import kl_scale as kl_scale
     from .objective import kl_schedule as kl_schedule
+    from .objective import noise_budget as noise_budget
     from .optim import check_optimizer as check_optimizer
     from .optim import param_groups as param_groups
     from .planning import BBBConfig as BBBConfig
@@ -63,8 +68,8 @@ _HOMES = {
     "errors": "ArgumentError BayesifyError CheckpointError DataError ModelError NoMatchError "
     "NoMatchWarning UnsupportedModuleError",
     "inference": "calibrate_ predict recompute_batchnorm_",
-    "models": "create_model",
-    "objective": "elbo_loss kl_divergence kl_schedule",
+    "models": "InputConfig ModelSpec create_model input_config",
+    "objective": "elbo_loss kl_divergence kl_schedule kl_scale noise_budget",
     "optim": "check_optimizer param_groups",
     "posterior": "posterior_stats posteriors set_prior_ stddev",
     "priors": "GaussianPrior LivePrior ScaleMixturePrior",
