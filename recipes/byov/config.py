@@ -1,0 +1,444 @@
+"""What a run is: every setting with its unit and its source, and presets."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from bayesify import ArgumentError
+
+Objective = Literal["byol", "supervised"]
+Conversion = Literal["full", "no-conv", "linear-only", "no-layernorm", "none"]
+PriorName = Literal["zero", "teacher-mean", "teacher"]
+HeadNorm = Literal["batch", "group", "layer", "none"]
+HeadInit = Literal["default", "modified"]
+PredictorName = Literal["mlp", "linear", "batch-optimal", "none"]
+BetaShape = Literal["cosine", "linear", "constant"]
+Reduction = Literal["num_weights", "num_data", "sum"]
+OptimizerName = Literal["adamw", "lars"]
+Augmentation = Literal["imagenet", "cifar"]
+
+_PATCH = re.compile(r"_patch(\d+)")
+
+
+@dataclass(frozen=True)
+class BYOVConfig:
+    """What is trained and how: two runs of one config and one code give the same numbers.
+
+    Sources: [BYOV] arXiv:2312.03213; [BYOL] Grill et al., arXiv:2006.07733 and its code; [BN-free]
+    Richemond et al., arXiv:2010.10241; [EMA] Busbridge et al., arXiv:2307.13813; "assumed" where
+    none of them says it.
+
+    Args:
+        objective: "byol", or "supervised": cross entropy of the same encoder, same KL. [BYOV] 4.3
+        conversion: Which parameters get a posterior: a preset of bayesify, or "none" for
+            deterministic BYOL. [BYOV] table 1
+        prior: "zero" is N(0, I), "teacher-mean" N(mu_T, I), "teacher" N(mu_T, Sigma_T). [BYOV] 3
+        prior_var_floor: Least variance of Sigma_T, which starts at 0. Assumed
+        logvar_init: Log variance of every weight at the start, log of squared weight units.
+            [BYOV] appendix C: -10
+        kl_reduction: What the summed KL is divided by: number of weights, of images, or 1. Assumed
+        beta_start: KL weight at the first step, at least 0. [BYOV] table 1: 0
+        beta_end: KL weight at the last step, at least 0. [BYOV] table 1: 1
+        beta_shape: Way from the one to the other over the whole run. [BYOV] figure 6: cosine
+        estimator: How bayesify draws; one draw a step for both views. [BYOV] appendix B: weight
+        encoder: A model of timm, or package.module:factory. [BYOV] says ViT; size assumed
+        encoder_args: Further arguments of the encoder's architecture, a JSON object. Assumed
+        image_size: Side of a square view, pixels. [BYOL]: 224
+        channels: Of an image: 1 grey, 3 colour. [BYOL]: 3
+        projector_hidden: Hidden width of projector and predictor. [BYOL]: 4096
+        projector_out: Width of projection and prediction. [BYOL]: 256
+        predictor: "mlp" like the projector; "linear"; "batch-optimal", the ridge regression of a
+            batch; or "none". [BYOL]: mlp; the others: talk of its authors
+        predictor_lr_ratio: Learning rate of the predictor over that of the rest. [BYOL]: 1
+        head_norm: Of the hidden layers: batch; group, with weight standardisation; layer; none.
+            [BYOL]: batch; [BN-free]: group
+        head_init: "default" trunc_normal(.02), or "modified", He's, which keeps the variance where
+            no norm does. [BYOV] appendix C: default; [BN-free] names no formula, so assumed
+        freeze_patch_embed: Leave the patch embedding at its random start. MoCo v3, off in [BYOV]
+        augmentation: Published probabilities of both views: "imagenet", or "cifar" without blur;
+            what changes only colour is left out on grey images. [BYOL] appendix B; solo-learn
+        augmentation_strength: Factor on colour jitter and on the probabilities of grayscale, blur
+            and solarise; smallest crops are raised to this power. [BYOL]: 1
+        min_crop: Least area of a crop, share of the image. [BYOL]: 0.08
+        negatives_weight: Weight of a term that pushes a prediction off the other images' targets,
+            at least 0. [BYOL] figure 5: 0
+        batch_size: Images of one optimizer step over all processes. [BYOV] appendix B: 8192
+        epochs: Passes over the training images. Assumed
+        seed: Of everything random.
+        optimizer: "adamw" or "lars". [BYOL]: lars for ResNets; AdamW for ViT assumed
+        lr: Highest learning rate for 256 images in a batch; grows with batch_size / 256. Assumed
+        logvar_lr_ratio: Learning rate of the log variances over that of the means; Adam moves a
+            log variance by at most the sum of its rates. [BYOV] silent: 1; short runs 5 to 20
+        weight_decay: On matrices only, never on log variances. [BYOV] appendix C: 0
+        betas: Of AdamW. MoCo v3 and [EMA]: 0.9, 0.95
+        momentum: Of LARS. [BYOL]: 0.9
+        trust_coefficient: Of LARS. [BYOL]: 1e-3
+        warmup_epochs: Epochs in which the rate rises linearly from 0. [BYOL]: 10
+        clip_norm: Gradients are scaled down to this norm; 0 is never. DINO: 3; [BYOL]: never
+        tau_base: EMA factor of the teacher at the first step, in [0, 1]. [BYOL]: 0.996 for 1000
+            epochs, 0.99 for 300
+        tau_end: The same at the last step, reached as a cosine. [BYOL]: 1
+        tau_batch: Batch size that tau_base was chosen for, images: at another one tau becomes
+            tau ** (batch_size / tau_batch); 0 leaves it. [EMA]
+    """
+
+    objective: Objective = "byol"
+    conversion: Conversion = "full"
+    prior: PriorName = "zero"
+    prior_var_floor: float = 1e-6
+    logvar_init: float = -10.0
+    kl_reduction: Reduction = "num_weights"
+    beta_start: float = 0.0
+    beta_end: float = 1.0
+    beta_shape: BetaShape = "cosine"
+    estimator: str = "weight"
+    encoder: str = "vit_base_patch16_224"
+    encoder_args: Mapping[str, Any] = field(default_factory=dict)
+    image_size: int = 224
+    channels: int = 3
+    projector_hidden: int = 4096
+    projector_out: int = 256
+    predictor: PredictorName = "mlp"
+    predictor_lr_ratio: float = 1.0
+    head_norm: HeadNorm = "batch"
+    head_init: HeadInit = "default"
+    freeze_patch_embed: bool = False
+    augmentation: Augmentation = "imagenet"
+    augmentation_strength: float = 1.0
+    min_crop: float = 0.08
+    negatives_weight: float = 0.0
+    batch_size: int = 4096
+    epochs: int = 300
+    seed: int = 0
+    optimizer: OptimizerName = "adamw"
+    lr: float = 1.5e-4
+    logvar_lr_ratio: float = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.9
+    trust_coefficient: float = 1e-3
+    warmup_epochs: float = 10.0
+    clip_norm: float = 0.0
+    tau_base: float = 0.99
+    tau_end: float = 1.0
+    tau_batch: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        problems = _problems(self)
+        if problems:
+            raise ArgumentError("This configuration cannot work:\n  " + "\n  ".join(problems))
+
+    @property
+    def bayesian(self) -> bool:
+        """Whether the student has a posterior."""
+        return self.conversion != "none"
+
+    @property
+    def patch(self) -> int | None:
+        """Side of a patch in pixels, as far as the encoder's name or arguments tell."""
+        given = self.encoder_args.get("patch_size")
+        if isinstance(given, int):
+            return given
+        named = _PATCH.search(self.encoder)
+        return int(named[1]) if named else None
+
+    @property
+    def tau_start(self) -> float:
+        """``tau_base`` at this batch size, by the rule tau ** kappa of [EMA]."""
+        return self.tau_base ** (self.batch_size / self.tau_batch if self.tau_batch else 1.0)
+
+    @property
+    def peak_lr(self) -> float:
+        """Highest learning rate of the means."""
+        return self.lr * self.batch_size / 256
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that :meth:`from_json` reads."""
+        return {**asdict(self), "betas": [*self.betas]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BYOVConfig:
+        """The config that :meth:`to_json` gave."""
+        known = {f.name for f in fields(cls)}
+        strangers = sorted(set(data) - known)
+        if strangers:
+            raise ArgumentError(f"BYOVConfig has no field {', '.join(strangers)}.")
+        values = dict(data)
+        if "betas" in values:
+            values["betas"] = tuple(values["betas"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how a run is carried out; no number of its result depends on it beyond rounding.
+
+    Args:
+        data: fashion-sample, a folder with one folder of images for each class, timm:NAME@ROOT, a
+            safetensors file, or shards of WebDataset.
+        out: Folder for log, checkpoints and results.
+        device: cpu, cuda, cuda:1; auto takes what there is.
+        workers: Processes that read and augment images; 0 augments batches on the device.
+        amp: Autocast to bfloat16. Choice 32 of the README
+        accumulate: Micro-batches into which each process splits its share of a batch. P processes
+            with A of them give the numbers of one process with P * A.
+        compile: Compile the student by torch.compile.
+        checkpoint_activations: Recompute activations in backward, for less memory.
+        sync_batchnorm: One BatchNorm statistic over all CUDA processes. [BYOL]: on
+        shard: FSDP2 in place of DDP: weights, gradients and optimizer are split over the processes.
+        skip_broken: Take the next image in place of one that cannot be read, and count it.
+        log_every: Optimizer steps between two lines of the log.
+        eval_every: Epochs between two kNN measurements; 0 is never.
+        monitor_images: Training images held back as queries of that kNN; they are still trained on,
+            without labels. No test image is looked at before the end.
+        checkpoint_every: Epochs between two checkpoints.
+        keep_last: Newest checkpoints that are kept, beside the best.
+        stop_on_collapse: Stop when embeddings stay collapsed after the warm-up.
+        baselines: Also measure the kNN of raw pixels and of the untrained encoder.
+    """
+
+    data: str = "fashion-sample"
+    out: Path = Path("byov-run")
+    device: str = "auto"
+    workers: int = 0
+    amp: bool = False
+    accumulate: int = 1
+    compile: bool = False
+    checkpoint_activations: bool = False
+    sync_batchnorm: bool = True
+    shard: bool = False
+    skip_broken: bool = False
+    log_every: int = 10
+    eval_every: int = 1
+    monitor_images: int = 1000
+    checkpoint_every: int = 1
+    keep_last: int = 2
+    stop_on_collapse: bool = True
+    baselines: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        low = {
+            "workers": 0, "accumulate": 1, "log_every": 1, "eval_every": 0, "monitor_images": 1,
+            "checkpoint_every": 1, "keep_last": 1,
+        }  # fmt: skip
+        problems = [
+            f"{name} must be at least {least}, not {getattr(self, name)}."
+            for name, least in low.items()
+            if getattr(self, name) < least
+        ]
+        if problems:
+            raise ArgumentError("This run cannot work:\n  " + "\n  ".join(problems))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named pair of settings, and what it is for."""
+
+    doc: str
+    config: BYOVConfig
+    run: RunConfig
+
+
+def described(cls: type) -> dict[str, str]:
+    """The text of every field in the ``Args`` of a dataclass: what the command line shows."""
+    body = (cls.__doc__ or "").partition("Args:\n")[2]
+    rows: dict[str, str] = {}
+    name = ""
+    for line in body.splitlines():
+        start = re.match(r" {8}(\w+): (.*)", line)
+        if start:
+            name, rows[start[1]] = start[1], start[2]
+        elif name and line.strip():
+            rows[name] += " " + line.strip()
+    return rows
+
+
+def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """``name: mine, other`` for every value that is not the same in two configs as JSON."""
+    return [
+        f"{name}: {mine.get(name)!r} here, {other.get(name)!r} there"
+        for name in sorted({*mine, *other})
+        if mine.get(name) != other.get(name)
+    ]
+
+
+def _check_types(config: Any) -> None:
+    """Each value has the type of its field; whole numbers and text do for what they stand for."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                known = ", ".join(map(str, get_args(hint)))
+                raise ArgumentError(f"{name} must be one of {known}, not {value!r}.")
+        elif hint is Path:
+            object.__setattr__(config, name, Path(value))
+        elif get_origin(hint) is tuple:
+            numbers = isinstance(value, tuple | list) and all(map(_is_number, value))
+            if not numbers or len(value) != len(get_args(hint)):
+                raise ArgumentError(f"{name} must be {len(get_args(hint))} numbers, not {value!r}.")
+            object.__setattr__(config, name, tuple(map(float, value)))
+        elif name == "encoder_args":
+            try:
+                plain = json.loads(json.dumps(dict(value), allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise ArgumentError(
+                    f"{name} must be what JSON can hold, not {value!r} ({error})."
+                ) from error
+            object.__setattr__(config, name, plain)
+        elif hint is float:
+            if not _is_number(value):
+                raise ArgumentError(f"{name} must be a finite number, not {value!r}.")
+            object.__setattr__(config, name, float(value))
+        elif type(value) is not hint:
+            raise ArgumentError(f"{name} must be of the type {hint.__name__}, not {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def _problems(c: BYOVConfig) -> list[str]:
+    """Everything that forbids a run, each with the field's name."""
+    found = []
+
+    def want(good: bool, message: str) -> None:
+        if not good:
+            found.append(message)
+
+    for name in ("beta_start", "beta_end", "negatives_weight", "weight_decay", "clip_norm",
+                 "warmup_epochs", "augmentation_strength", "predictor_lr_ratio",
+                 "logvar_lr_ratio", "tau_batch", "seed"):  # fmt: skip
+        value = getattr(c, name)
+        want(value >= 0, f"{name} must be at least 0, not {value!r}.")
+    for name in ("epochs", "batch_size", "image_size", "projector_hidden",
+                 "projector_out", "lr", "prior_var_floor", "trust_coefficient"):  # fmt: skip
+        value = getattr(c, name)
+        want(value > 0, f"{name} must be above 0, not {value!r}.")
+    for name in ("tau_base", "tau_end", "momentum"):
+        value = getattr(c, name)
+        want(0 <= value <= 1, f"{name} must be in [0, 1], not {value!r}.")
+    want(0 < c.min_crop <= 1, f"min_crop must be in (0, 1], not {c.min_crop!r}.")
+    want(all(0 <= b < 1 for b in c.betas), f"betas must be in [0, 1), not {c.betas!r}.")
+    want(c.channels in (1, 3), f"channels must be 1 or 3, not {c.channels}.")
+    if found:
+        return found
+    want(
+        c.warmup_epochs < c.epochs,
+        f"warmup_epochs must be below epochs ({c.epochs}), not {c.warmup_epochs:g}.",
+    )
+    want(
+        c.beta_shape != "constant" or c.beta_start == c.beta_end,
+        f"beta_shape 'constant' needs beta_start == beta_end, not {c.beta_start} and {c.beta_end}.",
+    )
+    want(
+        c.objective == "supervised" or c.head_norm != "batch" or c.batch_size > 1,
+        "batch_size 1 leaves BatchNorm nothing to average: take more, or head_norm 'group', "
+        "'layer' or 'none'.",
+    )
+    want(
+        not c.negatives_weight or c.batch_size > 1,
+        "negatives_weight needs a batch_size above 1: there is no other image.",
+    )
+    want(
+        c.patch is None or c.image_size % c.patch == 0,
+        f"image_size ({c.image_size}) must be a multiple of the encoder's patch ({c.patch}).",
+    )
+    want(
+        c.objective == "byol" or c.prior == "zero",
+        f"prior {c.prior!r} needs a teacher: objective 'supervised' has none.",
+    )
+    want(
+        not (c.bayesian and c.weight_decay),
+        "weight_decay must be 0 with a posterior: the KL already pulls the means (choice 20 of the "
+        "README). It belongs to conversion='none'.",
+    )
+    want(
+        c.predictor != "none" or c.predictor_lr_ratio == 1.0,
+        "predictor_lr_ratio has no use with predictor 'none'.",
+    )
+    return found
+
+
+_CIFAR = BYOVConfig(
+    image_size=32,
+    augmentation="cifar",
+    batch_size=512,
+    epochs=100,
+    lr=5e-4,
+    logvar_lr_ratio=10.0,
+    projector_hidden=1024,
+    clip_norm=3.0,
+    encoder="vit_tiny_patch16_224",
+    encoder_args={"patch_size": 4},
+)
+_CUDA = RunConfig(device="cuda", amp=True, compile=True, log_every=50, eval_every=5)
+
+PRESETS: dict[str, Preset] = {
+    "demo": Preset(
+        "6,000 grey images that are inside bayesify, on two CPU cores, for minutes.",
+        BYOVConfig(
+            encoder="vit_tiny_patch16_224",
+            encoder_args={"patch_size": 7, "embed_dim": 128, "depth": 4, "num_heads": 4},
+            image_size=28,
+            channels=1,
+            augmentation="cifar",
+            projector_hidden=512,
+            projector_out=128,
+            batch_size=128,
+            epochs=12,
+            warmup_epochs=1.0,
+            lr=2e-3,
+            logvar_lr_ratio=5.0,
+            clip_norm=3.0,
+            tau_base=0.98,
+        ),
+        RunConfig(out=Path("byov-demo"), device="cpu", eval_every=2, baselines=True),
+    ),
+    "cifar10-vit-tiny": Preset(
+        "ViT-Tiny/4 on CIFAR-10, 100 epochs on one GPU.",
+        _CIFAR,
+        replace(_CUDA, data="timm:torch/cifar10@data", out=Path("byov-cifar10-vit-tiny")),
+    ),
+    "cifar10-resnet18": Preset(
+        "ResNet-18 with a stem for 32 pixels on CIFAR-10, LARS as in BYOL.",
+        replace(
+            _CIFAR,
+            encoder="bayesify.recipes.byov.resnet:cifar_resnet18",
+            encoder_args={},
+            optimizer="lars",
+            lr=1.0,
+            trust_coefficient=0.02,
+            logvar_lr_ratio=300.0,
+            clip_norm=0.0,
+            epochs=200,
+        ),
+        replace(_CUDA, data="timm:torch/cifar10@data", out=Path("byov-cifar10-resnet18")),
+    ),
+    "imagenette-vit-small": Preset(
+        "ViT-Small/16 on Imagenette at 160 pixels, 300 epochs on one GPU.",
+        BYOVConfig(
+            encoder="vit_small_patch16_224",
+            image_size=160,
+            batch_size=512,
+            epochs=300,
+            lr=5e-4,
+            logvar_lr_ratio=5.0,
+            projector_hidden=4096,
+            clip_norm=3.0,
+        ),
+        replace(_CUDA, data="imagenette2-160", out=Path("byov-imagenette"), workers=8),
+    ),
+    "imagenet-vit-b16": Preset(
+        "The paper's profile: ViT-B/16 on ImageNet-1k, batch 8192, for 8 GPUs or more.",
+        BYOVConfig(batch_size=8192, tau_base=0.99, tau_batch=4096, warmup_epochs=40.0),
+        replace(_CUDA, data="imagenet", out=Path("byov-imagenet"), workers=12),
+    ),
+}

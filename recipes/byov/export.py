@@ -1,0 +1,154 @@
+"""What a run leaves behind: the Bayesian encoder, and both encoders as plain timm checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import bayesify
+from bayesify import GaussianPrior, set_prior_, to_deterministic
+from bayesify.storage import replacing
+
+from .config import BYOVConfig, RunConfig
+from .data import Source
+from .knn import knn_accuracy
+from .measure import encoded, features
+from .model import Student, build_student, encoder_spec
+from .parallel import World
+from .probe import OnlineProbe
+from .teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Results:
+    """Files of a run and what its encoder is worth.
+
+    Args:
+        encoder: Bayesian student encoder, with the online probe as its classifier; None without a
+            posterior.
+        student: Means of the student encoder, as timm loads them.
+        teacher: The teacher's encoder likewise; None of the supervised twin.
+        numbers: kNN accuracies on the test images.
+    """
+
+    encoder: Path | None
+    student: Path
+    teacher: Path | None
+    numbers: dict[str, float]
+
+
+def export(
+    config: BYOVConfig,
+    run: RunConfig,
+    model: nn.Module,
+    teacher: Teacher | None,
+    probe: OnlineProbe | None,
+    source: Source,
+    world: World,
+) -> Results:
+    """Write the files of a finished run and measure the encoder on the test images."""
+    numbers: dict[str, float] = {}
+    made = Results(
+        run.out / "encoder.safetensors" if config.bayesian else None,
+        run.out / "student.safetensors",
+        run.out / "teacher.safetensors" if teacher is not None else None,
+        numbers,
+    )
+    if world.first:
+        model.eval()
+        if made.encoder is not None:
+            bayesify.save(
+                bayesian_encoder(model, probe),
+                made.encoder,
+                spec=encoder_spec(config, source.num_classes or None),
+                info={"classes": list(source.classes), "byov": config.to_json()},
+                overwrite=True,
+            )
+        plain = to_deterministic(model) if config.bayesian else model
+        _write(without_classifier(plain), made.student)
+        if made.teacher is not None and teacher is not None:
+            _write(without_classifier(teacher.network), made.teacher)
+        if source.num_classes and source.test is not None:
+            numbers |= _measure(config, run, model, source, world.device)
+    world.wait()
+    return made
+
+
+def bayesian_encoder(model: nn.Module, probe: OnlineProbe | None) -> nn.Module:
+    """A copy of the student's encoder, prior N(0, I), with the online probe as its classifier.
+
+    Where there are no labels, and so no probe, the classifier is a new one of 1,000 zeros.
+    """
+    if not isinstance(model, Student):
+        return copy.deepcopy(model)
+    encoder: Any = copy.deepcopy(model.encoder)
+    set_prior_(encoder, GaussianPrior())
+    device = next(encoder.parameters()).device
+    encoder.reset_classifier(1000 if probe is None else probe.linear.out_features)
+    encoder.to(device)
+    head = encoder.get_classifier()
+    with torch.no_grad():
+        for name, parameter in (("weight", head.weight), ("bias", head.bias)):
+            parameter.copy_(0.0 if probe is None else getattr(probe.linear, name))
+    whole: nn.Module = encoder
+    return whole
+
+
+def without_classifier(model: nn.Module) -> nn.Module:
+    """The encoder as ``timm.create_model(..., num_classes=0)`` has it."""
+    if isinstance(model, Student):
+        return model.encoder
+    encoder: Any = copy.deepcopy(model)
+    encoder.reset_classifier(0)
+    whole: nn.Module = encoder
+    return whole
+
+
+def timm_call(config: BYOVConfig, path: Path) -> str:
+    """The Python call that builds the encoder of ``path`` again."""
+    arguments: dict[str, Any] = {"num_classes": 0, "in_chans": config.channels}
+    if config.patch is not None:
+        arguments["img_size"] = config.image_size
+    arguments |= config.encoder_args
+    shown = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    return f'timm.create_model("{config.encoder}"{shown}, checkpoint_path="{path}")'
+
+
+def _write(encoder: nn.Module, path: Path) -> None:
+    tensors: dict[str, Tensor] = {
+        key: value.detach().to("cpu", copy=True).contiguous()
+        for key, value in encoder.state_dict().items()
+    }
+    with replacing(path, overwrite=True) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def _measure(
+    config: BYOVConfig, run: RunConfig, model: nn.Module, source: Source, device: torch.device
+) -> dict[str, float]:
+    """kNN on the test images: the bank is all training images."""
+
+    def knn(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
+        return knn_accuracy(*train, *test)
+
+    found = {}
+    if run.baselines:
+        found["knn_pixels"] = knn(
+            *(encoded(lambda x: x.flatten(1), source, s, device) for s in ("train", "test"))
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            untrained = build_student(config, source.num_classes or None).to(device)
+        found["knn_untrained"] = knn(
+            *(features(untrained, source, s, device) for s in ("train", "test"))
+        )
+    found["knn_trained"] = knn(
+        *(features(model, source, s, device, amp=run.amp) for s in ("train", "test"))
+    )
+    return found

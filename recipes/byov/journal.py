@@ -1,0 +1,92 @@
+"""The log of a run: one JSON object a line, cut back to the checkpoint that a run goes on from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bayesify.storage import replacing
+
+
+class Journal:
+    """``log.jsonl``; every line has a ``kind`` and the ``step`` that it belongs to.
+
+    Args:
+        path: The file, or None to write nothing (all processes but the first).
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line; a number that is not finite, which JSON lacks, becomes null."""
+        if self.path is not None:
+            line = json.dumps({"kind": kind, "step": step, **_finite(values)}, allow_nan=False)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def cut(self, step: int) -> None:
+        """Drop what is later than ``step``, and a line that was cut off by the end of a process."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = [
+            line
+            for line in self.path.read_text("utf-8").splitlines(keepends=True)
+            if line.endswith("\n") and json.loads(line)["step"] <= step
+        ]
+        with replacing(self.path, overwrite=True) as temporary:
+            temporary.write_text("".join(kept), "utf-8")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Every line of a log."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+class LayerStats:
+    """Mean over an epoch's logged steps of what ``bayesify.posterior_stats`` says of each tensor.
+
+    Reference:
+        Turishcheva et al., 2023, arXiv:2312.03213, footnote 5, figures 3 and 6.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, dict[str, float]] = {}
+
+    def add(self, stats: Mapping[str, Mapping[str, float]]) -> None:
+        """Count one step."""
+        self.count += 1
+        for name, values in stats.items():
+            mine = self.sums.setdefault(name, defaultdict(float))
+            for key, value in values.items():
+                mine[key] = mine.get(key, 0.0) + value
+
+    def take(self) -> dict[str, dict[str, float]]:
+        """The means so far; counting starts again."""
+        means = {
+            name: {key: value / self.count for key, value in values.items()}
+            for name, values in self.sums.items()
+        }
+        self.count, self.sums = 0, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"count": self.count, "sums": self.sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From a checkpoint."""
+        self.count, self.sums = state["count"], state["sums"]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

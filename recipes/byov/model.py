@@ -1,0 +1,222 @@
+"""The student: a timm encoder with two small heads, made Bayesian as a whole."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayesify import (
+    ArgumentError,
+    GaussianPrior,
+    ModelSpec,
+    create_model,
+    to_bbb_,
+)
+
+from .config import BYOVConfig, HeadInit, HeadNorm
+
+_GROUPS = 32
+_RIDGE = 1e-3
+
+
+class Branch(NamedTuple):
+    """What one network makes of one view: (B, features), (B, out), (B, out)."""
+
+    features: Tensor
+    projection: Tensor
+    prediction: Tensor
+
+
+class Views(NamedTuple):
+    """What the student makes of both views of a batch."""
+
+    first: Branch
+    second: Branch
+
+
+class StandardisedLinear(nn.Linear):
+    """A Linear layer whose weight has mean 0 and variance 1 / in_features over each row's inputs.
+
+    Reference:
+        Qiao et al., 2019, arXiv:1903.10520.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        var, mean = torch.var_mean(weight, dim=1, keepdim=True, correction=0)
+        scale = torch.rsqrt(var * weight.shape[1] + 1e-10)
+        return F.linear(input, (weight - mean) * scale, self.bias)
+
+
+class MLP(nn.Sequential):
+    """Linear, norm, ReLU, Linear; the output has no norm, as in BYOL."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, norm: HeadNorm, init: HeadInit):
+        linear = StandardisedLinear if norm == "group" else nn.Linear
+        # A bias before a norm that takes the mean off would do nothing.
+        super().__init__(
+            linear(inputs, hidden, bias=norm == "none"),
+            _norm(norm, hidden),
+            nn.ReLU(),
+            linear(hidden, outputs),
+        )
+        initialise_(self, init)
+
+
+class Student(nn.Module):
+    """Encoder, projector and predictor; called with both views, it draws its weights once.
+
+    Args:
+        encoder: Gives features (B, d).
+        projector: (B, d) to (B, out).
+        predictor: (B, out) to (B, out).
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.predictor = predictor
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Views:
+        """Both views, one after the other, so that each BatchNorm sees one view at a time."""
+        return Views(self.forward_view(view1), self.forward_view(view2))
+
+    def forward_view(self, view: Tensor) -> Branch:
+        features = self.encoder(view)
+        projection = self.projector(features)
+        return Branch(features, projection, self.predictor(projection))
+
+
+def encoder_spec(config: BYOVConfig, num_classes: int | None) -> ModelSpec:
+    """How bayesify and timm build the encoder, with a classifier of ``num_classes`` (None: its own)."""
+    arguments = dict(config.encoder_args)
+    if ":" in config.encoder:  # a factory gets what is in model_args and nothing else
+        arguments["in_chans"] = config.channels
+        if num_classes is not None:
+            arguments["num_classes"] = num_classes
+        return ModelSpec(config.encoder, model_args=arguments)
+    return ModelSpec(config.encoder, num_classes, config.channels, config.image_size, arguments)
+
+
+def build_encoder(config: BYOVConfig, num_classes: int | None) -> nn.Module:
+    """The encoder with its classifier, deterministic, initialised as the paper says.
+
+    Raises:
+        ArgumentError: A field of the config does not fit the encoder.
+        ModelError: The encoder cannot be built.
+    """
+    spec = encoder_spec(config, num_classes)
+    encoder: Any = create_model(
+        spec.name,
+        num_classes=spec.num_classes,
+        in_chans=spec.in_chans,
+        img_size=spec.img_size,
+        model_args=spec.model_args,
+    )
+    if not hasattr(encoder, "reset_classifier") or not hasattr(encoder, "num_features"):
+        raise ArgumentError(
+            f"encoder {config.encoder!r} is no model of timm's kind: it lacks reset_classifier or "
+            "num_features."
+        )
+    patch_embed = getattr(encoder, "patch_embed", None)
+    if patch_embed is not None:
+        _paper_init_(encoder)
+    if config.freeze_patch_embed:
+        if patch_embed is None:
+            raise ArgumentError(f"freeze_patch_embed: {config.encoder!r} has no patch embedding.")
+        patch_embed.requires_grad_(False)
+    whole: nn.Module = encoder
+    return whole
+
+
+def build_student(config: BYOVConfig, num_classes: int | None) -> nn.Module:
+    """The network to train, deterministic: a :class:`Student`, or the classifier of the twin.
+
+    Random numbers come from torch's global generator. Under ``torch.device("meta")`` nothing is
+    computed.
+    """
+    encoder: Any = build_encoder(config, num_classes)
+    if config.objective == "supervised":
+        return encoder  # type: ignore[no-any-return]
+    encoder.reset_classifier(0)
+    hidden, out = config.projector_hidden, config.projector_out
+    norm, init = config.head_norm, config.head_init
+    width = getattr(encoder, "head_hidden_size", None) or encoder.num_features
+    projector = MLP(width, hidden, out, norm, init)
+    predictor: nn.Module = nn.Identity()
+    if config.predictor == "mlp":
+        predictor = MLP(out, hidden, out, norm, init)
+    elif config.predictor == "linear":
+        predictor = initialise_(nn.Linear(out, out), init)
+    return Student(encoder, projector, predictor)
+
+
+def convert_(model: nn.Module, config: BYOVConfig) -> nn.Module:
+    """Give ``model`` the posterior of the config, N(0, I) being the prior for now."""
+    if config.bayesian:
+        to_bbb_(
+            model,
+            preset=config.conversion,
+            prior=GaussianPrior(),
+            logvar=config.logvar_init,
+            estimator=config.estimator,  # type: ignore[arg-type]
+        )
+    return model
+
+
+def batch_optimal(projections: Tensor, targets: Tensor) -> Tensor:
+    """The linear predictor that suits a batch best, by ridge regression on normalised targets.
+
+    ``W = argmin |Z W - T|^2 + r |W|^2``, without gradient, applied to the projections.
+
+    Shape:
+        projections and targets (B, out), result (B, out).
+
+    Reference:
+        Talk of BYOL's authors: an optimal linear predictor on the batch, without a teacher's EMA.
+    """
+    with torch.no_grad(), torch.autocast(projections.device.type, enabled=False):
+        z, t = projections.float(), F.normalize(targets.float(), dim=-1)
+        gram = z.T @ z
+        ridge = _RIDGE * gram.diagonal().mean().clamp_min(1e-12)
+        weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=z.device), z.T @ t)
+    return projections.float() @ weight
+
+
+def initialise_(module: nn.Module, init: HeadInit) -> nn.Module:
+    """trunc_normal(.02), or He's normal, for every Linear layer; biases 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            if init == "default":
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+            else:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+def _paper_init_(encoder: nn.Module) -> None:
+    """trunc_normal(.02) for what timm initialises otherwise in a ViT: patch embedding, tokens."""
+    initialise_(encoder, "default")
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for name in ("pos_embed", "cls_token"):
+        token = getattr(encoder, name, None)
+        if isinstance(token, nn.Parameter):
+            nn.init.trunc_normal_(token, std=0.02)
+
+
+def _norm(norm: HeadNorm, width: int) -> nn.Module:
+    if norm == "batch":
+        return nn.BatchNorm1d(width)
+    if norm == "group":
+        return nn.GroupNorm(min(_GROUPS, width), width)
+    return nn.LayerNorm(width) if norm == "layer" else nn.Identity()
