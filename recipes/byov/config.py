@@ -152,7 +152,8 @@ class BYOVConfig:
     @property
     def tau_start(self) -> float:
         """``tau_base`` at this batch size, by the rule tau ** kappa of [EMA]."""
-        return self.tau_base ** (self.batch_size / self.tau_batch if self.tau_batch else 1.0)
+        kappa = self.batch_size / self.tau_batch if self.tau_batch else 1.0
+        return float(self.tau_base**kappa)
 
     @property
     def peak_lr(self) -> float:

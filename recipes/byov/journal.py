@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,43 +44,6 @@ class Journal:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Every line of a log."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-class LayerStats:
-    """Mean over an epoch's logged steps of what ``bayesify.posterior_stats`` says of each tensor.
-
-    Reference:
-        Turishcheva et al., 2023, arXiv:2312.03213, footnote 5, figures 3 and 6.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sums: dict[str, dict[str, float]] = {}
-
-    def add(self, stats: Mapping[str, Mapping[str, float]]) -> None:
-        """Count one step."""
-        self.count += 1
-        for name, values in stats.items():
-            mine = self.sums.setdefault(name, defaultdict(float))
-            for key, value in values.items():
-                mine[key] = mine.get(key, 0.0) + value
-
-    def take(self) -> dict[str, dict[str, float]]:
-        """The means so far; counting starts again."""
-        means = {
-            name: {key: value / self.count for key, value in values.items()}
-            for name, values in self.sums.items()
-        }
-        self.count, self.sums = 0, {}
-        return means
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"count": self.count, "sums": self.sums}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """From a checkpoint."""
-        self.count, self.sums = state["count"], state["sums"]
 
 
 def _finite(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .data import Source, eval_batches
 from .knn import knn_accuracy
 from .model import Student
 
+Split = Literal["train", "test"]
 _BATCH = 256
 _BATCHNORM_BATCHES = 200
 
@@ -27,7 +28,7 @@ def features_of(model: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def features(
-    model: nn.Module, source: Source, split: str, device: torch.device, *, amp: bool = False
+    model: nn.Module, source: Source, split: Split, device: torch.device, *, amp: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Features of a split at the posterior means, on the CPU, with their labels.
 
@@ -48,7 +49,7 @@ def features(
 
 
 def encoded(
-    encode: Callable[[Tensor], Tensor], source: Source, split: str, device: torch.device
+    encode: Callable[[Tensor], Tensor], source: Source, split: Split, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """``encode`` of every image of a split, float32 on the CPU, with the labels."""
     rows, labels = [], []
@@ -69,7 +70,9 @@ def refresh_batchnorm_(model: nn.Module, source: Source, device: torch.device) -
     """Gather BatchNorm's statistics of the encoder at the means: those of training saw draws."""
 
     def batches() -> Iterator[Tensor]:
-        for count, (images, _) in enumerate(eval_batches(source, "train", batch_size=_BATCH, device=device)):
+        for count, (images, _) in enumerate(
+            eval_batches(source, "train", batch_size=_BATCH, device=device)
+        ):
             if count == _BATCHNORM_BATCHES:
                 return
             yield images

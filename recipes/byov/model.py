@@ -92,7 +92,7 @@ class Student(nn.Module):
 
 
 def encoder_spec(config: BYOVConfig, num_classes: int | None) -> ModelSpec:
-    """How bayesify and timm build the encoder, with a classifier of ``num_classes`` (None: its own)."""
+    """How timm builds the encoder; ``num_classes`` of its classifier, None for timm's own."""
     arguments = dict(config.encoder_args)
     if ":" in config.encoder:  # a factory gets what is in model_args and nothing else
         arguments["in_chans"] = config.channels
@@ -184,7 +184,8 @@ def batch_optimal(projections: Tensor, targets: Tensor) -> Tensor:
         gram = z.T @ z
         ridge = _RIDGE * gram.diagonal().mean().clamp_min(1e-12)
         weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=z.device), z.T @ t)
-    return projections.float() @ weight
+    predictions: Tensor = projections.float() @ weight
+    return predictions
 
 
 def initialise_(module: nn.Module, init: HeadInit) -> nn.Module:

@@ -11,9 +11,7 @@ from torch import Tensor
 _TEMPERATURE = 0.1
 
 
-def byol_loss(
-    prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2: Tensor
-) -> Tensor:
+def byol_loss(prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2: Tensor) -> Tensor:
     r"""BYOL's loss, symmetric, on its own scale from 0 to 8; unrelated embeddings give 4.
 
     .. math:: \Vert \bar q_1 - \bar z_2 \Vert^2 + \Vert \bar q_2 - \bar z_1 \Vert^2

@@ -31,9 +31,9 @@ def make_optimizer(model: nn.Module, config: BYOVConfig) -> torch.optim.Optimize
     groups = list(_groups(model, config))
     optimizer: torch.optim.Optimizer
     if config.optimizer == "lars":
-        from timm.optim import Lars
+        from timm.optim.lars import Lars
 
-        optimizer = Lars(  # type: ignore[no-untyped-call]
+        optimizer = Lars(
             groups, lr=0.0, momentum=config.momentum, trust_coeff=config.trust_coefficient
         )
     else:

@@ -78,7 +78,8 @@ class Teacher(nn.Module):
     def update(self, student: nn.Module, tau: float) -> None:
         """Take one step towards the means of ``student``."""
         present = dict(student.named_parameters())
-        means, targets = [], []
+        means: list[Tensor] = []
+        targets: list[Tensor] = []
         for name, mean in self.network.named_parameters():
             means.append(mean)
             targets.append(present[name].detach().to(mean.dtype))
@@ -95,7 +96,7 @@ class Teacher(nn.Module):
         return found | {f"var.{k}": v for k, v in self.var.items() if v is not None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Teacher:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.var = {k: None if v is None else fn(v) for k, v in self.var.items()}
         return self
 

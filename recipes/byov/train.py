@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,6 @@ from bayesify import (
     kl_schedule,
     noise_budget,
     one_draw,
-    posterior_stats,
     posteriors,
 )
 
@@ -35,8 +33,14 @@ from .augment import TwoViews, WorkerViews, view_configs
 from .config import BYOVConfig, RunConfig
 from .data import Source, Views, open_source, train_views
 from .export import Results, export
-from .health import COLLAPSE_STD, collapse_statistics
-from .journal import Journal, LayerStats
+from .health import (
+    collapse_alarms,
+    effective_rank,
+    embedding_std,
+    mean_stats,
+    posterior_health,
+)
+from .journal import Journal
 from .measure import features, monitor_knn, refresh_batchnorm_
 from .model import Student, batch_optimal, build_encoder, build_student, convert_
 from .objective import byol_loss, negatives_loss
@@ -132,20 +136,19 @@ def _train(
     torch.manual_seed(config.seed)
     model = build_student(config, source.num_classes or None)
     if run.checkpoint_activations:
-        getattr(model, "encoder", model).set_grad_checkpointing(True)
+        _encoder(model).set_grad_checkpointing(True)
     if run.sync_batchnorm and world.size > 1 and world.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    teacher = None
+    teacher: Teacher | None = None
     if isinstance(model, Student):
-        teacher = Teacher(model, second_moment=config.prior == "teacher").to(world.device)
+        teacher = Teacher(model, second_moment=config.prior == "teacher")
+        teacher.to(world.device)
     convert_(model, config).to(world.device).train()
     set_prior_of(config, model, teacher)
     optimizer = make_optimizer(model, config)
     probe = None
     if teacher is not None and source.num_classes:
-        probe = OnlineProbe(_width(model), source.num_classes)
-    if probe is not None:
-        probe.to(world.device)
+        probe = OnlineProbe(_width(model), source.num_classes, device=world.device)
     stepped = _parallel(model, run, world)
 
     # What changes from step to step, each a function of the step alone
@@ -158,8 +161,9 @@ def _train(
     scale = kl_scale(model, **reduced) if config.bayesian else 0.0
 
     # What a checkpoint holds
-    layers = LayerStats()
-    alarms, best = 0, {"knn": None, "step": None}
+    layers: list[dict[str, dict[str, float]]] = []
+    alarms = 0
+    best: dict[str, Any] = {"knn": None, "step": None}
     identity = {
         **config.to_json(),
         "data": {"name": run.data, "images": source.num_images},
@@ -174,7 +178,7 @@ def _train(
             "teacher": None if teacher is None else teacher.tensors(),
             "optimizer": optimizer.state_dict(),
             "probe": None if probe is None else probe.state_dict(),
-            "layers": layers.state_dict(),
+            "layers": layers,
             "alarms": alarms,
             "best": best,
         }
@@ -194,7 +198,7 @@ def _train(
         start, alarms, best = saved["step"], saved["alarms"], saved["best"]
         model.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
-        layers.load_state_dict(saved["layers"])
+        layers = saved["layers"]
         if teacher is not None:
             checkpoint.copy_into(teacher.tensors(), saved["teacher"])
         if probe is not None:
@@ -266,18 +270,23 @@ def _train(
             }
             images_since = 0
             if teacher is not None:
-                spread, rank = collapse_statistics(seen["projection"].detach().float())
+                spread = embedding_std(seen["projection"])
+                rank = effective_rank(seen["projection"])
                 values |= {"tau": tau(step), "std": spread, "effective_rank": rank}
-                alarms = alarms + 1 if step >= warmup_steps and spread < COLLAPSE_STD else 0
+                alarmed = step >= warmup_steps and bool(collapse_alarms(std=spread, rank=rank))
+                alarms = alarms + 1 if alarmed else 0
             if config.bayesian:
                 logvar_lr = config.peak_lr * config.logvar_lr_ratio
+                health = posterior_health(model, initial_logvar=config.logvar_init)
+                layers.append(health.layers)
                 values |= {
                     "logvar_lr": logvar_lr * factor,
                     "noise_budget": noise_budget(model, weight, **reduced),
-                    "logvar_travel": logvar_lr * travel,
-                    "logvar_spread": _logvar_spread(model),
+                    "logvar_reach": logvar_lr * travel,  # the most that Adam can have moved it
+                    "logvar_travel": health.logvar_travel,
+                    "logvar_spread": health.logvar_spread,
+                    "prior_share": health.prior_share,
                 }
-                layers.add(posterior_stats(model))
             journal.add("step", done, values)
             watcher.on_step(Progress(done, steps, epoch, values))
             if run.stop_on_collapse and world.any(alarms >= COLLAPSED):
@@ -287,9 +296,13 @@ def _train(
         finished = epoch + 1
         if epoch_ends:
             report: dict[str, Any] = {"epoch": finished}
-            if config.bayesian and layers.count:
-                report["layers"] = layers.take()
-            if run.eval_every and source.num_classes and (finished % run.eval_every == 0 or done == steps):
+            if layers:
+                report["layers"], layers = mean_stats(layers), []
+            if (
+                run.eval_every
+                and source.num_classes
+                and (finished % run.eval_every == 0 or done == steps)
+            ):
                 report["knn"] = _monitor(model, source, run, world)
                 if best["knn"] is None or report["knn"] > best["knn"]:
                     best = {"knn": report["knn"], "step": done}
@@ -355,8 +368,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
                 break
         yield lambda: bool(asked)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
 
 def _steps_per_epoch(source: Source, config: BYOVConfig, run: RunConfig, world: World) -> int:
@@ -388,8 +401,12 @@ def _checkpoint_to_resume(folder: Path, resume: bool) -> Path | None:
     return newest
 
 
+def _encoder(model: nn.Module) -> Any:
+    return model.encoder if isinstance(model, Student) else model
+
+
 def _width(model: nn.Module) -> int:
-    encoder: Any = model.encoder
+    encoder = _encoder(model)
     return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)
 
 
@@ -524,13 +541,6 @@ def _collapse_message(
 
 def _good(newest: Path | None) -> str:
     return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
-
-
-def _logvar_spread(model: nn.Module) -> float:
-    """Mean over the matrices of the standard deviation of their log variances."""
-    with torch.no_grad():
-        found = [p.logvar.std() for p in posteriors(model) if p.mean.ndim > 1]
-        return float(torch.stack(found).mean()) if found else math.nan
 
 
 def _monitor(model: nn.Module, source: Source, run: RunConfig, world: World) -> float:
