@@ -412,7 +412,7 @@ PRESETS: dict[str, Preset] = {
         "ResNet-18 with a stem for 32 pixels on CIFAR-10, LARS as in BYOL.",
         replace(
             _CIFAR,
-            encoder="bayesify.recipes.byov.resnet:cifar_resnet18",
+            encoder=f"{__package__}.resnet:cifar_resnet18",
             encoder_args={},
             optimizer="lars",
             lr=1.0,
