@@ -1090,3 +1090,22 @@ def test_conversion_gives_no_other_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_bbb(Net()).train()(X).sum().backward()
+
+
+class _Nested(nn.Module):
+    def __init__(self, **norm: bool) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, **norm))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_first_call_counts_one_batch(affine: bool) -> None:
+    """Tracing runs submodules without data, where a count on its own is data all the same."""
+    plain = _Nested(affine=affine)
+    model = to_bbb(plain, logvar=-10.0).train()
+    for calls in (1, 2):
+        model(torch.randn(8, 3))
+        assert model.head[1].num_batches_tracked == calls  # type: ignore[index,union-attr]

@@ -450,6 +450,11 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         hooked, ACTIVE.hooked = ACTIVE.hooked, ACTIVE.hooked or any(map(has_hooks, modules))
         with untouched(modules, without_hooks):
             try:
+                for child in modules:
+                    for name, buffer in child._buffers.items():
+                        if buffer is not None and buffer.dim() == 0:
+                            # a fake mode computes with numbers: BatchNorm would count this batch
+                            child._buffers[name] = buffer.clone()
                 for child, parameters in kept:
                     for name, parameter in parameters.items():
                         if parameter is not None:
