@@ -341,10 +341,12 @@ def _find_boxes(name: str, model: nn.Module, size: int) -> None:
 
 
 def _same_modules(name: str, options: dict[str, Any], wanted: str) -> bool:
+    """Whether a model with these options has the same modules, and runs."""
     try:
-        return signature(build_on_meta(name, **options)) == wanted
+        outline = build_on_meta(name, **options)
     except Exception:
         return False
+    return signature(outline) == wanted and runs_at(name, outline, native_size(name, outline))
 
 
 def numeric(name: str, shallow: bool) -> dict[str, Any]:
