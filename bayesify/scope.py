@@ -25,6 +25,16 @@ from .posterior import STATE, Site, Slot, bayesian_sites, owner_state, tensors_o
 _SEED_BOUND = 1 << 62
 
 
+class Reads:
+    """What a scope was asked for, by slot and grad mode; compiled code notes only that it asked."""
+
+    __slots__ = ("seen", "unseen")
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[int, int]] = set()
+        self.unseen = False
+
+
 class Scope:
     """One draw of every weight: a seed and the tensors realised from it so far.
 
@@ -40,7 +50,7 @@ class Scope:
         self.keys = {} if keys is None else keys
         self.realised: dict[tuple[int | str, ...], Tensor] = {}
         self.filled: set[tuple[int, int]] = set()  # what needs no look again: (module, grad mode)
-        self.reads: set[tuple[int, int]] = set()  # what was asked for, shared with forks
+        self.reads = Reads()  # shared with forks
 
     def clear(self) -> None:
         """Let go of what is realised."""
@@ -58,8 +68,10 @@ class Scope:
 
     def read(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """The draw of one slot, whose parameters are those that ``module`` holds now."""
-        if not torch.compiler.is_compiling():
-            self.reads.add((slot.uid, _grad_mode()))
+        if torch.compiler.is_compiling():
+            self.reads.unseen = True
+        else:
+            self.reads.seen.add((slot.uid, _grad_mode()))
         return self.draw(module, attribute, slot)
 
     def draw(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
@@ -252,8 +264,10 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
 
 def _note_unread(module: nn.Module, method: str, scope: Scope, drawn: list[Slot]) -> None:
     """Remember which weights a call drew in vain: later calls draw them when they read them."""
+    if scope.reads.unseen:
+        return
     mode = _grad_mode()
-    unread = [slot for slot in drawn if (slot.uid, mode) not in scope.reads]
+    unread = [slot for slot in drawn if (slot.uid, mode) not in scope.reads.seen]
     if unread:
         seldom = module.__dict__[STATE].seldom.setdefault((method, mode), set())
         seldom.update(slot.uid for slot in unread)
