@@ -90,9 +90,10 @@ class Scope:
         if tensor is None:
             mean, raw = tensors_of(module, attribute, slot)
             dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-            std = gaussian.std_from_raw(raw, slot.parameterization).to(dtype)
             epsilon = self.noise(slot, mean.shape, dtype, mean.device)
-            tensor = self.realised[index] = (std * epsilon).to(mean.dtype)
+            with torch._C.DisableTorchFunction():  # as in realise
+                std = gaussian.std_from_raw(raw, slot.parameterization).to(dtype)
+                tensor = self.realised[index] = (std * epsilon).to(mean.dtype)
         return tensor
 
     def noise(
@@ -101,7 +102,8 @@ class Scope:
     ) -> Tensor:  # fmt: skip
         """Standard normal noise that belongs to one slot; family 0 is that of its draw."""
         assert self.seed is not None
-        return noise(self.seed, self.key_of(slot) ^ family, size, dtype, device)
+        with torch._C.DisableTorchFunction():
+            return noise(self.seed, self.key_of(slot) ^ family, size, dtype, device)
 
     def key_of(self, slot: Slot) -> int:
         """The key of a slot's noise."""

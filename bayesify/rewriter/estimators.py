@@ -77,7 +77,7 @@ def local(
         variance = operation(input.square(), spread, shift_spread, *args, **kwargs)
     # not 0, where a square root has no gradient; nor less, which fast convolutions can give
     std = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt().to(center.dtype)
-    return torch.addcmul(center, std, _noise(slot, _OUTPUT, center.shape, center))
+    return torch.addcmul(center, std, _noise(slot, center))
 
 
 def flipout(
@@ -97,11 +97,11 @@ def flipout(
     """
     scope = _scope()
     mean, _, slot = _posterior(module, weight)
-    deviation, bias_deviation = _deviation(scope, module, weight, slot), None
+    deviation, bias_deviation = scope.deviation(module, weight, slot), None
     if isinstance(bias, str):
         name = bias
         bias, _, own = _posterior(module, name)
-        bias_deviation = _deviation(scope, module, name, own)
+        bias_deviation = scope.deviation(module, name, own)
     axis = 1 - mean.dim()  # of the channels: spatial dimensions come after them
     center = operation(input, mean, bias, *args, **kwargs)
     flipped = input * _signs(slot, _IN_SIGNS, input, axis)
@@ -113,21 +113,26 @@ def local_embedding(
     module: nn.Module, weight: str, input: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Draw the rows that are looked up, one by one; nothing is drawn of the others."""
-    mean, raw, slot = _posterior(module, weight)
-    center = F.embedding(input, mean, *args, **kwargs)
-    raw = F.embedding(input, raw, *args, **kwargs)
-    std = gaussian.std_from_raw(raw, slot.parameterization).to(center.dtype)
-    return torch.addcmul(center, std, _noise(slot, _OUTPUT, center.shape, center))
+    slot = _slot(module, weight)
+    # the fallback of a module around this one must not exchange the mean for a draw
+    with torch._C.DisableTorchFunction():
+        mean, raw = tensors_of(module, weight, slot)
+        center = F.embedding(input, mean, *args, **kwargs)
+        rows = F.embedding(input, raw, *args, **kwargs)
+    std = gaussian.std_from_raw(rows, slot.parameterization).to(center.dtype)
+    return torch.addcmul(center, std, _noise(slot, center))
 
 
 def flipout_embedding(
     module: nn.Module, weight: str, input: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Look up one shared deviation, with random signs of the columns for each example."""
-    mean, _, slot = _posterior(module, weight)
-    deviation = _deviation(_scope(), module, weight, slot)
-    center = F.embedding(input, mean, *args, **kwargs)
-    deviating = F.embedding(input, deviation, *args, **kwargs)
+    slot = _slot(module, weight)
+    deviation = _scope().deviation(module, weight, slot)
+    with torch._C.DisableTorchFunction():
+        mean, _ = tensors_of(module, weight, slot)
+        center = F.embedding(input, mean, *args, **kwargs)
+        deviating = F.embedding(input, deviation, *args, **kwargs)
     return torch.addcmul(center, deviating, _signs(slot, _OUT_SIGNS, center, -1))
 
 
@@ -136,22 +141,21 @@ def _scope() -> Scope:
     return LOCAL.scope
 
 
+def _slot(module: nn.Module, attribute: str) -> Slot:
+    slot: Slot = module.__dict__[STATE].slots[attribute]
+    return slot
+
+
 def _posterior(module: nn.Module, attribute: str) -> tuple[Tensor, Tensor, Slot]:
-    slot = module.__dict__[STATE].slots[attribute]
+    slot = _slot(module, attribute)
     mean, raw = tensors_of(module, attribute, slot)
     # under another name: the fallback of a module around this one exchanges the mean for a draw
     with torch._C.DisableTorchFunction():
         return mean.view_as(mean), raw, slot
 
 
-def _deviation(scope: Scope, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
-    with torch._C.DisableTorchFunction():
-        return scope.deviation(module, attribute, slot)
-
-
-def _noise(slot: Slot, family: int, size: Any, like: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunction():
-        return _scope().noise(slot, size, like.dtype, like.device, family)
+def _noise(slot: Slot, like: Tensor) -> Tensor:
+    return _scope().noise(slot, like.shape, like.dtype, like.device, _OUTPUT)
 
 
 def _signs(slot: Slot, family: int, tensor: Tensor, axis: int) -> Tensor:
@@ -160,9 +164,8 @@ def _signs(slot: Slot, family: int, tensor: Tensor, axis: int) -> Tensor:
     size[axis] = tensor.shape[axis]
     if tensor.dim() > -axis:
         size[0] = tensor.shape[0]
-    with torch._C.DisableTorchFunction():
-        normal = _scope().noise(slot, size, torch.float32, tensor.device, family)
-        return torch.ones_like(normal).copysign(normal).to(tensor.dtype)
+    normal = _scope().noise(slot, size, torch.float32, tensor.device, family)
+    return torch.ones_like(normal).copysign(normal).to(tensor.dtype)
 
 
 _CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
