@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from .errors import BayesifyError, NoMatchWarning, UnsupportedModuleError
 from .gaussian import raw_from_logvar
+from .obstacles import Found, check_model
 from .planning import (
     BBBConfig,
     Conversion,
     ConversionPlan,
     Estimators,
-    Found,
-    check_model,
     make_plan,
     specify,
 )

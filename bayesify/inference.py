@@ -62,12 +62,18 @@ def predict(
     The model runs in ``eval()`` mode, whatever its present one, which it has again afterwards:
     dropout is off, BatchNorm uses its running statistics. No gradient is recorded.
 
+    With the estimators ``local`` and ``flipout`` each example of a batch has weights of its own in
+    each of the K draws: the answers for one example are distributed as with ``weight``, or nearly
+    so with ``local`` where a layer sees several positions; those for two examples do not vary
+    together.
+
     Args:
         model: A converted model, or a module that holds one.
         *inputs: Positional arguments of the model.
         num_samples: Number K of draws, at least 1.
         seed: The K draws are a function of it: calls with one seed use the same K weights for
-            every batch. None takes a new one from torch's global generator.
+            every batch, those of an estimator by the place in the batch. None takes a new one
+            from torch's global generator.
         reduce: None stacks the outputs. ``"probabilities"`` takes them for logits and gives a
             :class:`ProbabilitySummary`, ``"moments"`` gives :class:`Moments`; both in the memory
             of a few outputs, however many draws.

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, UnsupportedModuleError
+from .errors import ArgumentError
 from .gaussian import Parameterization
-from .posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, Estimator, root_mean_square, sites
+from .obstacles import Found, check_model, obstacle, refuse
+from .posterior import RAW_SUFFIX, Estimator, root_mean_square, sites
 from .priors import GaussianPrior, Prior
 from .rewriter.estimators import may_take
-from .rewriter.owner import generated_class, methods_to_wrap, original_class
+from .rewriter.owner import methods_to_wrap, original_class
 from .selection import Pattern, assign, parse_patterns, select
 
 Estimators = Estimator | Mapping[Any, Estimator]
 """One for all, or by pattern."""
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEFAULT_NOISE = 0.003
 """Initial sigma over root mean square, shared by all tensors (benchmarks/initial_sigma.py)."""
 
@@ -175,22 +173,6 @@ class Conversion:
             raise ArgumentError(f"config must be a BBBConfig, got {self.config!r}.")
 
 
-@dataclass
-class Found:
-    """One parameter: every place that holds it, the first being canonical."""
-
-    parameter: Tensor
-    places: list[tuple[str, nn.Module, str]]
-    action: str = "bayes"
-    estimator: Estimator = "weight"
-    rms: float | None = None
-    std: float | None = None
-
-    @property
-    def name(self) -> str:
-        return self.places[0][0]
-
-
 def _parameters(model: nn.Module) -> list[Found]:
     found: dict[int, Found] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -202,113 +184,9 @@ def _parameters(model: nn.Module) -> list[Found]:
     return list(found.values())
 
 
-def check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}. "
-            "bayesify.create_model builds one by name."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModuleError(
-            "The model is a ScriptModule: scripted code cannot be traced. Convert the Python "
-            "model before torch.jit.script."
-        )
-    if "_orig_mod" in model._modules:
-        raise UnsupportedModuleError(
-            "The model is already compiled. Convert first: torch.compile(to_bbb(model)); the "
-            "original is model._orig_mod."
-        )
-    if next(model.parameters(), None) is None:
-        raise UnsupportedModuleError(
-            f"{type(model).__name__} has no parameter, so there is nothing to convert."
-        )
-
-
-def _obstacle(parameter: Tensor) -> str | None:
-    """Why a tensor cannot be the mean of a posterior, with the remedy."""
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        return "is not initialised yet: run one batch first"
-    if type(parameter) is not nn.Parameter:
-        return (
-            f"is a {type(parameter).__name__}, not a plain nn.Parameter: convert before sharding "
-            "or quantising"
-        )
-    if parameter.layout is not torch.strided:
-        return f"is sparse ({parameter.layout}): make it dense"
-    if parameter.dtype not in _DTYPES:
-        return f"is of {parameter.dtype}, a storage type: convert before quantising"
-    return None
-
-
-def _problems(model: nn.Module, chosen: list[Found], spec: Conversion) -> list[tuple[str, str]]:
-    """Everything that forbids the conversion, each as (what and its remedy, what to skip)."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found = []
-    for item in chosen:
-        closed = [problem for name, _, _ in item.places for problem in _closed(name, modules)]
-        if closed:  # whatever else is wrong in there
-            found += closed
-            continue
-        reason = _obstacle(item.parameter)
-        if reason is None and item.rms is not None and not math.isfinite(item.rms):
-            reason = "holds NaN or Inf: repair the weights"
-        if reason is not None:
-            found.append((f"{item.name} {reason}", item.name))
-        for name, module, attribute in item.places:
-            for suffix in (RAW_SUFFIX[spec.config.parameterization], PRIOR_MEAN_SUFFIX):
-                if hasattr(module, attribute + suffix):
-                    what = (
-                        f"{name + suffix} exists already, so {name} cannot get a posterior under "
-                        "that name: rename it"
-                    )
-                    found.append((what, name))
-    return found
-
-
-def _closed(name: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
-    """The outermost module around a parameter that lets nobody change what is in it."""
-    parts = name.split(".")[:-1]
-    for path in (".".join(parts[:depth]) for depth in range(len(parts) + 1)):
-        module = modules[path]
-        if isinstance(module, torch.jit.ScriptModule):
-            what = f"{name} belongs to the ScriptModule {path!r}: convert before torch.jit.script"
-            return [(what, path)]
-        if "_orig_mod" in module._modules:
-            return [(f"{name} belongs to {path!r}, which is compiled: convert before", path)]
-        kind = original_class(type(module))
-        try:
-            generated_class(kind, frozenset(), False)
-        except Exception as error:  # a class may forbid subclasses in its own way
-            what = f"{name}: {kind.__name__} does not allow a subclass in its place ({error})"
-            return [(what, path)]
-    return []
-
-
-def _refuse(model: nn.Module, chosen: list[Found], spec: Conversion) -> None:
-    """Raise one error with all problems and the ``skip`` that leaves them out."""
-    problems = _problems(model, chosen, spec)
-    if not problems:
-        return
-    lines = [f"{type(model).__name__} cannot be converted:"]
-    for what, name in problems:
-        lines.append(f"  {what}, or skip={_exactly(name)!r}." if name else f"  {what}.")
-    patterns = list(dict.fromkeys(_exactly(name) for _, name in problems))
-    if len(patterns) > 1 and all(name for _, name in problems):
-        plain = not any(pattern.startswith("re:") for pattern in patterns)
-        beside = "Beside what you skip already, " if spec.skip else ""
-        skip = ",".join(patterns) if plain else patterns
-        lines.append(f"{beside}skip={skip!r} leaves all of these out.")
-    raise UnsupportedModuleError("\n".join(lines))
-
-
-def _exactly(name: str) -> str:
-    """A pattern for one qualified name, whatever characters are in it."""
-    return name if re.fullmatch(r"[\w.-]+", name) else rf"re:^{re.escape(name)}(\.|$)"
-
-
 def _rms(parameter: Tensor) -> float | None:
     """The root mean square of a parameter, None of one without numbers to compute with."""
-    if parameter.device.type == "meta" or _obstacle(parameter) is not None:
+    if parameter.device.type == "meta" or obstacle(parameter) is not None:
         return None
     return root_mean_square(parameter)
 
@@ -394,7 +272,7 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
     for item in bayes:
         item.rms = _rms(item.parameter)
     chosen = [item for item in bayes if id(item.parameter) not in means]
-    _refuse(model, chosen, spec)
+    refuse(model, chosen, RAW_SUFFIX[spec.config.parameterization], bool(spec.skip))
     scales = {id(item.parameter): item.rms for item in bayes}
     for item in bayes:
         item.std = _initial_std(item, spec, len(bayes), scales)

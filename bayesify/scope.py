@@ -367,7 +367,8 @@ def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[Non
     Args:
         model: A converted model, or a module that holds one.
         seed: The draw is a function of it and of the parameters' names alone, whatever the order
-            of the calls. None takes a number from torch's global generator.
+            of the calls; with the estimators ``local`` and ``flipout``, also of an example's place
+            in its batch. None takes a number from torch's global generator.
 
     Raises:
         ArgumentError: ``seed`` is not a non-negative integer.
@@ -383,6 +384,9 @@ def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[Non
 
 def draws(model: nn.Module, seed: int | Tensor | None = None) -> dict[str, Tensor]:
     """The weights that ``one_draw(model, seed)`` uses, for ``torch.func.functional_call``.
+
+    With the estimators ``local`` and ``flipout`` each example has weights of its own: a call in
+    ``one_draw`` then gives something else than one with these, of the same distribution.
 
     Returns:
         ``{name: draw}`` over the Bayesian parameters, tied ones once; differentiable in means

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bayesify
+from bayesify.posterior import Estimator
 from bayesify.storage import replacing
 
 RESULT = Path(__file__).parent / "results" / "step.json"
@@ -74,18 +75,22 @@ def deterministic(model: nn.Module) -> Step:
     return step
 
 
-def ours(model: nn.Module) -> Step:
+def ours(estimator: Estimator) -> Callable[[nn.Module], Step]:
     """One draw a step, exact KL."""
-    bayesify.to_bbb_(model)
-    optimizer = adamw(bayesify.param_groups(model, lr=LR))
 
-    def step(x: Tensor, y: Tensor) -> None:
-        loss = F.cross_entropy(model(x), y)
-        bayesify.elbo_loss(loss, model, num_data=NUM_DATA).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def method(model: nn.Module) -> Step:
+        bayesify.to_bbb_(model, estimator=estimator)
+        optimizer = adamw(bayesify.param_groups(model, lr=LR))
 
-    return step
+        def step(x: Tensor, y: Tensor) -> None:
+            loss = F.cross_entropy(model(x), y)
+            bayesify.elbo_loss(loss, model, num_data=NUM_DATA).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return method
 
 
 def ours_without_kl(model: nn.Module) -> Step:
@@ -157,7 +162,9 @@ def ivon(model: nn.Module) -> Step:
 
 METHODS: dict[str, tuple[str | None, Callable[[nn.Module], Step]]] = {
     "deterministic": (None, deterministic),
-    "bayesify": (None, ours),
+    "bayesify": (None, ours("weight")),
+    "bayesify flipout": (None, ours("flipout")),
+    "bayesify local": (None, ours("local")),
     "bayesify, no KL": (None, ours_without_kl),
     "bayesian-torch reparam": ("bayesian_torch", bayesian_torch("Reparameterization")),
     "bayesian-torch flipout": ("bayesian_torch", bayesian_torch("Flipout")),

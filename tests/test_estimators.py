@@ -243,6 +243,23 @@ def test_no_variance_has_a_finite_gradient(estimator: Estimator) -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_sparse_gradients_of_an_embedding(estimator: Estimator) -> None:
+    tokens = torch.tensor([[1, 2], [1, 1]])
+    found = []
+    for sparse in (False, True):
+        model = converted(nn.Embedding(6, 3, sparse=sparse), estimator)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.linspace(-1.0, 0.0, 18).view(6, 3))
+        with bayesify.one_draw(model, seed=1):
+            model(tokens).square().sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        assert all(g is not None and g.is_sparse == sparse for g in grads)
+        found.append([g.to_dense() for g in grads if g is not None])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradients_add_up(estimator: Estimator) -> None:
     model = converted(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)), estimator)
     batches = torch.randn(2, 6, 5)

@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("scope",),
     ("selection",),
     ("rewriter",),
+    ("obstacles",),
     ("planning",),
     ("convert",),
     ("objective", "optim", "inference", "pruning", "metrics"),

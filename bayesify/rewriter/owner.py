@@ -147,9 +147,9 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         if state is None or not state.slots:
             return text
         priors = ", ".join(dict.fromkeys(str(s.prior) for s in state.slots.values()))
-        return ", ".join(
-            filter(None, [text, f"posterior of {', '.join(state.slots)}, prior {priors}"])
-        )
+        kinds = dict.fromkeys(s.estimator for s in state.slots.values() if s.estimator != "weight")
+        posterior = f"posterior of {', '.join(state.slots)}, prior {priors}"
+        return ", ".join(filter(None, [text, posterior, *kinds]))
 
     reset = getattr(original, "reset_classifier", None)
     if reset is not None:
