@@ -22,21 +22,25 @@ from test_grouped import (
     step,
     test_batched_gradients,
     test_gradients_accumulate,
+    test_repeated_draws_are_the_same_draws,
     test_second_derivatives,
     test_sparse_gradients,
     test_the_gradient_of_the_kl_is_that_of_the_reference,
     test_the_value_of_the_kl_is_that_of_torch_distributions,
     test_two_graphs_at_once_and_a_graph_that_is_kept,
+    threads,
 )
 
 __all__ = [
     "test_batched_gradients",
     "test_gradients_accumulate",
+    "test_repeated_draws_are_the_same_draws",
     "test_second_derivatives",
     "test_sparse_gradients",
     "test_the_gradient_of_the_kl_is_that_of_the_reference",
     "test_the_value_of_the_kl_is_that_of_torch_distributions",
     "test_two_graphs_at_once_and_a_graph_that_is_kept",
+    "threads",
 ]
 BLOCK = triton_draw.BLOCK
 SIZES = [(1,), (3,), (4,), (4095,), (4096,), (4097,), (3, 5, 7), (2, 6000), (), (0, 2)]

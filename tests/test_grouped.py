@@ -176,6 +176,24 @@ def test_batched_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found, jacobian(), rtol=1e-6, atol=1e-7)
 
 
+def test_repeated_draws_are_the_same_draws(threads: int) -> None:
+    items = [
+        grouped.Item(s.mean, s.raw, s.slot.key, s.slot.buffers)
+        for s in sites(mixed())
+        if grouped.suits(s.mean, s.raw)
+    ]
+    repeated = grouped.Repeated(items)
+    seeds = [3, (1 << 62) + 1, 0]
+    stacked = repeated.stack(seeds)
+    for k, seed in enumerate(seeds):
+        with torch.no_grad():
+            expected = [value.clone() for value, _ in grouped.draw(items, torch.tensor(seed))]
+        for a, b, c in zip(expected, repeated.draw(seed), stacked, strict=True):
+            assert a.dtype == b.dtype == c.dtype
+            assert torch.equal(a, b)
+            assert torch.equal(a, c[k])
+
+
 # -- the KL divergence that hangs on draws ---------------------------------------------------
 
 

@@ -19,15 +19,15 @@ _PIECE = 1 << 17
 """Elements whose intermediate results stay in the cache, enough for all threads of torch."""
 
 
-def draw(items: Sequence[Item], seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Each draw, and ``half = sigma * noise / 2``, its derivative by the log variance."""
-    halves = [item.buffers.take(item.mean) for item in items]
+def draw(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Each draw, and for its backward ``half = sigma * noise / 2``: by the log variance."""
     values = [item.buffers.take(item.mean) for item in items]
+    halves = [item.buffers.take(item.mean) for item in items] if gradient else values
     fill_normal([(h, fold(seed, i.key)) for h, i in zip(halves, items, strict=True)], std=0.5)
     with torch.no_grad():
         for item, half, value in zip(items, halves, values, strict=True):
             _finish(item.mean, item.logvar, half, value)
-    return list(zip(values, halves, strict=True))
+    return [(v, h if gradient else None) for v, h in zip(values, halves, strict=True)]
 
 
 def _finish(*tensors: Tensor) -> None:
@@ -36,12 +36,44 @@ def _finish(*tensors: Tensor) -> None:
     Half of the noise, so that its derivative needs no factor; a power of two costs no bit.
     """
     for mean, logvar, half, value in _pieces(*tensors):
-        if value.dtype == logvar.dtype:
+        if value.dtype == logvar.dtype and value.data_ptr() != half.data_ptr():
             torch.mul(logvar, 0.5, out=value).exp_()
             half.mul_(value)
         else:
-            half.mul_(torch.exp(0.5 * logvar).to(value.dtype))
+            half.mul_(torch.mul(logvar, 0.5).exp_().to(value.dtype))
         torch.add(mean, half, alpha=2, out=value)
+
+
+class Repeated:
+    """Draws of the same tensors under many seeds, without gradient: sigma is computed once."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+        self.stds = [item.buffers.take(item.mean) for item in items]
+        with torch.no_grad():
+            for item, std in zip(items, self.stds, strict=True):
+                for logvar, part in _pieces(item.logvar, std):
+                    part.copy_(torch.mul(logvar, 0.5).exp_())
+
+    def draw(self, seed: int) -> list[Tensor]:
+        """One draw of each tensor, in memory that is used again once nobody holds it."""
+        values = [item.buffers.take(item.mean) for item in self.items]
+        self._fill(seed, values)
+        return values
+
+    def stack(self, seeds: Sequence[int]) -> list[Tensor]:
+        """Draws of each tensor, one behind the other: (number of seeds, shape of the tensor)."""
+        values = [item.mean.new_empty((len(seeds), *item.mean.shape)) for item in self.items]
+        for k, seed in enumerate(seeds):
+            self._fill(seed, [value[k] for value in values])
+        return values
+
+    def _fill(self, seed: int, values: Sequence[Tensor]) -> None:
+        fill_normal([(v, fold(seed, i.key)) for v, i in zip(values, self.items, strict=True)])
+        with torch.no_grad():
+            for item, std, value in zip(self.items, self.stds, values, strict=True):
+                for m, s, v in _pieces(item.mean, std, value):
+                    v.mul_(s).add_(m)
 
 
 def gradients(node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: bool) -> Any:

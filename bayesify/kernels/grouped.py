@@ -78,26 +78,54 @@ def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]
         Each draw and, where it has a gradient, where :func:`gaussian_kl` may hang the KL divergence
         of the same tensor.
     """
-    groups: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault(item.mean.device.type, []).append(index)
+    gradient = torch.is_grad_enabled()
     found: list[Any] = [None] * len(items)
-    for members in groups.values():
-        mine = [items[i] for i in members]
-        drawn = _way(mine[0].mean.device).draw(mine, int(seed))
-        for index, item, (value, half) in zip(members, mine, drawn, strict=True):
-            found[index] = _with_gradient(item, value, half, seed)
+    for way, members in _by_way(items):
+        drawn = way.draw([items[i] for i in members], int(seed), gradient)
+        for index, (value, half) in zip(members, drawn, strict=True):
+            item = items[index]
+            if gradient and (item.mean.requires_grad or item.logvar.requires_grad):
+                node = Draw(item, half, seed)
+                drawn_value, token = _Draw.apply(item.mean, item.logvar, [value], node)
+                found[index] = drawn_value, Hook(node, token)
+            else:
+                found[index] = value, None
     return found
 
 
-def _with_gradient(
-    item: Item, value: Tensor, half: Tensor | None, seed: Tensor
-) -> tuple[Tensor, Hook | None]:
-    if not torch.is_grad_enabled() or not (item.mean.requires_grad or item.logvar.requires_grad):
-        return value, None
-    node = Draw(item, half, seed)
-    drawn, token = _Draw.apply(item.mean, item.logvar, [value], node)
-    return drawn, Hook(node, token)
+def _by_way(items: Sequence[Item]) -> list[tuple[Any, list[int]]]:
+    groups: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(item.mean.device.type, []).append(index)
+    return [(_way(items[members[0]].mean.device), members) for members in groups.values()]
+
+
+class Repeated:
+    """Draws of the same tensors under many seeds, without gradient.
+
+    The numbers are those of :func:`draw`. The tensors must not change in between.
+    """
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._count = len(items)
+        self._parts = [
+            (way.Repeated([items[i] for i in members]), members) for way, members in _by_way(items)
+        ]
+
+    def draw(self, seed: int) -> list[Tensor]:
+        """One draw of each tensor."""
+        return self._gather([part.draw(seed) for part, _ in self._parts])
+
+    def stack(self, seeds: Sequence[int]) -> list[Tensor]:
+        """Draws of each tensor, one behind the other: (number of seeds, shape of the tensor)."""
+        return self._gather([part.stack(seeds) for part, _ in self._parts])
+
+    def _gather(self, drawn: list[list[Tensor]]) -> list[Tensor]:
+        found: list[Any] = [None] * self._count
+        for values, (_, members) in zip(drawn, self._parts, strict=True):
+            for index, value in zip(members, values, strict=True):
+                found[index] = value
+        return found
 
 
 class Draw:

@@ -44,28 +44,58 @@ def fill_normal(tensor: Tensor, seed: int, key: int) -> None:
             )  # fmt: skip
 
 
-def draw(items: Sequence[Item], seed: int) -> list[tuple[Tensor, None]]:
+def draw(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor, None]]:
     """Each draw; nothing is kept of it for the backward."""
     values = [torch.empty_like(item.mean, requires_grad=False) for item in items]
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, item in enumerate(items):
+    _fill(items, [seed], [value.unsqueeze(0) for value in values])
+    return [(value, None) for value in values]
+
+
+class Repeated:
+    """Draws of the same tensors under many seeds; see :class:`.cpu_draw.Repeated`."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+
+    def draw(self, seed: int) -> list[Tensor]:
+        return [value for value, _ in draw(self.items, seed, False)]
+
+    def stack(self, seeds: Sequence[int]) -> list[Tensor]:
+        values = []
+        for item in self.items:
+            mean = item.mean.detach()
+            step = -(-mean.numel() // 16) * 16  # each draw begins where accesses of 16 bytes may
+            memory = mean.new_empty(step * len(seeds))
+            strides = torch.empty_like(mean, device="meta").stride()
+            values.append(memory.as_strided((len(seeds), *mean.shape), (step, *strides)))
+        _fill(self.items, seeds, values)
+        return values
+
+
+def _fill(items: Sequence[Item], seeds: Sequence[int], values: Sequence[Tensor]) -> None:
+    """Draw under each seed, ``values[i][k]`` being the draw of item ``i`` under seed ``k``."""
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[Item, Tensor]]] = {}
+    for item, value in zip(items, values, strict=True):
         if item.mean.numel():
-            groups.setdefault((item.mean.device, item.mean.dtype), []).append(index)
+            group = groups.setdefault((item.mean.device, item.mean.dtype), [])
+            group.append((item, value))
     for (device, dtype), members in groups.items():
-        starts, rows = _blocks(device, tuple(items[i].mean.numel() for i in members))
+        sizes = tuple(item.mean.numel() for item, _ in members for _ in seeds)
+        starts, rows = _blocks(device, sizes)
         table = [
             (
-                items[i].mean.data_ptr(), items[i].logvar.data_ptr(), values[i].data_ptr(),
-                items[i].key, items[i].mean.numel(), start,
+                item.mean.data_ptr(), item.logvar.data_ptr(),
+                value.data_ptr() + k * value.stride(0) * value.element_size(),
+                _signed(seed), item.key, item.mean.numel(),
             )
-            for i, start in zip(members, starts, strict=True)
+            for item, value in members for k, seed in enumerate(seeds)
         ]  # fmt: skip
-        with torch.cuda.device_of(values[members[0]]):
+        filled = [(*row, start) for row, start in zip(table, starts, strict=True)]
+        with torch.cuda.device_of(members[0][1]):
             kernels.draw_kernel[(rows.numel(),)](
-                _upload(table, torch.int64, device), rows, _signed(seed), _TYPES[dtype],
+                _upload(filled, torch.int64, device), rows, _TYPES[dtype],
                 dtype is torch.float64, BLOCK, **OPTIONS,
             )  # fmt: skip
-    return [(value, None) for value in values]
 
 
 def gradients(node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: bool) -> Any:

@@ -81,19 +81,18 @@ def _draw_part(
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def draw_kernel(
-    table, rows, seed: tl.int64, TYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit
+def draw_kernel(table, rows, TYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """``out = mean + exp(logvar / 2) * noise`` for the tensor of each row of ``table``."""
     program = tl.program_id(0)
-    entry = table + tl.load(rows + program) * 6
+    entry = table + tl.load(rows + program) * 7
     mean = tl.multiple_of(tl.load(entry).to(tl.pointer_type(TYPE)), 16)
     logvar = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(tl.float32)), 16)
     out = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(TYPE)), 16)
-    key = tl.load(entry + 3)
-    n = tl.load(entry + 4)
-    start = (program - tl.load(entry + 5)) * BLOCK
+    seed = tl.load(entry + 3)
+    key = tl.load(entry + 4)
+    n = tl.load(entry + 5)
+    start = (program - tl.load(entry + 6)) * BLOCK
     # a mask of unknown alignment would turn every access into one of a single element
     if start + BLOCK <= n:
         _draw_part(mean, logvar, out, seed, key, start, n, False, WIDE, BLOCK)
