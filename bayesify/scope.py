@@ -71,12 +71,12 @@ class Scope:
         if torch.compiler.is_compiling():
             self.reads.unseen = True
         else:
-            self.reads.seen.add((slot.uid, _grad_mode()))
+            self.reads.seen.add((slot.uid, grad_mode()))
         return self.draw(module, attribute, slot)
 
     def draw(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """As :meth:`read`, but no read."""
-        index = (slot.uid, _grad_mode())
+        index = (slot.uid, grad_mode())
         tensor = self.realised.get(index)
         if tensor is None:
             tensor = realise(module, attribute, slot, self.seed, self.key_of(slot))
@@ -85,7 +85,7 @@ class Scope:
 
     def deviation(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """The draw of one slot less its mean: sigma times noise."""
-        index = (slot.uid, _grad_mode(), "deviation")
+        index = (slot.uid, grad_mode(), "deviation")
         tensor = self.realised.get(index)
         if tensor is None:
             mean, raw = tensors_of(module, attribute, slot)
@@ -113,7 +113,8 @@ class Scope:
 AT_MEAN = Scope(None)
 
 
-def _grad_mode() -> int:
+def grad_mode() -> int:
+    """What draws of one scope are told apart by: 0 without gradient, 1 with, 2 in inference."""
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return 2
     return int(torch.is_grad_enabled())
@@ -220,7 +221,7 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     Returns:
         The slots that were drawn; none while torch.compile traces, which drops what is not read.
     """
-    mode = _grad_mode()
+    mode = grad_mode()
     if (id(module), mode) in scope.filled:
         return []
     compiling = torch.compiler.is_compiling()
@@ -268,7 +269,7 @@ def _note_unread(module: nn.Module, method: str, scope: Scope, drawn: list[Slot]
     """Remember which weights a call drew in vain: later calls draw them when they read them."""
     if scope.reads.unseen:
         return
-    mode = _grad_mode()
+    mode = grad_mode()
     unread = [slot for slot in drawn if (slot.uid, mode) not in scope.reads.seen]
     if unread:
         seldom = module.__dict__[STATE].seldom.setdefault((method, mode), set())
@@ -318,12 +319,13 @@ def _pushed(mode: _Mode) -> Iterator[None]:
         LOCAL.modes = previous
 
 
-def _modules_of(model: nn.Module) -> frozenset[int]:
+def modules_of(model: nn.Module) -> frozenset[int]:
+    """Identities of the modules of a model that has a posterior."""
     bayesian_sites(model)
     return frozenset(map(id, model.modules()))
 
 
-def _distinct_keys(found: list[Site]) -> dict[int, int]:
+def distinct_keys(found: list[Site]) -> dict[int, int]:
     """Noise keys for parts that were converted apart and share a name; by slot, usually none."""
     seen: dict[int, int] = {}
     keys: dict[int, int] = {}
@@ -343,7 +345,7 @@ def sampled(model: nn.Module) -> Iterator[None]:
     Raises:
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    with _pushed(_Mode(_modules_of(model), True, None)):
+    with _pushed(_Mode(modules_of(model), True, None)):
         yield
 
 
@@ -356,7 +358,7 @@ def at_mean(model: nn.Module) -> Iterator[None]:
     Raises:
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    with _pushed(_Mode(_modules_of(model), False, None)):
+    with _pushed(_Mode(modules_of(model), False, None)):
         yield
 
 
@@ -374,8 +376,15 @@ def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[Non
         ArgumentError: ``seed`` is not a non-negative integer.
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    scope = Scope(as_seed(seed), _distinct_keys(bayesian_sites(model)))
-    with _pushed(_Mode(_modules_of(model), True, scope)):
+    scope = Scope(as_seed(seed), distinct_keys(bayesian_sites(model)))
+    with held(modules_of(model), scope):
+        yield
+
+
+@contextlib.contextmanager
+def held(modules: frozenset[int], scope: Scope) -> Iterator[None]:
+    """All calls of the modules in this block read the draws of ``scope``, also in ``eval()``."""
+    with _pushed(_Mode(modules, True, scope)):
         try:
             yield
         finally:
@@ -405,7 +414,7 @@ def draws(model: nn.Module, seed: int | Tensor | None = None) -> dict[str, Tenso
     True
     """
     tensor, found = as_seed(seed), bayesian_sites(model)
-    keys = _distinct_keys(found)
+    keys = distinct_keys(found)
     return {
         s.name: realise(s.module, s.attribute, s.slot, tensor, keys.get(s.slot.uid, s.slot.key))
         for s in found

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data import ImageData
 from .errors import ArgumentError, BayesifyError
-from .inference import predict, recompute_batchnorm_
+from .inference import Predictor, recompute_batchnorm_
 from .metrics import (
     BrierDecomposition,
     BrierParts,
@@ -327,6 +327,8 @@ def evaluate(
     model.to(target_device)
     batches = _batches(data, model, batch_size, model_config, workers)
     bayesian = is_bayesian(model)
+    if bayesian:
+        predictor = Predictor(model, num_samples=num_samples, seed=seed, reduce="probabilities")
     at_means, averaged = _Measured(), _Measured()
     kept: list[tuple[Tensor, Tensor]] = []
     information = 0.0
@@ -342,9 +344,7 @@ def evaluate(
                 if control:
                     kept.append((logits, targets))
                 if bayesian:
-                    summary = predict(
-                        model, inputs, num_samples=num_samples, seed=seed, reduce="probabilities"
-                    )
+                    summary = predictor(inputs)
                     averaged.add(summary.mean, targets)
                     information += float(summary.mutual_information.sum())
                 if on_step is not None:

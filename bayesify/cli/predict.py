@@ -121,18 +121,16 @@ def _rows(
     """One row for each image, in order."""
     import torch
 
-    from .. import inference
     from ..data import loader
+    from ..inference import Predictor
 
     known = opened.header["info"].get("classes", ())
     index = 0
+    predictor = Predictor(opened.model, num_samples=num_samples, seed=seed, reduce="probabilities")
     for batch, labels in loader(images, batch_size, model_config=opened.input, workers=workers):
         batch, labels = batch[: total - index], labels[: total - index]
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            summary = inference.predict(
-                opened.model, batch.to(device), num_samples=num_samples, seed=seed,
-                reduce="probabilities",
-            )  # fmt: skip
+            summary = predictor(batch.to(device))
         classes = known if len(known) == summary.mean.shape[1] else ()
         probability, predicted = summary.mean.max(dim=1)
         columns = (predicted, probability, summary.predictive_entropy, summary.mutual_information)

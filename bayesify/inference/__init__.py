@@ -1,0 +1,9 @@
+"""Predict with many draws, and fit what depends on the weights to the posterior means."""
+
+from .batchnorm import recompute_batchnorm_ as recompute_batchnorm_
+from .calibrate import calibrate_ as calibrate_
+from .predictor import Predictor as Predictor
+from .predictor import Reduce as Reduce
+from .predictor import predict as predict
+from .summaries import Moments as Moments
+from .summaries import ProbabilitySummary as ProbabilitySummary

@@ -1,0 +1,128 @@
+"""Predict with many draws of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError
+from ..scope import as_seed
+from .running import Draws, check_batch, check_samples, evaluating
+from .summaries import Collector, Probabilities, RunningMoments, Stack
+
+Reduce = Literal["probabilities", "moments"]
+_COLLECTORS: dict[str | None, Callable[[int], Collector]] = {
+    None: Stack, "probabilities": Probabilities, "moments": RunningMoments
+}  # fmt: skip
+
+
+def predict(
+    model: nn.Module,
+    *inputs: Any,
+    num_samples: int,
+    seed: int | None = None,
+    reduce: Reduce | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run ``model`` with ``num_samples`` draws of its weights.
+
+    The model runs in ``eval()`` mode, whatever its present one, which it has again afterwards:
+    dropout is off, BatchNorm uses its running statistics. No gradient is recorded.
+
+    With the estimators ``local`` and ``flipout`` each example of a batch has weights of its own in
+    each of the K draws: the answers for one example are distributed as with ``weight``, or nearly
+    so with ``local`` where a layer sees several positions; those for two examples do not vary
+    together.
+
+    Args:
+        model: A converted model, or a module that holds one.
+        *inputs: Positional arguments of the model.
+        num_samples: Number K of draws, at least 1.
+        seed: The K draws are a function of it: calls with one seed use the same K weights for
+            every batch, those of an estimator by the place in the batch. None takes a new one
+            from torch's global generator.
+        reduce: None stacks the outputs. ``"probabilities"`` takes them for logits and gives a
+            :class:`ProbabilitySummary`, ``"moments"`` gives :class:`Moments`; both in the memory
+            of a few outputs, however many draws.
+        **kwargs: Keyword arguments of the model.
+
+    Shape:
+        Each output tensor (batch, ...) becomes (K, batch, ...); the logits are (batch, classes).
+
+    Returns:
+        What the model returns (tensor, tuple, dict, Hugging Face output), each tensor in it
+        stacked over the draws, or a summary.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work, the batch is empty, or the output
+            cannot be summarised so.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    Reference:
+        Blundell et al., 2015, arXiv:1505.05424, section 3.1; Houlsby et al., 2011,
+        arXiv:1112.5745, equation 2 (mutual information).
+
+    >>> import torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 3))
+    >>> predict(model, torch.ones(5, 2), num_samples=4).shape
+    torch.Size([4, 5, 3])
+    >>> predict(model, torch.ones(5, 2), num_samples=4, reduce="probabilities").mean.shape
+    torch.Size([5, 3])
+    """
+    predictor = Predictor(model, num_samples=num_samples, seed=seed, reduce=reduce, keep=False)
+    return predictor(*inputs, **kwargs)
+
+
+class Predictor:
+    """:func:`predict` with the same K draws for every batch; the arguments are those of it.
+
+    Where they are small enough, the draws are made once for all batches. The model must not change
+    in between.
+
+    Args:
+        model: A converted model, or a module that holds one.
+        num_samples: Number K of draws, at least 1.
+        seed: The K draws are a function of it; None takes a new one.
+        reduce: As :func:`predict`.
+        keep: Keep small draws from one batch to the next.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    >>> import torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 3))
+    >>> predictor = Predictor(model, num_samples=4, seed=0, reduce="probabilities")
+    >>> [predictor(torch.ones(size, 2)).mean.shape[0] for size in (5, 3)]
+    [5, 3]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_samples: int,
+        seed: int | None = None,
+        reduce: Reduce | None = None,
+        keep: bool = True,
+    ) -> None:
+        if reduce not in _COLLECTORS:
+            raise ArgumentError(
+                f"predict: reduce must be None, 'probabilities' or 'moments', got {reduce!r}."
+            )
+        check_samples("predict", num_samples)
+        self.model = model
+        self.collector = _COLLECTORS[reduce]
+        self.draws = Draws(model, num_samples, int(as_seed(seed)), keep)
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """What :func:`predict` gives for one batch."""
+        check_batch("predict", (inputs, kwargs))
+        collector = self.collector(len(self.draws.seeds))
+        with torch.no_grad(), evaluating(self.model):
+            for output in self.draws.outputs(inputs, kwargs):
+                collector.add(output)
+        return collector.result()

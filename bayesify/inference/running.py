@@ -1,0 +1,307 @@
+"""Run a model with many draws of its weights: one after the other, or together by vmap."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from ..errors import ArgumentError
+from ..kernels import grouped
+from ..kernels.noise import fold
+from ..posterior import Site, bayesian_sites, owner_state
+from ..scope import Scope, distinct_keys, grad_mode, held, modules_of, realise
+
+_FUNCTORCH: Any = torch._C._functorch
+LOG = logging.getLogger(__name__)
+
+KEPT_BYTES = 256 << 20
+"""Draws of all samples that take no more memory are made once for all batches."""
+
+MOST_EXAMPLES = 16
+"""The largest batch that is run with several draws at once."""
+
+CPU_BYTES = 8 << 20
+"""Draws that are run at once on the CPU fit its caches: beyond, a loop was as fast or faster."""
+
+_VMAPS: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
+"""For each model and kind of input that ran once: whether vmap can run it."""
+
+
+class Draws:
+    """K draws of the weights of a model, made again once it has changed.
+
+    The k-th is a function of ``base`` and k alone, that of ``one_draw(model, fold(base, k))``.
+
+    Args:
+        model: A converted model in ``eval()``.
+        num_samples: K.
+        base: Seed of the family.
+        keep: Make the draws once for all calls of :meth:`outputs`, where they are small enough.
+    """
+
+    def __init__(self, model: nn.Module, num_samples: int, base: int, keep: bool = False) -> None:
+        self.model = model
+        self.seeds = [fold(base, k) for k in range(num_samples)]
+        self.keeping = keep
+        self._look()
+
+    def _look(self) -> None:
+        model, found = self.model, bayesian_sites(self.model)
+        self.version = _version(found)
+        self.keys = distinct_keys(found)
+        self.modules = modules_of(model)
+        # sharded weights are drawn by the modules that read them, compiled models draw themselves,
+        # other estimators need no draw, and a mixture of experts reads few
+        self.plain = (
+            not grouped.possible()
+            or any(map(_is_compiled, model.modules()))
+            or any(site.slot.estimator != "weight" for site in found)
+            or any(map(_leaves_unread, model.modules()))
+        )
+        suited = [
+            site.slot.parameterization == "exp" and grouped.suits(site.mean, site.raw)
+            for site in found
+        ]
+        self.whole = [site for site, fits in zip(found, suited, strict=True) if fits]
+        self.others = [site for site, fits in zip(found, suited, strict=True) if not fits]
+        self.repeated = (
+            None if self.plain else grouped.Repeated([self._item(s) for s in self.whole])
+        )
+        self.bytes = sum(site.mean.numel() * site.mean.element_size() for site in found)
+        self.keep = self.keeping and len(self.seeds) * self.bytes <= KEPT_BYTES
+        self.kept: list[Tensor] | None = None
+
+    def _item(self, site: Site) -> grouped.Item:
+        key = self.keys.get(site.slot.uid, site.slot.key)
+        return grouped.Item(site.mean, site.raw, key, site.slot.buffers)
+
+    def outputs(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+        """The output of each draw, in order."""
+        if self.version != _version([*self.whole, *self.others]):
+            self._look()
+        if self.plain or not grouped.possible():
+            yield from (self._one(k, None, inputs, kwargs) for k in range(len(self.seeds)))
+            return
+        done, chunk = 0, self._together(inputs, kwargs)
+        kind = _kind(inputs, kwargs)
+        known = _VMAPS.setdefault(self.model, {})
+        if chunk > 1 and kind not in known:
+            # its code is traced here: under vmap it might seem to be code that cannot be
+            self._one(0, self._draw(0), inputs, kwargs)
+            known[kind] = True
+        while chunk > 1 and known[kind] and done < len(self.seeds):
+            ready = self._vmapped(range(done, min(done + chunk, len(self.seeds))), inputs, kwargs)
+            if ready is None:
+                known[kind] = False
+                break
+            done += len(ready)
+            yield from ready
+        for k in range(done, len(self.seeds)):
+            yield self._one(k, self._draw(k), inputs, kwargs)
+
+    # -- one after the other -----------------------------------------------------------------
+
+    def _one(self, k: int, drawn: list[Tensor] | None, inputs: Any, kwargs: Any) -> Any:
+        scope = Scope(torch.tensor(self.seeds[k]), self.keys)
+        if drawn is not None:
+            self._give(scope, drawn, complete=not self.others)
+        with held(self.modules, scope):
+            return self.model(*inputs, **kwargs)
+
+    def _draw(self, k: int) -> list[Tensor]:
+        assert self.repeated is not None
+        if not self.keep:
+            return self.repeated.draw(self.seeds[k])
+        return [value[k] for value in self._stack(range(k, k + 1), everything=True)]
+
+    def _give(self, scope: Scope, drawn: Sequence[Tensor], complete: bool) -> None:
+        mode = grad_mode()
+        for site, tensor in zip([*self.whole, *self.others], drawn, strict=False):
+            scope.realised[site.slot.uid, mode] = tensor
+        if complete:
+            scope.filled |= {(module, mode) for module in self.modules}
+
+    # -- together ----------------------------------------------------------------------------
+
+    def _together(self, inputs: Any, kwargs: Any) -> int:
+        """How many draws are run at once: 1 where a loop is as fast, or surely right."""
+        batch = next((t for t in pytree.tree_leaves((inputs, kwargs)) if _has_batch(t)), None)
+        if batch is None or len(batch) > MOST_EXAMPLES or len(self.seeds) == 1:
+            return 1
+        sites = (*self.whole, *self.others)
+        if any(type(s.mean) is not nn.Parameter or s.mean.device != batch.device for s in sites):
+            return 1
+        if any(map(_has_hooks, self.model.modules())):
+            return 1  # a hook would see all draws at once
+        if batch.device.type == "cpu":
+            return len(self.seeds) if len(self.seeds) * self.bytes <= CPU_BYTES else 1
+        if batch.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(batch.device)
+            return min(len(self.seeds), free // 4 // max(self.bytes, 1))
+        return 1
+
+    def _stack(self, chosen: range, everything: bool = False) -> list[Tensor]:
+        """Draws of each grouped tensor, one behind the other; kept ones as they are if asked."""
+        assert self.repeated is not None
+        if not self.keep:
+            return self.repeated.stack([self.seeds[k] for k in chosen])
+        if self.kept is None:
+            self.kept = self.repeated.stack(self.seeds)
+        return self.kept if everything else [v[chosen.start : chosen.stop] for v in self.kept]
+
+    def _vmapped(self, chosen: range, inputs: Any, kwargs: Any) -> list[Any] | None:
+        """The outputs of the chosen draws by one call; None, and a line in the log, if it fails."""
+        stacked = self._stack(chosen)
+        for site in self.others:
+            key = self.keys.get(site.slot.uid, site.slot.key)
+            parts = [
+                realise(site.module, site.attribute, site.slot, torch.tensor(self.seeds[k]), key)
+                for k in chosen
+            ]
+            stacked.append(torch.stack(parts))
+        shape: dict[str, Any] = {}
+
+        def call(*drawn: Tensor) -> tuple[Tensor, ...]:
+            scope = Scope(torch.tensor(self.seeds[chosen.start]), self.keys)
+            self._give(scope, drawn, complete=True)
+            with held(self.modules, scope):
+                leaves, shape["structure"] = pytree.tree_flatten(self.model(*inputs, **kwargs))
+            shape["leaves"] = [None if isinstance(v, Tensor) else v for v in leaves]
+            shape["tensors"] = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
+            return tuple(leaves[i] for i in shape["tensors"])
+
+        state = _attributes(self.model)
+        try:
+            with _no_slow_vmap(), _batched_attention(stacked[0].device):
+                results = torch.vmap(call)(*stacked)
+            _put_back(state)
+        except Exception as error:
+            with contextlib.suppress(_LeftBehind):
+                _put_back(state)
+            reason = str(error).partition("\n")[0]
+            LOG.info("%s runs draw by draw: %s", type(self.model).__name__, reason)
+            return None
+        outputs = []
+        for k in range(len(chosen)):
+            leaves = list(shape["leaves"])
+            for index, result in zip(shape["tensors"], results, strict=True):
+                leaves[index] = result[k]
+            outputs.append(pytree.tree_unflatten(leaves, shape["structure"]))
+        return outputs
+
+
+def _version(found: Sequence[Site]) -> set[tuple[int, int]]:
+    return {(id(tensor), tensor._version) for site in found for tensor in (site.mean, site.raw)}
+
+
+class _LeftBehind(RuntimeError):
+    """A call under vmap left tensors in the model that mean nothing outside."""
+
+
+def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    found = [d for m in model.modules() for d in (m.__dict__, m._buffers)]
+    return [(live, dict(live)) for live in found]
+
+
+def _put_back(state: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """Take out what a call under vmap has left in the model."""
+    names = []
+    for live, before in state:
+        for name, value in list(live.items()):
+            if isinstance(value, Tensor) and _FUNCTORCH.is_functorch_wrapped_tensor(value):
+                names.append(name)
+                if name in before:
+                    live[name] = before[name]
+                else:
+                    del live[name]
+    if names:
+        raise _LeftBehind(f"it keeps tensors that it computed ({', '.join(names)})")
+
+
+@contextlib.contextmanager
+def _no_slow_vmap() -> Iterator[None]:
+    """An operation without a rule for vmap is an error here, not a loop with a warning."""
+    before = _FUNCTORCH._is_vmap_fallback_enabled()
+    _FUNCTORCH._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        _FUNCTORCH._set_vmap_fallback_enabled(before)
+
+
+def _batched_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The CPU's fused attention has no rule for vmap, its plain one does."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def _leaves_unread(module: nn.Module) -> bool:
+    state = owner_state(module)
+    return state is not None and any(state.seldom.values())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _has_batch(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _kind(inputs: Any, kwargs: Any) -> Any:
+    """What decides which code of a model runs, as far as can be told from outside."""
+    leaves, structure = pytree.tree_flatten((inputs, kwargs))
+    described = tuple(
+        (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in leaves
+    )
+    return (
+        described,
+        str(structure),
+        grad_mode(),
+        torch.is_autocast_enabled("cpu"),
+        (torch.is_autocast_enabled("cuda")),
+    )
+
+
+# -- before and around -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block in ``eval()``, then give every module its own mode again."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(flags[0][1])  # a module may override it to undo what its eval() has done
+        for module, training in flags:
+            module.training = training
+
+
+def check_samples(what: str, num_samples: int) -> None:
+    integer = isinstance(num_samples, Integral) and not isinstance(num_samples, bool)
+    if not integer or num_samples < 1:
+        raise ArgumentError(f"{what}: num_samples must be an integer above 0, got {num_samples!r}.")
+
+
+def check_batch(what: str, inputs: Any) -> None:
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            if leaf.shape[0] == 0:
+                raise ArgumentError(
+                    f"{what}: the batch is empty (an input has the shape {tuple(leaf.shape)})."
+                )
+            return

@@ -1,0 +1,198 @@
+"""What is kept of the outputs of many draws: a stack, moments, probabilities."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import ArgumentError
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class ProbabilitySummary(NamedTuple):
+    """What K draws say of the classes of each example; entropies in nats.
+
+    Attributes:
+        mean: Mean over the draws of the class probabilities, (batch, classes).
+        std: Standard deviation over the draws (divisor K) of the probabilities, (batch, classes).
+        predictive_entropy: Entropy of ``mean``: the whole doubt, (batch,).
+        expected_entropy: Mean of the draws' entropies: the doubt that more data would leave.
+        mutual_information: Their difference: the doubt about the weights, at least 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+    predictive_entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation (divisor K) over the draws, in the structure of the output."""
+
+    mean: Any
+    std: Any
+
+
+class Collector:
+    """Takes the outputs of the draws one by one."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.count = 0
+
+    def add(self, output: Any) -> None:
+        raise NotImplementedError
+
+    def result(self) -> Any:
+        raise NotImplementedError
+
+
+class _Structured(Collector):
+    """A collector that treats each tensor of the output by itself and keeps the structure."""
+
+    def __init__(self, num_samples: int) -> None:
+        super().__init__(num_samples)
+        self.leaves: list[Any] = []
+        self.structure: Any = None
+
+    def add(self, output: Any) -> None:
+        leaves, structure = pytree.tree_flatten(output)
+        if self.count == 0:
+            self.structure = structure
+            self.leaves = [self.first(v) if isinstance(v, Tensor) else v for v in leaves]
+            self.shapes = [v.shape if isinstance(v, Tensor) else None for v in leaves]
+        elif structure != self.structure:
+            raise ArgumentError(
+                "predict: two draws gave outputs of different structure, which cannot be "
+                "combined. Call the model in one_draw(model) draw by draw."
+            )
+        for kept, shape, leaf in zip(self.leaves, self.shapes, leaves, strict=True):
+            if shape is None:
+                _check_plain(kept, leaf)
+            elif not isinstance(leaf, Tensor) or leaf.shape != shape:
+                raise ArgumentError(
+                    f"predict: an output has the shape {tuple(shape)} in one draw and "
+                    f"{tuple(getattr(leaf, 'shape', ()))} in another, so that they cannot be "
+                    "combined. Call the model in one_draw(model) draw by draw."
+                )
+            else:
+                self.update(kept, leaf)
+        self.count += 1
+
+    def first(self, leaf: Tensor) -> Any:
+        raise NotImplementedError
+
+    def update(self, kept: Any, leaf: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Stack(_Structured):
+    def first(self, leaf: Tensor) -> Tensor:
+        return leaf.new_empty((self.num_samples, *leaf.shape))
+
+    def update(self, kept: Tensor, leaf: Tensor) -> None:
+        kept[self.count] = leaf
+
+    def result(self) -> Any:
+        return pytree.tree_unflatten(self.leaves, self.structure)
+
+
+class _Welford:
+    """Running mean and standard deviation of a tensor (Welford, 1962)."""
+
+    def __init__(self, like: Tensor) -> None:
+        if like.is_complex():
+            raise ArgumentError("predict: complex outputs have no moments here; take reduce=None.")
+        wide = like.float() if like.device.type == "mps" else like.double()
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.count = 0
+        self.mean = torch.zeros_like(wide)
+        self.squares = torch.zeros_like(wide)
+
+    def add(self, value: Tensor) -> None:
+        value = value.to(self.mean.dtype)
+        self.count += 1
+        delta = value - self.mean
+        self.mean += delta / self.count
+        self.squares += delta * (value - self.mean)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        std = (self.squares / self.count).clamp_min(0.0).sqrt()
+        return self.mean.to(self.dtype), std.to(self.dtype)
+
+
+class RunningMoments(_Structured):
+    def first(self, leaf: Tensor) -> _Welford:
+        return _Welford(leaf)
+
+    def update(self, kept: _Welford, leaf: Tensor) -> None:
+        kept.add(leaf)
+
+    def result(self) -> Moments:
+        pairs = [v.moments() if isinstance(v, _Welford) else (v, v) for v in self.leaves]
+        mean, std = (pytree.tree_unflatten([p[i] for p in pairs], self.structure) for i in (0, 1))
+        return Moments(mean, std)
+
+
+class Probabilities(Collector):
+    def add(self, output: Any) -> None:
+        logits = main_output(output)
+        if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+            raise ArgumentError(
+                "predict: reduce='probabilities' needs logits of the shape (batch, classes), with "
+                f"at least 2 classes; the model gave {logits.dtype} of {tuple(logits.shape)}. "
+                "Take reduce='moments' or None."
+            )
+        log_probs = logits.to(_wide_dtype(logits)).log_softmax(-1)
+        probs = log_probs.exp()
+        entropy = torch.special.entr(probs).sum(-1)
+        if self.count == 0:
+            self.dtype = torch.promote_types(logits.dtype, torch.float32)
+            self.probs, self.entropy = _Welford(probs), torch.zeros_like(entropy)
+        self.probs.add(probs)
+        self.entropy += entropy
+        self.count += 1
+
+    def result(self) -> ProbabilitySummary:
+        mean, std = self.probs.moments()
+        predictive = torch.special.entr(mean).sum(-1)
+        expected = self.entropy / self.count
+        information = (predictive - expected).clamp_min(0.0)
+        return ProbabilitySummary(
+            *(v.to(self.dtype) for v in (mean, std, predictive, expected, information))
+        )
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _check_plain(first: Any, other: Any) -> None:
+    """What is no tensor must be a plain value, and the same in every draw."""
+    if not isinstance(first, _PLAIN):
+        raise ArgumentError(
+            f"predict: the output holds a {type(first).__name__}, of which the tensors cannot be "
+            "reached. torch.export.register_dataclass makes a dataclass known; or call the model "
+            "in one_draw(model) draw by draw."
+        )
+    if first != other:
+        raise ArgumentError(
+            f"predict: the output holds {first!r} in one draw and {other!r} in another, and only "
+            "tensors can be combined. Call the model in one_draw(model) draw by draw."
+        )
+
+
+def main_output(output: Any) -> Tensor:
+    """The output itself, or the logits of a Hugging Face output."""
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise ArgumentError(
+            f"The model's output is a {type(output).__name__}, expected a tensor or an object with "
+            ".logits. Wrap the model in a module that returns the tensor."
+        )
+    return found
