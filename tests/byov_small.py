@@ -36,7 +36,9 @@ def small_data(folder: Path, images: int = 48) -> Path:
     pixels = (pixels + 130 * labels[:, None, None, None]).to(torch.uint8)
     path = folder / "small.safetensors"
     tensors = {"images": pixels, "labels": labels}
-    save_file({**tensors, "test_images": pixels[:16].clone(), "test_labels": labels[:16].clone()}, path)
+    save_file(
+        {**tensors, "test_images": pixels[:16].clone(), "test_labels": labels[:16].clone()}, path
+    )
     return path
 
 

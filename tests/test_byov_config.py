@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from byov_small import CONFIG
 
 from bayesify import ArgumentError
+from byov_small import CONFIG
 from recipes.byov.config import PRESETS, BYOVConfig, RunConfig, described, differences
 from recipes.byov.model import Student, build_student, convert_
 
@@ -87,7 +87,10 @@ def test_presets_build_their_model(name: str) -> None:
         images = torch.zeros(2, config.channels, config.image_size, config.image_size)
         first, second = model(images, images)
     assert first.prediction.shape == second.projection.shape == (2, config.projector_out)
-    assert model.projector[0].out_features == config.projector_hidden
+    widths = [
+        layer.out_features for layer in model.projector.children() if hasattr(layer, "out_features")
+    ]
+    assert widths == [config.projector_hidden, config.projector_out]
 
 
 def test_presets_know_where_they_write() -> None:

@@ -16,8 +16,9 @@ def four(seed: int = 0) -> list[Tensor]:
 
 
 def unit(x: Tensor) -> np.ndarray:
-    array = x.double().numpy()
-    return array / np.linalg.norm(array, axis=1, keepdims=True)
+    array: np.ndarray = x.double().numpy()
+    array = array / np.linalg.norm(array, axis=1, keepdims=True)
+    return array
 
 
 def test_loss_is_the_sum_of_both_directions_on_the_scale_from_0_to_8() -> None:

@@ -36,6 +36,9 @@ class BYOVConfig:
 
     Args:
         objective: "byol", or "supervised": cross entropy of the same encoder, same KL. [BYOV] 4.3
+        init_std: Standard deviation of the initial means of Linear layers, patch embedding and
+            tokens, cut off at 2 in absolute value. [BYOV] appendix C: 0.02, at a width of 768
+            presumably; narrow encoders see little but the average patch with it
         conversion: Which parameters get a posterior: a preset of bayesify, or "none" for
             deterministic BYOL. [BYOV] table 1
         prior: "zero" is N(0, I), "teacher-mean" N(mu_T, I), "teacher" N(mu_T, Sigma_T). [BYOV] 3
@@ -58,7 +61,7 @@ class BYOVConfig:
         predictor_lr_ratio: Learning rate of the predictor over that of the rest. [BYOL]: 1
         head_norm: Of the hidden layers: batch; group, with weight standardisation; layer; none.
             [BYOL]: batch; [BN-free]: group
-        head_init: "default" trunc_normal(.02), or "modified", He's, which keeps the variance where
+        head_init: "default" as init_std says, or "modified", He's, which keeps the variance where
             no norm does. [BYOV] appendix C: default; [BN-free] names no formula, so assumed
         freeze_patch_embed: Leave the patch embedding at its random start. MoCo v3, off in [BYOV]
         augmentation: Published probabilities of both views: "imagenet", or "cifar" without blur;
@@ -89,6 +92,7 @@ class BYOVConfig:
     """
 
     objective: Objective = "byol"
+    init_std: float = 0.02
     conversion: Conversion = "full"
     prior: PriorName = "zero"
     prior_var_floor: float = 1e-6
@@ -319,8 +323,8 @@ def _problems(c: BYOVConfig) -> list[str]:
                  "logvar_lr_ratio", "tau_batch", "seed"):  # fmt: skip
         value = getattr(c, name)
         want(value >= 0, f"{name} must be at least 0, not {value!r}.")
-    for name in ("epochs", "batch_size", "image_size", "projector_hidden",
-                 "projector_out", "lr", "prior_var_floor", "trust_coefficient"):  # fmt: skip
+    for name in ("epochs", "batch_size", "image_size", "projector_hidden", "projector_out",
+                 "lr", "init_std", "prior_var_floor", "trust_coefficient"):  # fmt: skip
         value = getattr(c, name)
         want(value > 0, f"{name} must be above 0, not {value!r}.")
     for name in ("tau_base", "tau_end", "momentum"):

@@ -16,7 +16,7 @@ from bayesify import (
     to_bbb_,
 )
 
-from .config import BYOVConfig, HeadInit, HeadNorm
+from .config import BYOVConfig, HeadNorm
 
 _GROUPS = 32
 _RIDGE = 1e-3
@@ -54,7 +54,9 @@ class StandardisedLinear(nn.Linear):
 class MLP(nn.Sequential):
     """Linear, norm, ReLU, Linear; the output has no norm, as in BYOL."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, norm: HeadNorm, init: HeadInit):
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, norm: HeadNorm, init_std: float | None
+    ) -> None:
         linear = StandardisedLinear if norm == "group" else nn.Linear
         # A bias before a norm that takes the mean off would do nothing.
         super().__init__(
@@ -63,7 +65,7 @@ class MLP(nn.Sequential):
             nn.ReLU(),
             linear(hidden, outputs),
         )
-        initialise_(self, init)
+        initialise_(self, init_std)
 
 
 class Student(nn.Module):
@@ -124,7 +126,7 @@ def build_encoder(config: BYOVConfig, num_classes: int | None) -> nn.Module:
         )
     patch_embed = getattr(encoder, "patch_embed", None)
     if patch_embed is not None:
-        _paper_init_(encoder)
+        _paper_init_(encoder, config.init_std)
     if config.freeze_patch_embed:
         if patch_embed is None:
             raise ArgumentError(f"freeze_patch_embed: {config.encoder!r} has no patch embedding.")
@@ -144,14 +146,15 @@ def build_student(config: BYOVConfig, num_classes: int | None) -> nn.Module:
         return encoder  # type: ignore[no-any-return]
     encoder.reset_classifier(0)
     hidden, out = config.projector_hidden, config.projector_out
-    norm, init = config.head_norm, config.head_init
+    norm = config.head_norm
+    init_std = config.init_std if config.head_init == "default" else None
     width = getattr(encoder, "head_hidden_size", None) or encoder.num_features
-    projector = MLP(width, hidden, out, norm, init)
+    projector = MLP(width, hidden, out, norm, init_std)
     predictor: nn.Module = nn.Identity()
     if config.predictor == "mlp":
-        predictor = MLP(out, hidden, out, norm, init)
+        predictor = MLP(out, hidden, out, norm, init_std)
     elif config.predictor == "linear":
-        predictor = initialise_(nn.Linear(out, out), init)
+        predictor = initialise_(nn.Linear(out, out), init_std)
     return Student(encoder, projector, predictor)
 
 
@@ -188,12 +191,12 @@ def batch_optimal(projections: Tensor, targets: Tensor) -> Tensor:
     return predictions
 
 
-def initialise_(module: nn.Module, init: HeadInit) -> nn.Module:
-    """trunc_normal(.02), or He's normal, for every Linear layer; biases 0."""
+def initialise_(module: nn.Module, std: float | None) -> nn.Module:
+    """A truncated normal, or He's where ``std`` is None, for every Linear layer; biases 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            if init == "default":
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+            if std is not None:
+                nn.init.trunc_normal_(layer.weight, std=std)
             else:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
@@ -201,18 +204,18 @@ def initialise_(module: nn.Module, init: HeadInit) -> nn.Module:
     return module
 
 
-def _paper_init_(encoder: nn.Module) -> None:
-    """trunc_normal(.02) for what timm initialises otherwise in a ViT: patch embedding, tokens."""
-    initialise_(encoder, "default")
+def _paper_init_(encoder: nn.Module, std: float) -> None:
+    """The paper's truncated normal for all of a ViT; timm has others for patches and tokens."""
+    initialise_(encoder, std)
     for layer in encoder.modules():
         if isinstance(layer, nn.Conv2d):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     for name in ("pos_embed", "cls_token"):
         token = getattr(encoder, name, None)
         if isinstance(token, nn.Parameter):
-            nn.init.trunc_normal_(token, std=0.02)
+            nn.init.trunc_normal_(token, std=std)
 
 
 def _norm(norm: HeadNorm, width: int) -> nn.Module:

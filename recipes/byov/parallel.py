@@ -59,16 +59,16 @@ def joined(device: str) -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    else:
-        found = torch.device(device)
-    if size > 1 and found.type == "cuda":
-        found = torch.device("cuda", local)
     try:
+        if device == "auto":
+            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        found = torch.device(device)
+        if size > 1 and found.type == "cuda":
+            found = torch.device("cuda", local)
         torch.empty(0, device=found)
-    except Exception as error:  # no driver, no such index: each another kind
-        raise ArgumentError(f"device {device!r} cannot be used here: {error}") from error
+    except Exception as error:  # an unknown name, no driver, no such index: each another kind
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"device {device!r} cannot be used here: {reason}") from error
     if size == 1:
         yield World(0, 1, found)
         return

@@ -1,0 +1,285 @@
+"""The loop: what it logs, how it goes on after a stop, what ends it."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bayesify
+from bayesify import ArgumentError, BayesifyError, CheckpointError
+from byov_small import CONFIG, small_run
+from recipes.byov import checkpoint, train
+from recipes.byov.config import HeadNorm, PredictorName, RunConfig
+from recipes.byov.journal import read_log
+from recipes.byov.model import build_student, convert_
+from recipes.byov.train import Progress, Watcher
+
+ROOT = Path(__file__).parents[1]
+
+
+def steps_of(run: RunConfig) -> list[dict[str, Any]]:
+    """The log without what depends on the machine."""
+    lines = [line for line in read_log(run.out / "log.jsonl") if line["kind"] == "step"]
+    for line in lines:
+        del line["images_per_second"]
+    return lines
+
+
+def final_state(run: RunConfig) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(run.out / "checkpoints")
+    assert newest is not None
+    return load_file(newest)
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def stop_at(step: int) -> Watcher:
+    """Sends this process the signal that a scheduler sends."""
+
+    def on_step(progress: Progress) -> None:
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return Watcher(on_step=on_step)
+
+
+def test_log_holds_what_is_to_be_watched(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    before = torch.get_rng_state()
+    outcome = train.train(CONFIG, run)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (outcome.step, outcome.steps) == (9, 9)
+    lines = steps_of(run)
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    wanted = {
+        "loss", "kl", "beta", "tau", "lr", "logvar_lr", "noise_budget", "logvar_travel",
+        "logvar_spread", "std", "effective_rank", "probe_loss", "probe_accuracy", "grad_norm",
+    }  # fmt: skip
+    assert wanted <= lines[0].keys()
+    for line in lines:
+        t = line["step"] - 1
+        assert line["beta"] == pytest.approx(0.5 * (1 - math.cos(math.pi * t / 9)))
+        assert line["tau"] == pytest.approx(1 - 0.1 * (math.cos(math.pi * t / 9) + 1) / 2)
+        assert line["noise_budget"] == pytest.approx(line["beta"] / 2)  # s = 1 / P
+        assert 0 <= line["loss"] <= 8
+    assert max(line["lr"] for line in lines) == pytest.approx(CONFIG.lr * 16 / 256)
+    epochs = [line for line in read_log(run.out / "log.jsonl") if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3]
+    assert {"mean_std", "max_snr"} <= epochs[0]["layers"]["projector.0.weight"].keys()
+    assert outcome.results is not None
+    assert outcome.results.numbers["knn_trained"] > 0.4
+
+
+def test_first_kl_is_that_of_the_initial_posterior(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    train.train(replace(CONFIG, epochs=2), run)
+    torch.manual_seed(CONFIG.seed)
+    model = convert_(build_student(CONFIG, 2), CONFIG)
+    assert steps_of(run)[0]["kl"] == pytest.approx(bayesify.kl_divergence(model).item(), rel=1e-6)
+
+
+DROPPING = {**CONFIG.encoder_args, "drop_path_rate": 0.3, "proj_drop_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prior": "teacher", "encoder_args": DROPPING},
+        {"conversion": "none", "optimizer": "lars", "weight_decay": 1e-6},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {},
+                {"prior": "teacher-mean", "conversion": "linear-only"},
+                {"optimizer": "lars", "lr": 0.1},
+                {"objective": "supervised"},
+            )
+        ),
+    ],
+)
+def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = replace(CONFIG, **changes)
+    whole = small_run(tmp_path, out=tmp_path / "whole")
+    train.train(config, whole)
+    broken = small_run(tmp_path, out=tmp_path / "broken")
+    for stop in (4, 6):  # inside an epoch and at the end of one
+        outcome = train.train(config, broken, resume=True, watcher=stop_at(stop))
+        assert (outcome.step, outcome.results) == (stop, None)
+    assert train.train(config, broken, resume=True).results is not None
+    assert_same(final_state(whole), final_state(broken))
+    assert steps_of(whole) == steps_of(broken)
+    for name in ("encoder", "student", "teacher"):
+        file = whole.out / f"{name}.safetensors"
+        if file.exists():
+            assert file.read_bytes() == (broken.out / file.name).read_bytes()
+
+
+KILLED = """
+import json, sys
+from pathlib import Path
+from recipes.byov.config import HeadNorm, PredictorName, RunConfig
+from recipes.byov.train import train
+config, run = json.loads(sys.argv[1])
+train(BYOVConfig.from_json(config), RunConfig(**run), resume=True)
+"""
+
+
+def kill_and_resume(tmp_path: Path, kills: int) -> None:
+    config = replace(CONFIG, epochs=3 + 2 * kills)
+    whole = small_run(tmp_path, out=tmp_path / "whole")
+    train.train(config, whole)
+    broken = small_run(tmp_path, out=tmp_path / "broken")
+    run = {"data": broken.data, "out": str(broken.out), "device": "cpu", "log_every": 1,
+           "monitor_images": 8, "stop_on_collapse": False}  # fmt: skip
+    command = [sys.executable, "-c", KILLED, json.dumps([config.to_json(), run])]
+    dice = random.Random(kills)
+    log, done = broken.out / "log.jsonl", 0
+    for _ in range(kills):
+        started = subprocess.Popen(command, cwd=ROOT)
+        goal = done + dice.randint(1, 5)
+        while started.poll() is None:  # at a random moment after some steps
+            if log.exists() and len(log.read_text().splitlines()) > goal:
+                time.sleep(dice.random() * 0.05)
+                started.kill()
+                started.wait()
+        assert started.returncode in (-signal.SIGKILL, 0)
+        done = len(log.read_text().splitlines())
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert_same(final_state(whole), final_state(broken))
+    assert steps_of(whole) == steps_of(broken)
+    assert not list(broken.out.glob("**/.*"))
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, kills: int) -> None:
+    kill_and_resume(tmp_path, kills)
+
+
+def test_a_checkpoint_is_not_written_over_nor_taken_by_another_config(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    train.train(CONFIG, run, watcher=stop_at(2))
+    with pytest.raises(ArgumentError, match="--resume"):
+        train.train(CONFIG, run)
+    with pytest.raises(CheckpointError, match=r"(?s)lr: 0\.02 here, 0\.01 there.*seed: 1 here"):
+        train.train(replace(CONFIG, lr=0.02, seed=1), run, resume=True)
+
+
+def test_last_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = small_run(tmp_path, keep_last=1)
+    train.train(replace(CONFIG, epochs=4), run)
+    epochs = [line for line in read_log(run.out / "log.jsonl") if line["kind"] == "epoch"]
+    best = max(epochs, key=lambda line: float(line["knn"]))["step"]
+    kept = sorted(p.name for p in (run.out / "checkpoints").iterdir())
+    assert kept == sorted({checkpoint.path_of(Path(), s).name for s in (best, 12)})
+
+
+def test_deterministic_byol_is_the_same_code_with_the_conversion_off(tmp_path: Path) -> None:
+    """A posterior of no width and no KL leaves BYOL: the same numbers, step by step."""
+    plain = small_run(tmp_path, out=tmp_path / "plain")
+    train.train(replace(CONFIG, conversion="none"), plain)
+    narrow = small_run(tmp_path, out=tmp_path / "narrow")
+    no_kl = {"logvar_init": -200.0, "logvar_lr_ratio": 0.0, "beta_end": 0.0}
+    train.train(replace(CONFIG, **no_kl), narrow)  # type: ignore[arg-type]
+    losses = [[line["loss"] for line in steps_of(run)] for run in (plain, narrow)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "kl" in steps_of(plain)[0]
+    assert not (plain.out / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize("reduction", ["num_data", "sum"])
+def test_kl_scale_of_the_other_reductions(tmp_path: Path, reduction: str) -> None:
+    run = small_run(tmp_path)
+    train.train(replace(CONFIG, epochs=2, kl_reduction=reduction), run)  # type: ignore[arg-type]
+    assert read_log(run.out / "log.jsonl")[0]["kl_scale"] == (
+        1 / 48 if reduction == "num_data" else 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("predictor", "norm"), [("linear", "group"), ("batch-optimal", "layer"), ("none", "none")]
+)
+def test_other_heads_run(tmp_path: Path, predictor: PredictorName, norm: HeadNorm) -> None:
+    run = small_run(tmp_path)
+    config = replace(
+        CONFIG, epochs=2, predictor=predictor, head_norm=norm, head_init="modified",
+        negatives_weight=0.1,
+    )  # fmt: skip
+    assert train.train(config, run).step == 6
+
+
+def test_accumulation_with_checkpointed_activations_is_the_same_run(tmp_path: Path) -> None:
+    config = replace(CONFIG, head_norm="layer")
+    runs = [
+        small_run(tmp_path, out=tmp_path / str(recompute), accumulate=2,
+                  checkpoint_activations=recompute)
+        for recompute in (False, True)
+    ]  # fmt: skip
+    for run in runs:
+        train.train(config, run)
+    first, second = map(steps_of, runs)
+    assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second])
+
+
+def test_nan_ends_the_run_with_step_cause_and_checkpoint(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    config = replace(CONFIG, lr=1e30, warmup_epochs=0.0)
+    with pytest.raises(BayesifyError, match=r"not finite at step \d+.*learning rate.*checkpoint"):
+        train.train(config, run)
+
+
+def test_collapse_ends_the_run_with_step_cause_and_checkpoint(tmp_path: Path) -> None:
+    run = small_run(tmp_path, stop_on_collapse=True)
+    config = replace(
+        CONFIG, predictor="none", head_norm="none", tau_base=0.0, tau_end=0.0, epochs=8, lr=0.1
+    )
+    with pytest.raises(BayesifyError, match=r"collapsed at step \d+.*no predictor.*checkpoint"):
+        train.train(config, run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "run_changes", "message"),
+    [
+        ({"batch_size": 64}, {}, "number of training images, 48"),
+        ({"batch_size": 15}, {"accumulate": 2}, "multiple of the 2 micro-batches"),
+        ({"batch_size": 2}, {"accumulate": 2}, "BatchNorm one image each"),
+        ({"freeze_patch_embed": True, "encoder": "resnet18", "encoder_args": {}}, {}, "freeze_pat"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused(
+    tmp_path: Path, changes: dict[str, Any], run_changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        train.train(replace(CONFIG, **changes), small_run(tmp_path, **run_changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_differ_in_seed_step_and_index() -> None:
+    keys = [train.key_of(s, t, i) for s in range(3) for t in range(20) for i in range(4)]
+    assert len(set(keys)) == len(keys)
+    assert all(0 <= key < 2**63 for key in keys)
+
+
+def test_signals_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with train.interruptible() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
