@@ -1,1 +1,1 @@
-"""BYOV, self-supervised learning with a Bayesian student: the recipe is not in this release yet."""
+"""BYOV, self-supervised learning with a Bayesian student; see README.md beside this file."""

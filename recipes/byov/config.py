@@ -183,7 +183,7 @@ class BYOVConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where and how a run is carried out; no number of its result depends on it beyond rounding.
+    """On what, where and how a run is carried out.
 
     Args:
         data: fashion-sample, a folder with one folder of images for each class, timm:NAME@ROOT, a
@@ -197,7 +197,6 @@ class RunConfig:
         compile: Compile the student by torch.compile.
         checkpoint_activations: Recompute activations in backward, for less memory.
         sync_batchnorm: One BatchNorm statistic over all CUDA processes. [BYOL]: on
-        shard: FSDP2 in place of DDP: weights, gradients and optimizer are split over the processes.
         skip_broken: Take the next image in place of one that cannot be read, and count it.
         log_every: Optimizer steps between two lines of the log.
         eval_every: Epochs between two kNN measurements; 0 is never.
@@ -218,7 +217,6 @@ class RunConfig:
     compile: bool = False
     checkpoint_activations: bool = False
     sync_batchnorm: bool = True
-    shard: bool = False
     skip_broken: bool = False
     log_every: int = 10
     eval_every: int = 1
