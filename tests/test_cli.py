@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -704,7 +705,8 @@ def test_help_names_every_command_and_completion() -> None:
         "--install-completion",
     ):
         assert word in shown
-    assert "recipe" not in shown.split()
+    installed = bool(metadata.entry_points(group="bayesify.recipes"))
+    assert ("recipe" in shown.split()) == installed
     assert all(preset in run("convert", "--help").stdout for preset in PRESETS)
 
 
