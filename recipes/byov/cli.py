@@ -151,7 +151,7 @@ def _train(chosen: Preset, resume: bool) -> Outcome:
         told = Teller(bar)
         watcher = Watcher(say=told.say, on_step=told.step, on_epoch=told.epoch)
         outcome = run_training(chosen.config, chosen.run, resume=resume, watcher=watcher)
-    if outcome.results is not None:
+    if outcome.results is not None and not told.quiet:
         _show_results(chosen, outcome)
     return outcome
 
@@ -172,6 +172,8 @@ class Teller:
 
     def step(self, progress: Progress) -> None:
         self.last = progress.values
+        if self.quiet:
+            return
         loss, speed = progress.values["loss"], progress.values["images_per_second"]
         self.bar.to(
             progress.step,

@@ -18,7 +18,7 @@ from bayesify.storage import replacing
 from .config import BYOVConfig, RunConfig
 from .data import Source
 from .knn import knn_accuracy
-from .measure import encoded, features
+from .measure import Reading, encoded, features
 from .model import Student, build_student, encoder_spec
 from .parallel import World
 from .probe import OnlineProbe
@@ -50,6 +50,7 @@ def export(
     teacher: Teacher | None,
     probe: OnlineProbe | None,
     source: Source,
+    reading: Reading,
     world: World,
 ) -> Results:
     """Write the files of a finished run and measure the encoder on the test images."""
@@ -75,7 +76,7 @@ def export(
         if made.teacher is not None and teacher is not None:
             _write(without_classifier(teacher.network), made.teacher)
         if source.num_classes and source.test is not None:
-            numbers |= _measure(config, run, model, source, world.device)
+            numbers |= _measure(config, run, model, source, reading)
     world.wait()
     return made
 
@@ -130,7 +131,7 @@ def _write(encoder: nn.Module, path: Path) -> None:
 
 
 def _measure(
-    config: BYOVConfig, run: RunConfig, model: nn.Module, source: Source, device: torch.device
+    config: BYOVConfig, run: RunConfig, model: nn.Module, source: Source, reading: Reading
 ) -> dict[str, float]:
     """kNN on the test images: the bank is all training images."""
 
@@ -140,15 +141,13 @@ def _measure(
     found = {}
     if run.baselines:
         found["knn_pixels"] = knn(
-            *(encoded(lambda x: x.flatten(1), source, s, device) for s in ("train", "test"))
+            *(encoded(lambda x: x.flatten(1), source, s, reading) for s in ("train", "test"))
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            untrained = build_student(config, source.num_classes or None).to(device)
+            untrained = build_student(config, source.num_classes or None).to(reading.device)
         found["knn_untrained"] = knn(
-            *(features(untrained, source, s, device) for s in ("train", "test"))
+            *(features(untrained, source, s, reading) for s in ("train", "test"))
         )
-    found["knn_trained"] = knn(
-        *(features(model, source, s, device, amp=run.amp) for s in ("train", "test"))
-    )
+    found["knn_trained"] = knn(*(features(model, source, s, reading) for s in ("train", "test")))
     return found

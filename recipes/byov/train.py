@@ -41,7 +41,7 @@ from .health import (
     posterior_health,
 )
 from .journal import Journal
-from .measure import features, monitor_knn, refresh_batchnorm_
+from .measure import Reading, features, monitor_knn, refresh_batchnorm_, thinned
 from .model import Student, batch_optimal, build_encoder, build_student, convert_
 from .objective import byol_loss, negatives_loss
 from .optimizer import lr_factor, make_optimizer, set_lr
@@ -51,6 +51,9 @@ from .teacher import TauSchedule, Teacher, set_prior_of
 
 COLLAPSED = 3
 """Alarms in a row, one a log line, that end a run."""
+
+MONITORED = 50_000
+"""Training images in which the kNN of a running training is measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,10 @@ def _train(
     if teacher is not None and source.num_classes:
         probe = OnlineProbe(_width(model), source.num_classes, device=world.device)
     stepped = _parallel(model, run, world)
+
+    # What is measured on the way: some of the training images, at the means
+    reading = Reading(world.device, run.amp, run.workers)
+    monitored = thinned(source, MONITORED)
 
     # What changes from step to step, each a function of the step alone
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
@@ -303,7 +310,7 @@ def _train(
                 and source.num_classes
                 and (finished % run.eval_every == 0 or done == steps)
             ):
-                report["knn"] = _monitor(model, source, run, world)
+                report["knn"] = _monitor(model, monitored, run, reading, world)
                 if best["knn"] is None or report["knn"] > best["knn"]:
                     best = {"knn": report["knn"], "step": done}
             journal.add("epoch", done, report)
@@ -319,8 +326,8 @@ def _train(
             return Outcome(done, steps, newest, None)
 
     if config.bayesian:
-        refresh_batchnorm_(model, source, world.device)
-    results = export(config, run, model, teacher, probe, source, world)
+        refresh_batchnorm_(model, source, reading)
+    results = export(config, run, model, teacher, probe, source, reading, world)
     journal.add("end", steps, results.numbers)
     return Outcome(steps, steps, newest, results)
 
@@ -543,10 +550,12 @@ def _good(newest: Path | None) -> str:
     return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
 
 
-def _monitor(model: nn.Module, source: Source, run: RunConfig, world: World) -> float:
+def _monitor(
+    model: nn.Module, source: Source, run: RunConfig, reading: Reading, world: World
+) -> float:
     """kNN at the means, measured by the first process and told to all."""
     found = 0.0
     if world.first:
-        x, y = features(model, source, "train", world.device, amp=run.amp)
+        x, y = features(model, source, "train", reading)
         found = monitor_knn(x, y, run.monitor_images)
     return world.mean(torch.tensor(found * world.size, device=world.device)).item()
