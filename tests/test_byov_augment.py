@@ -199,16 +199,22 @@ def roughness(images: Tensor, dim: tuple[int, ...]) -> Tensor:
     return images.diff(dim=2).abs().mean(dim=dim)
 
 
+def slope(images: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Mean of the right column over that of the left, which flips exchange."""
+    return (images[:, :, -1] - images[:, :, 0]).mean(dim=1)
+
+
 def test_batches_and_workers_make_views_of_one_distribution() -> None:
     configs = (replace(BUSY, size=16), replace(BUSY, size=16, solarise=0.0))
-    image = (some_images(1)[0] * 255).round().byte()
+    ramp = torch.linspace(0, 255, 56)
+    image = (some_images(1)[0] * 127 + ramp / 2).round().byte()
     count = 600
     ours = TwoViews(*configs)(image.expand(count, -1, -1, -1), seed=0)
     worker = WorkerViews(*configs)
     theirs = zip(*(worker(image, seed) for seed in range(count)), strict=True)
     for a, b in zip(ours, map(torch.stack, theirs), strict=True):
         for channel in range(3):
-            for summary in (Tensor.mean, Tensor.std, roughness):
+            for summary in (Tensor.mean, Tensor.std, roughness, slope):
                 x, y = (summary(v[:, channel], dim=(1, 2)).numpy() for v in (a, b))
                 assert ks_2samp(x, y).pvalue > UNLIKELY, (channel, summary)
 

@@ -235,9 +235,10 @@ def test_travel_and_spread_of_known_log_variances() -> None:
     logvars = {p.name: p.logvar for p in bb.posteriors(model)}
     with torch.no_grad():
         logvars["0.weight"][0] += 2.0  # 4 of 8 weights
-        logvars["0.bias"][:] = 0.0  # 2 weights at the prior: 10 away; no matrix
+        # No matrix; sigma 1 and 0.61, both above half of the prior's.
+        logvars["0.bias"][:] = torch.tensor([0.0, -1.0])
     health = posterior_health(model, initial_logvar=-10.0)
-    assert health.logvar_travel == pytest.approx((4 * 2 + 2 * 10) / 19)
+    assert health.logvar_travel == pytest.approx((4 * 2 + 10 + 9) / 19)
     assert health.logvar_spread == pytest.approx((8 * 1 + 6 * 0) / 14)  # +-1 around the mean
     assert health.prior_share == pytest.approx(2 / 19)
     assert posterior_health(model, initial_logvar=-10.0, prior_std=3.0).prior_share == 0.0
