@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 def commit() -> str:
     """The commit, and whether sources differ from it."""
-    sources = ("bayesify", "tests/reference.py", "benchmarks/*.py")
+    sources = ("bayesify", "recipes", "tests/reference.py", "benchmarks/*.py")
     changed = _git("status", "--porcelain", "--", *sources)
     return _git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
 
