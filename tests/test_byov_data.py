@@ -244,10 +244,12 @@ def test_a_folder_of_grey_images_is_grey_if_all_are(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_images(tmp_path / name, pixels(4, channels=1))
     assert open_source(str(tmp_path), image_size=8).grey
-    assert not open_source(str(tmp_path), image_size=8, channels=3).grey
+    as_colour = open_source(str(tmp_path), image_size=8, channels=3)
+    assert (as_colour.grey, as_colour.channels) == (True, 3)
     save_images(tmp_path / "b", pixels(1), start=50)
     source = open_source(str(tmp_path), image_size=8)
     assert (source.grey, source.test, source.mean) == (False, None, (0.485, 0.456, 0.406))
+    assert open_source(str(tmp_path), image_size=8, channels=1).grey
     with pytest.raises(DataError, match="has no split 'test'"):
         next(eval_batches(source, "test", batch_size=2))
 

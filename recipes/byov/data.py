@@ -36,9 +36,10 @@ class Source:
         test: Images to measure on, None where the data set has no second split.
         classes: Name of each class; empty without labels.
         image_size: Side in pixels of the square that images are brought to.
-        channels: Of an image: 1 grey, 3 colour.
+        channels: That images are brought to: 1 or 3.
         mean: Of the pixels scaled to [0, 1], one number a channel.
         std: Likewise.
+        grey: The images have no colour, also where 3 channels hold them.
         skip_broken: Take the next image in place of one that cannot be read.
         broken: Split and number of each image that was skipped so far.
     """
@@ -51,6 +52,7 @@ class Source:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    grey: bool = False
     skip_broken: bool = False
     broken: set[tuple[str, int]] = field(default_factory=set, repr=False)
 
@@ -63,11 +65,6 @@ class Source:
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
         return len(self.classes)
-
-    @property
-    def grey(self) -> bool:
-        """Whether the images have no colour."""
-        return self.channels == 1
 
     @property
     def resident(self) -> bool:
@@ -179,9 +176,11 @@ def open_source(
     source = Source(
         spec, train, test, classes, image_size, 3, *_imagenet(3), skip_broken=skip_broken
     )
-    count = channels or _channels_of(source)
+    found = _channels_of(source)
+    count = channels or found
     usual_mean, usual_std = _imagenet(count)
-    source = replace(source, channels=count, mean=usual_mean, std=usual_std)
+    grey = min(found, count) == 1
+    source = replace(source, channels=count, mean=usual_mean, std=usual_std, grey=grey)
     if resident or isinstance(train, InMemory):
         source = replace(source, train=_resident(source, "train"))
         if test is not None:
