@@ -214,8 +214,7 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
         raise DataError(f"Stored images must be uint8 from 0 to 255, not {images.dtype}.")
     if images.numel() == 0:
         raise DataError(f"There is no image in a batch of shape {tuple(images.shape)}.")
-    if images.shape[-2:] != (height, width):
-        images = _resize_and_crop(images, model_config)
+    images = resize_and_crop(images, model_config)
     x = images.float() / 255
     if x.shape[-3] != channels:
         if channels == 1:
@@ -228,8 +227,13 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
     return (x - mean) / std
 
 
-def _resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
-    """Do what timm.data.create_transform does for evaluation, on uint8 tensors."""
+def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
+    """Do what timm.data.create_transform does for evaluation, on uint8 tensors (..., C, H, W).
+
+    Images that already have the model's height and width are given back as they are.
+    """
+    if images.shape[-2:] == model_config.size[1:]:
+        return images
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +26,13 @@ from .options import (
     resolve_device,
 )
 
+if TYPE_CHECKING:
+    from ..training import FitResult
+
+_SCHEDULE = "Learning rates and KL"
+_DATA = "Data and draws"
+_LAPLACE = "With --method laplace-diag"
+
 
 def fit(
     file: File,
@@ -31,22 +40,105 @@ def fit(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help="Where the result is written.")
     ],
+    method: Annotated[
+        Literal["vi", "laplace-diag"],
+        typer.Option(
+            help="vi: variational training. laplace-diag: every log variance from one pass of "
+            "Fisher information, the means stay."
+        ),
+    ] = "vi",
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 10,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of the means.")] = 1e-3,
+    lr: Annotated[
+        float, typer.Option(help="Highest learning rate of the means.", rich_help_panel=_SCHEDULE)
+    ] = 1e-3,
     logvar_lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate of the log variances: 10 x lr.")
+        float | None,
+        typer.Option(
+            help="Highest learning rate of the log variances: 10 x lr.", rich_help_panel=_SCHEDULE
+        ),
     ] = None,
     batch_size: BatchSize = 128,
     kl_weight: Annotated[
-        float, typer.Option(help="Beta before the KL; below 1 the posterior is tempered.")
+        float,
+        typer.Option(
+            help="Beta before the KL; below 1 the posterior is tempered.",
+            rich_help_panel=_SCHEDULE,
+        ),
     ] = 1.0,
     kl_reduction: Annotated[
         Literal["num_data", "num_weights", "sum"],
-        typer.Option(help="What the KL is divided by: images, weights, or nothing."),
+        typer.Option(
+            help="What the KL is divided by: images, weights, or nothing.",
+            rich_help_panel=_SCHEDULE,
+        ),
     ] = "num_data",
     kl_warmup: Annotated[
-        float, typer.Option(help="Share of the run in which beta rises from 0.")
+        float,
+        typer.Option(
+            help="Share of the run in which beta rises from 0.", rich_help_panel=_SCHEDULE
+        ),
     ] = 0.0,
+    kl_shape: Annotated[
+        Literal["linear", "cosine"],
+        typer.Option(help="How beta rises.", rich_help_panel=_SCHEDULE),
+    ] = "linear",
+    warmup: Annotated[
+        float,
+        typer.Option(
+            help="Share of the run in which the learning rates rise; then they fall as a cosine.",
+            rich_help_panel=_SCHEDULE,
+        ),
+    ] = 0.05,
+    weight_decay: Annotated[
+        float,
+        typer.Option(help="Of the means; the prior pulls too.", rich_help_panel=_SCHEDULE),
+    ] = 0.0,
+    max_grad_norm: Annotated[
+        float,
+        typer.Option(help="Gradients are scaled down to it.", rich_help_panel=_SCHEDULE),
+    ] = 1.0,
+    draws_per_step: Annotated[
+        int, typer.Option(help="Draws that a step averages.", rich_help_panel=_DATA)
+    ] = 1,
+    accumulate: Annotated[
+        int, typer.Option(help="Batches that a step averages.", rich_help_panel=_DATA)
+    ] = 1,
+    augment: Annotated[
+        Literal["none", "flip-crop", "resized-crop", "rand-augment"],
+        typer.Option(help="Random changes of the images.", rich_help_panel=_DATA),
+    ] = "none",
+    holdout: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training images that is held out; the best epoch there is kept. "
+            "Images that the given weights were trained on test nothing.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many epochs without a better held-out loss.", rich_help_panel=_DATA
+        ),
+    ] = None,
+    freeze_batchnorm: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-batchnorm",
+            help="BatchNorm keeps and uses its running statistics.",
+            rich_help_panel=_DATA,
+        ),
+    ] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="State of an unfinished fit; default: OUT.resume, removed at the end.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a fit that was interrupted.")
+    ] = False,
     model: ModelName = None,
     workers: Workers = 0,
     seed: Seed = 0,
@@ -60,33 +152,39 @@ def fit(
     """Train the posterior in FILE on the training images of DATA.
 
     The loss is that of Bayes by Backprop: cross entropy plus beta times s times the KL to the
-    prior, with one draw of the weights in every step.
+    prior. Ctrl-C and SIGTERM end the fit after the step that it is in; --resume goes on as if
+    nothing had happened.
     """
     with guard(debug):
-        from dataclasses import asdict
-
         from .. import storage, training
         from ..data import load_dataset
         from . import render
         from .checkpoint import open_model
 
         storage.check_target(out, overwrite=force)
+        state = checkpoint or out.with_name(out.name + ".resume")
         target_device = resolve_device(device)
         train = load_dataset(data, split="train")
         opened = open_model(file, model, target_device)
-        arguments = {
+        common: dict[str, Any] = {
+            "device": target_device, "model_config": opened.input, "workers": workers,
+        }  # fmt: skip
+        arguments: dict[str, Any] = {
             "epochs": epochs, "batch_size": batch_size, "lr": lr, "logvar_lr": logvar_lr,
             "kl_weight": kl_weight, "kl_reduction": kl_reduction, "kl_warmup": kl_warmup,
-            "seed": seed, "amp": amp,
+            "kl_shape": kl_shape, "warmup": warmup, "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm, "draws_per_step": draws_per_step,
+            "accumulate": accumulate, "augment": augment, "holdout": holdout or 0.0,
+            "patience": patience, "freeze_batchnorm": freeze_batchnorm, "seed": seed, "amp": amp,
         }  # fmt: skip
         with render.progress("Training") as bar:
             result = training.fit(
                 opened.model,
                 train,
-                **arguments,  # type: ignore[arg-type]
-                device=target_device,
-                model_config=opened.input,
-                workers=workers,
+                **arguments,
+                **common,
+                checkpoint=state,
+                resume=resume,
                 on_start=(lambda line: None) if quiet else bar.say,
                 on_step=lambda p: bar.to(p.step, p.steps, f"epoch {p.epoch + 1} loss {p.loss:.3f}"),
             )
@@ -95,19 +193,49 @@ def fit(
         info = {
             **opened.header["info"],
             "classes": list(train.classes),
-            "fit": {"data": train.name, **arguments, **numbers},
+            "fit": _plain({"method": method, "data": train.name, **arguments, **numbers}),
         }
         storage.save(opened.model, out, spec=opened.spec, info=info, overwrite=force)
+        state.unlink(missing_ok=True)
         if json:
             render.as_json({"file": str(out), **numbers, "seconds": seconds})
         elif not quiet:
-            render.table(
-                ("epoch", "loss", "KL in nats"),
-                [
-                    (epoch, loss, kl)
-                    for epoch, (loss, kl) in enumerate(
-                        zip(result.losses, result.kl, strict=True), 1
-                    )
-                ],
-            )
+            render.table(*_epochs(result))
+            if result.logvars is not None:
+                render.text(_travel(result))
             render.text(f"{result.steps:,} steps in {seconds:.0f} s. Wrote {out}.")
+
+
+def _plain(value: Any) -> Any:
+    """The same without infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
+def _epochs(result: FitResult) -> tuple[tuple[str, ...], list[tuple[float | int | str, ...]]]:
+    """The table of the epochs."""
+    columns: tuple[str, ...] = ("epoch", "loss", "KL in nats")
+    rows: list[tuple[float | int | str, ...]] = [
+        (epoch, *numbers)
+        for epoch, numbers in enumerate(zip(result.losses, result.kl, strict=True), 1)
+    ]
+    if result.holdout_losses:
+        columns = (*columns, "held-out loss", "")
+        rows = [
+            (*row, held, "kept" if row[0] == result.best_epoch else "")
+            for row, held in zip(rows, result.holdout_losses, strict=True)
+        ]
+    return columns, rows
+
+
+def _travel(result: FitResult) -> str:
+    assert result.logvars is not None
+    found = result.logvars
+    return (
+        f"Log variances moved by {found.mean:.3g} on average and {found.largest:.3g} at most, "
+        f"{found.moved:.1%} of them by more than 0.1; their learning rates add up to "
+        f"{found.bound:.3g}."
+    )

@@ -26,8 +26,8 @@ def guard(debug: bool) -> Iterator[None]:
             yield
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
-        render.error("Interrupted. What was being written is not there.")
+    except KeyboardInterrupt as interrupt:
+        render.error(str(interrupt) or "Interrupted. What was being written is not there.")
         raise typer.Exit(INTERRUPTED) from None
     except BayesifyError as error:
         if debug:
@@ -37,5 +37,8 @@ def guard(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError":
+            render.error(f"{error}\nLower --batch-size, or compute in bfloat16: --amp.")
+            raise typer.Exit(FAILURE) from None
         render.error(f"{type(error).__name__}: {error}\nRun it with --debug to see where.")
         raise typer.Exit(FAILURE) from None
