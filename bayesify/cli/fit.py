@@ -27,14 +27,21 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..training import FitResult
+    from ..training import FitResult, LaplaceResult
 
 _SCHEDULE = "Learning rates and KL"
 _DATA = "Data and draws"
 _LAPLACE = "With --method laplace-diag"
+_LAPLACE_ONLY = {"fisher", "prior_precision", "temperature", "max_examples"}
+_VI_ONLY = {
+    "epochs", "lr", "logvar_lr", "kl_weight", "kl_reduction", "kl_warmup", "kl_shape", "warmup",
+    "weight_decay", "max_grad_norm", "draws_per_step", "accumulate", "augment", "patience",
+    "freeze_batchnorm", "checkpoint", "resume", "amp",
+}  # fmt: skip
 
 
 def fit(
+    context: typer.Context,
     file: File,
     data: Data,
     out: Annotated[
@@ -110,8 +117,8 @@ def fit(
     holdout: Annotated[
         float | None,
         typer.Option(
-            help="Share of the training images that is held out; the best epoch there is kept. "
-            "Images that the given weights were trained on test nothing.",
+            help="Share of the training images that is held out; the best epoch there is kept, "
+            "or chooses the prior. Images that the given weights have seen test nothing.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -129,6 +136,30 @@ def fit(
             rich_help_panel=_DATA,
         ),
     ] = False,
+    fisher: Annotated[
+        Literal["mc", "exact", "empirical"],
+        typer.Option(
+            help="mc: a label drawn from the model for each image; exact: all classes, C times as "
+            "slow; empirical: the true labels.",
+            rich_help_panel=_LAPLACE,
+        ),
+    ] = "mc",
+    prior_precision: Annotated[
+        str,
+        typer.Option(
+            metavar="X",
+            help="Factor on the prior's precision: a number, marglik (marginal likelihood) or "
+            "holdout (NLL of draws on held-out training images).",
+            rich_help_panel=_LAPLACE,
+        ),
+    ] = "marglik",
+    temperature: Annotated[
+        float, typer.Option(help="Factor on every variance.", rich_help_panel=_LAPLACE)
+    ] = 1.0,
+    max_examples: Annotated[
+        int | None,
+        typer.Option(help="Images that stand for all of them.", rich_help_panel=_LAPLACE),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -162,32 +193,48 @@ def fit(
         from .checkpoint import open_model
 
         storage.check_target(out, overwrite=force)
-        state = checkpoint or out.with_name(out.name + ".resume")
+        _check_options(context, method)
         target_device = resolve_device(device)
         train = load_dataset(data, split="train")
         opened = open_model(file, model, target_device)
         common: dict[str, Any] = {
             "device": target_device, "model_config": opened.input, "workers": workers,
         }  # fmt: skip
-        arguments: dict[str, Any] = {
-            "epochs": epochs, "batch_size": batch_size, "lr": lr, "logvar_lr": logvar_lr,
-            "kl_weight": kl_weight, "kl_reduction": kl_reduction, "kl_warmup": kl_warmup,
-            "kl_shape": kl_shape, "warmup": warmup, "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm, "draws_per_step": draws_per_step,
-            "accumulate": accumulate, "augment": augment, "holdout": holdout or 0.0,
-            "patience": patience, "freeze_batchnorm": freeze_batchnorm, "seed": seed, "amp": amp,
-        }  # fmt: skip
-        with render.progress("Training") as bar:
-            result = training.fit(
-                opened.model,
-                train,
-                **arguments,
-                **common,
-                checkpoint=state,
-                resume=resume,
-                on_start=(lambda line: None) if quiet else bar.say,
-                on_step=lambda p: bar.to(p.step, p.steps, f"epoch {p.epoch + 1} loss {p.loss:.3f}"),
-            )
+        arguments: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+        result: FitResult | LaplaceResult
+        if method == "laplace-diag":
+            arguments |= {
+                "fisher": fisher, "prior_precision": _precision(prior_precision),
+                "temperature": temperature, "max_examples": max_examples,
+                "holdout": 0.05 if holdout is None else holdout,
+            }  # fmt: skip
+            with render.progress("Fisher information") as bar:
+                result = training.fit_laplace_(
+                    opened.model, train, **arguments, **common, on_step=bar.to
+                )
+        else:
+            arguments |= {
+                "epochs": epochs, "lr": lr, "logvar_lr": logvar_lr, "kl_weight": kl_weight,
+                "kl_reduction": kl_reduction, "kl_warmup": kl_warmup, "kl_shape": kl_shape,
+                "warmup": warmup, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
+                "draws_per_step": draws_per_step, "accumulate": accumulate, "augment": augment,
+                "holdout": holdout or 0.0, "patience": patience,
+                "freeze_batchnorm": freeze_batchnorm, "amp": amp,
+            }  # fmt: skip
+            state = checkpoint or out.with_name(out.name + ".resume")
+            with render.progress("Training") as bar:
+                result = training.fit(
+                    opened.model,
+                    train,
+                    **arguments,
+                    **common,
+                    checkpoint=state,
+                    resume=resume,
+                    on_start=(lambda line: None) if quiet else bar.say,
+                    on_step=lambda p: bar.to(
+                        p.step, p.steps, f"epoch {p.epoch + 1} loss {p.loss:.3f}"
+                    ),
+                )
         numbers = asdict(result)
         seconds = numbers.pop("seconds")  # the same run gives the same file
         info = {
@@ -196,14 +243,48 @@ def fit(
             "fit": _plain({"method": method, "data": train.name, **arguments, **numbers}),
         }
         storage.save(opened.model, out, spec=opened.spec, info=info, overwrite=force)
-        state.unlink(missing_ok=True)
+        if method == "vi":
+            state.unlink(missing_ok=True)
         if json:
             render.as_json({"file": str(out), **numbers, "seconds": seconds})
         elif not quiet:
-            render.table(*_epochs(result))
-            if result.logvars is not None:
+            if isinstance(result, training.FitResult):
+                render.table(*_epochs(result))
                 render.text(_travel(result))
-            render.text(f"{result.steps:,} steps in {seconds:.0f} s. Wrote {out}.")
+                render.text(f"{result.steps:,} steps in {seconds:.0f} s. Wrote {out}.")
+            else:
+                _print_laplace(result)
+                render.text(f"{seconds:.0f} s. Wrote {out}.")
+
+
+def _check_options(context: typer.Context, method: str) -> None:
+    """Refuse an option of the other method, which would do nothing."""
+    from ..errors import ArgumentError
+
+    other = _VI_ONLY if method == "laplace-diag" else _LAPLACE_ONLY
+    sources = {name: context.get_parameter_source(name) for name in context.params if name in other}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ArgumentError(f"{names} does nothing with --method {method}: leave it out.")
+
+
+def _precision(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _print_laplace(result: LaplaceResult) -> None:
+    from . import render
+
+    if result.tried:
+        render.table(("prior precision", "held-out NLL"), result.tried)
+    render.text(
+        f"Fisher information of {result.examples:,} images for {result.num_data:,}. Prior "
+        f"precision times {result.prior_precision:.4g}, mean sigma {result.mean_std:.3g}."
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from .evaluation import Evaluation, Prediction, evaluate
 from .fitting import fit
+from .laplace import LaplaceResult, fit_laplace_
 from .progress import FitResult, LogvarTravel, Progress
 from .resume import Interrupted
 
@@ -9,9 +10,11 @@ __all__ = [
     "Evaluation",
     "FitResult",
     "Interrupted",
+    "LaplaceResult",
     "LogvarTravel",
     "Prediction",
     "Progress",
     "evaluate",
     "fit",
+    "fit_laplace_",
 ]

@@ -207,7 +207,7 @@ class _Runner:
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp),
             ):
                 with at_mean(model) if self.bayesian else contextlib.nullcontext():
-                    logits = _logits(model(inputs))
+                    logits = logits_of(model(inputs))
                 summary = None
                 if self.bayesian:
                     summary = predict(
@@ -307,12 +307,17 @@ def _inputs(batch: Any) -> Tensor:
     return found
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model gave.
+
+    Raises:
+        ArgumentError: They are no table of at least two classes.
+    """
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] < 2:
         what = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
         raise ArgumentError(
-            f"evaluate needs logits of the shape (batch, classes) with at least 2 classes, the "
-            f"model gave {what}."
+            "Classification needs logits of the shape (batch, classes) with at least 2 classes, "
+            f"the model gave {what}."
         )
     return found
