@@ -96,6 +96,20 @@ def cifar(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
 
 
+def strangers(path: Path) -> tuple[Tensor, Tensor]:
+    """Images (N, H, W, 3) of uint8 and labels (N,) of int64 in an npz or a safetensors file."""
+    if path.suffix == ".safetensors":
+        found = load_file(path)
+        return found["images"], found["labels"]
+    with np.load(path, allow_pickle=False) as arrays:
+        every = [arrays[name] for name in arrays.files]
+    [images] = (torch.from_numpy(array) for array in every if array.ndim == 4)
+    whole = (a for a in every if a.shape == (len(images),) and a.dtype.kind in "iu")
+    # strangers have no class that counts: without labels each image is one of two
+    labels = next(whole, np.arange(len(images)) % 2)
+    return images, torch.from_numpy(labels.astype(np.int64))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -110,13 +124,7 @@ def main() -> None:
         for split, prefix in (("train", ""), ("test", "test_")):
             tensors[f"{prefix}images"], tensors[f"{prefix}labels"] = cifar(options.cifar, split)
     else:
-        with np.load(options.npz, allow_pickle=False) as arrays:
-            found = [arrays[name] for name in arrays.files]
-        [images] = (torch.from_numpy(array) for array in found if array.ndim == 4)
-        whole = (a for a in found if a.shape == (len(images),) and a.dtype.kind in "iu")
-        # strangers have no class that counts: without labels each image is one of two
-        labels = next(whole, np.arange(len(images)) % 2)
-        tensors = {"images": images, "labels": torch.from_numpy(labels.astype(np.int64))}
+        tensors["images"], tensors["labels"] = strangers(options.npz)
     save_file(tensors, options.out)
     for name, tensor in tensors.items():
         print(name, tensor.dtype, tuple(tensor.shape))

@@ -127,12 +127,12 @@ def test_interrupted_and_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_laplace_by_the_command() -> None:
     shown = fit(
         "--method", "laplace-diag", "--fisher", "exact", "--temperature", 0.5, "--out", "a",
-        "--max-examples", 12,
+        "--max-examples", 12, "--prior-precision", "marglik",
     ).stdout  # fmt: skip
     model = loaded("net")
     result = bayesify.fit_laplace_(
         model, load_dataset("d.safetensors", split="train"), batch_size=10, fisher="exact",
-        temperature=0.5, max_examples=12, model_config=CONFIG,
+        temperature=0.5, max_examples=12, prior_precision="marglik", model_config=CONFIG,
     )  # fmt: skip
     fitted = loaded("a").state_dict()
     assert all(torch.equal(v, fitted[k]) for k, v in model.state_dict().items())
@@ -141,7 +141,7 @@ def test_laplace_by_the_command() -> None:
     assert {str(p.prior) for p in bayesify.posteriors(loaded("a"))} == {
         str(p.prior) for p in bayesify.posteriors(model)
     }
-    shown = fit("--method", "laplace-diag", "--prior-precision", "holdout", "-o", "b").stdout
+    shown = fit("--method", "laplace-diag", "--augment", "flip-crop", "-o", "b").stdout
     assert "held-out NLL" in shown
     numbers = json.loads(
         fit("--method", "laplace-diag", "--prior-precision", 3, "-o", "c", "--json").stdout

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import bayesify
+from bayesify.data import ImageData, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
 from bayesify.kernels.noise import fold
+from bayesify.models import InputConfig
 from bayesify.training import fisher, fit_laplace_
 from bayesify.training.fisher import fisher_diagonal
 from bayesify.training.holdout import held_out_loss
@@ -168,7 +170,9 @@ def test_the_prior_of_the_largest_marginal_likelihood(mean: Any) -> None:
         return float(-0.5 * (logs - prior * distance**2).sum())
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(-6, 12), method="bounded")
-    result = fit_laplace_(model, TensorDataset(inputs, labels), fisher="exact")
+    result = fit_laplace_(
+        model, TensorDataset(inputs, labels), fisher="exact", prior_precision="marglik"
+    )
     assert math.log10(result.prior_precision) == pytest.approx(best.x, abs=2e-3)
     assert result.log_marginal_likelihood == pytest.approx(-best.fun / n, rel=1e-5)
     torch.testing.assert_close(
@@ -186,7 +190,7 @@ def test_the_prior_that_held_out_examples_choose() -> None:
         linear.weight.copy_(torch.tensor([[-8.0, 0.0], [8.0, 0.0]]))  # far too sure
     model = bayesify.to_bbb(linear)
     noisy = TensorDataset(inputs, labels)
-    result = fit_laplace_(model, noisy, prior_precision="holdout", holdout=0.3, seed=4)
+    result = fit_laplace_(model, noisy, holdout=0.3, seed=4)
     assert result.num_data == 210
     losses = dict(result.tried)
     assert losses[result.prior_precision] == min(losses.values())
@@ -198,6 +202,34 @@ def test_the_prior_that_held_out_examples_choose() -> None:
     again = held_out_loss(model, batch, F.cross_entropy, CPU, False, seed=4)
     assert again == pytest.approx(min(losses.values()), rel=1e-4)
     assert again < 0.9 * result.tried[0][1]
+
+
+def test_held_out_images_may_be_changed_at_random() -> None:
+    config = InputConfig(size=(1, 28, 28), mean=(0.3,), std=(0.4,))
+    images = load_dataset("fashion-sample", split="train")
+    few = ImageData("few", "train", images.classes, _Part(images, 300))
+    found = []
+    choices: list[Any] = ["none", "flip-crop", "flip-crop"]
+    for augment in choices:
+        torch.manual_seed(0)
+        model = bayesify.to_bbb(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
+        result = fit_laplace_(
+            model, few, augment=augment, holdout=0.2, max_examples=20, model_config=config
+        )
+        found.append(result)
+    assert found[0].tried != found[1].tried
+    assert found[1].tried == found[2].tried
+
+
+class _Part:
+    def __init__(self, data: ImageData, size: int) -> None:
+        self.data, self.size = data, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        return self.data.read(index)
 
 
 def test_a_part_of_the_examples_stands_for_all() -> None:
@@ -229,7 +261,7 @@ def test_pruned_weights_stay_pruned(parameterization: Any) -> None:
     model = bayesify.prune_(bayesify.to_bbb(nn.Linear(6, 3), config=config), 0.5)
     pruned = {k: v == 0 for k, v in bayesify.stddev(model).items()}
     examples = TensorDataset(torch.randn(30, 6), torch.arange(30) % 3)
-    fit_laplace_(model, examples)
+    fit_laplace_(model, examples, prior_precision="marglik")
     for name, std in bayesify.stddev(model).items():
         assert torch.equal(std == 0, pruned[name])
         assert bool(torch.isfinite(std).all())
@@ -244,6 +276,8 @@ def test_pruned_weights_stay_pruned(parameterization: Any) -> None:
         ({"prior_precision": "cv"}, "prior_precision must be"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"holdout": 1.0}, "holdout must be between 0 and 1"),
+        ({"augment": "flip-crop"}, "augment works on an ImageData"),
+        ({"augment": "flip-crop", "prior_precision": 1.0}, "there are none"),
         ({"max_examples": 0}, "max_examples must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"train": TensorDataset(torch.zeros(0, 2), torch.zeros(0))}, "data set is empty"),

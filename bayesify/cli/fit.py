@@ -35,7 +35,7 @@ _LAPLACE = "With --method laplace-diag"
 _LAPLACE_ONLY = {"fisher", "prior_precision", "temperature", "max_examples"}
 _VI_ONLY = {
     "epochs", "lr", "logvar_lr", "kl_weight", "kl_reduction", "kl_warmup", "kl_shape", "warmup",
-    "weight_decay", "max_grad_norm", "draws_per_step", "accumulate", "augment", "patience",
+    "weight_decay", "max_grad_norm", "draws_per_step", "accumulate", "patience",
     "freeze_batchnorm", "checkpoint", "resume", "amp",
 }  # fmt: skip
 
@@ -148,11 +148,11 @@ def fit(
         str,
         typer.Option(
             metavar="X",
-            help="Factor on the prior's precision: a number, marglik (marginal likelihood) or "
-            "holdout (NLL of draws on held-out training images).",
+            help="Factor on the prior's precision: a number, holdout (by the NLL of draws on "
+            "held-out training images, changed by --augment) or marglik (marginal likelihood).",
             rich_help_panel=_LAPLACE,
         ),
-    ] = "marglik",
+    ] = "holdout",
     temperature: Annotated[
         float, typer.Option(help="Factor on every variance.", rich_help_panel=_LAPLACE)
     ] = 1.0,
@@ -205,8 +205,8 @@ def fit(
         if method == "laplace-diag":
             arguments |= {
                 "fisher": fisher, "prior_precision": _precision(prior_precision),
-                "temperature": temperature, "max_examples": max_examples,
-                "holdout": 0.05 if holdout is None else holdout,
+                "temperature": temperature, "max_examples": max_examples, "augment": augment,
+                "holdout": 0.02 if holdout is None else holdout,
             }  # fmt: skip
             with render.progress("Fisher information") as bar:
                 result = training.fit_laplace_(

@@ -81,14 +81,7 @@ def shuffled_batches(
             f"fit: accumulate={accumulate} batches of batch_size={batch_size} are more than the "
             f"{len(indices)} training examples: lower one of them."
         )
-    dataset: Any = prepared(data, model_config)
-    if augment != "none":
-        if not isinstance(data, ImageData) or model_config is None:
-            raise ArgumentError(
-                "fit: augment works on an ImageData (bayesify.load_dataset). Augment in the "
-                f"Dataset itself, or leave augment='none' for a {type(data).__name__}."
-            )
-        dataset = Augmented(data, model_config, augmentation(augment, model_config))
+    dataset = _dataset(data, model_config, augment)
     order = Order(indices, batch_size, batches // accumulate * accumulate, seed, augment != "none")
     loader = DataLoader(
         dataset,
@@ -109,11 +102,18 @@ def batches_in_order(
     model_config: InputConfig | None,
     workers: int,
     indices: Sequence[int] | None = None,
+    augment: Augment = "none",
+    seed: int = 0,
 ) -> DataLoader[Any]:
-    """All examples, or those of ``indices``, in their order; the last batch may be smaller."""
-    dataset = prepared(data, model_config)
+    """All examples, or those of ``indices``, in their order; the last batch may be smaller.
+
+    Augmented examples are the same on every pass.
+    """
+    chosen: list[Any] = list(range(check_data(data)) if indices is None else indices)
+    if augment != "none":
+        chosen = [(index, fold(seed, index)) for index in chosen]
     return DataLoader(
-        dataset if indices is None else Subset(dataset, indices),
+        Subset(_dataset(data, model_config, augment), chosen),
         batch_size,
         generator=torch.Generator(),  # else a number of the global generator goes to each pass
         num_workers=workers,
@@ -122,12 +122,19 @@ def batches_in_order(
     )
 
 
-def prepared(data: Data, model_config: InputConfig | None) -> Any:
-    """A torch Dataset of what the model takes."""
-    if not isinstance(data, ImageData):
-        return data
-    assert model_config is not None
-    return data.dataset(model_config)
+def _dataset(data: Data, model_config: InputConfig | None, augment: Augment) -> Any:
+    """A torch Dataset of what the model takes: by index, or by (index, seed) where augmented."""
+    if isinstance(data, ImageData):
+        assert model_config is not None
+        if augment == "none":
+            return data.dataset(model_config)
+        return Augmented(data, model_config, augmentation(augment, model_config))
+    if augment != "none":
+        raise ArgumentError(
+            "augment works on an ImageData (bayesify.load_dataset). Augment in the Dataset itself, "
+            f"or leave augment='none' for a {type(data).__name__}."
+        )
+    return data
 
 
 def config_for(data: Data, model: nn.Module, given: InputConfig | None) -> InputConfig | None:

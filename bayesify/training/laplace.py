@@ -17,6 +17,7 @@ from ..errors import ArgumentError
 from ..models import InputConfig
 from ..posterior import Site, bayesian_sites, gaussian_prior
 from ..priors import GaussianPrior
+from .augmentation import Augment
 from .batches import (
     Data,
     batches_in_order,
@@ -62,9 +63,10 @@ def fit_laplace_(
     train: Data,
     *,
     fisher: FisherKind = "mc",
-    prior_precision: float | Literal["marglik", "holdout"] = "marglik",
+    prior_precision: float | Literal["holdout", "marglik"] = "holdout",
     temperature: float = 1.0,
-    holdout: float = 0.05,
+    holdout: float = 0.02,
+    augment: Augment = "none",
     max_examples: int | None = None,
     batch_size: int = 128,
     seed: int = 0,
@@ -86,13 +88,16 @@ def fit_laplace_(
         fisher: ``"mc"`` (one label drawn from the model for each example, unbiased), ``"exact"``
             (all classes: the generalised Gauss-Newton matrix, C times as slow), or ``"empirical"``
             (the true labels), see :mod:`bayesify.training.fisher`.
-        prior_precision: The factor lambda, above 0; or how it is chosen: ``"marglik"`` by the
-            marginal likelihood of the Laplace approximation, ``"holdout"`` by the negative log
-            likelihood of ten draws on held-out training examples. The model's prior changes
-            accordingly.
+        prior_precision: The factor lambda, above 0; or how it is chosen: ``"holdout"`` by the
+            negative log likelihood of ten draws on held-out training examples, ``"marglik"`` by the
+            marginal likelihood of the Laplace approximation, which suits small networks: large ones
+            have so many weights that the data say nothing of that their noise destroys the network.
+            The model's prior changes accordingly.
         temperature: The factor T, above 0; below 1 the posterior is cold.
-        holdout: Share of ``train`` that is held out where that chooses, in (0, 1). It tells
-            something only of examples that the weights were not trained on.
+        holdout: Share of ``train`` that is held out where that chooses, in (0, 1).
+        augment: Random changes of held-out images, as in :func:`fit`. A network knows the images
+            that it was trained on by heart, and no doubt would help there; changed as much as that
+            it errs about as often as on new images, they are the next best thing.
         max_examples: Take the Fisher information of so many examples, chosen at random, for that of
             all; None takes all.
         batch_size: Examples in a batch, at least 1. Their gradients, each as large as the model,
@@ -125,6 +130,11 @@ def fit_laplace_(
     size = check_data(train)
     check_batch_size(batch_size)
     _check_numbers(prior_precision, temperature, holdout, max_examples)
+    if augment != "none" and prior_precision != "holdout":
+        raise ArgumentError(
+            "fit_laplace_: augment changes held-out images, and there are none: take "
+            "prior_precision='holdout', or leave it out."
+        )
     found = bayesian_sites(model)
     for site in found:
         if not isinstance(site.slot.prior, GaussianPrior):
@@ -164,8 +174,8 @@ def fit_laplace_(
             evidence /= num_data
         elif by_holdout:
             check = batches_in_order(
-                train, batch_size=max(batch_size, 128), model_config=config, workers=workers,
-                indices=held,
+                train, batch_size=batch_size, model_config=config, workers=workers, indices=held,
+                augment=augment, seed=seed,
             )  # fmt: skip
 
             def measure(precision: float) -> float:
