@@ -165,7 +165,8 @@ def run(options: argparse.Namespace) -> None:
         device=device, epochs=options.epochs, samples=options.samples, members=options.members,
         augment=options.augment, lr=options.lr, logvar_lr=options.logvar_lr,
         relative_std=options.relative_std, prior_std=options.prior_std,
-        draws_per_step=options.draws_per_step, laplace_examples=options.laplace_examples,
+        draws_per_step=options.draws_per_step, freeze_batchnorm=options.freeze_batchnorm,
+        laplace_examples=options.laplace_examples,
     )  # fmt: skip
     images = Images(options, input_config(pretrained(options.weights)))
     hidden = {"network", "train", "device"}
@@ -238,6 +239,7 @@ def main() -> None:
     choices.add_argument("--relative-std", type=float, default=Setup.relative_std)
     choices.add_argument("--prior-std", type=float, default=Setup.prior_std)
     choices.add_argument("--draws-per-step", type=int, default=Setup.draws_per_step)
+    choices.add_argument("--freeze-batchnorm", action="store_true")
     options = parser.parse_args()
     if options.table:
         posterior_table.write(options.out)

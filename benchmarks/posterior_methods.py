@@ -18,7 +18,6 @@ from torch.optim.swa_utils import update_bn
 
 import bayesify
 from bayesify.data import ImageData
-from bayesify.kernels.noise import fold
 from bayesify.models import input_config
 from bayesify.planning import BBBConfig
 from bayesify.training.batches import Order, shuffled_batches
@@ -47,6 +46,9 @@ class Setup:
     relative_std: float = 0.05
     prior_std: float = 0.1
     draws_per_step: int = 1
+    freeze_batchnorm: bool = False
+    num_data: int = 50_000
+    """N of the KL and of IVON, whatever part of the images a trial run sees."""
     laplace_examples: int = 5000
     laplace_holdout: float = 0.02
 
@@ -76,8 +78,9 @@ def fitted(setup: Setup, seed: int, kl_weight: float, **selection: Any) -> nn.Mo
     model = converted(setup, **selection)
     bayesify.fit(
         model, setup.train, epochs=setup.epochs, batch_size=setup.batch_size, lr=setup.lr,
-        logvar_lr=setup.logvar_lr, kl_weight=kl_weight, augment=setup.augment, seed=seed,
-        draws_per_step=setup.draws_per_step, model_config=input_config(model),
+        logvar_lr=setup.logvar_lr, kl_weight=kl_weight * len(setup.train) / setup.num_data,
+        augment=setup.augment, seed=seed, draws_per_step=setup.draws_per_step,
+        freeze_batchnorm=setup.freeze_batchnorm, model_config=input_config(model),
     )  # fmt: skip
     return model
 
@@ -131,17 +134,19 @@ def plain_batches(setup: Setup, seed: int, augment: Any = "none") -> tuple[Any, 
 
 
 def recompute_batchnorm(setup: Setup, seed: int, model: nn.Module) -> None:
-    """Gather BatchNorm's statistics anew on images without augmentation, as ``fit`` does for ours."""
+    """Gather BatchNorm's statistics anew on images as they are, as ``fit`` does for ours."""
+    if setup.freeze_batchnorm:
+        return
     batches, _ = plain_batches(setup, seed)
     update_bn((x.to(setup.device) for x, _ in batches), model)
-    model.eval()
 
 
 def fine_tuned_network(setup: Setup, seed: int, dropout: float = 0.0) -> nn.Module:
     model = setup.network(dropout).to(setup.device)
     bayesify.fit(
         model, setup.train, epochs=setup.epochs, batch_size=setup.batch_size, lr=setup.lr,
-        augment=setup.augment, seed=seed, model_config=input_config(model),
+        augment=setup.augment, seed=seed, freeze_batchnorm=setup.freeze_batchnorm,
+        model_config=input_config(model),
     )  # fmt: skip
     recompute_batchnorm(setup, seed, model)
     return model
@@ -153,8 +158,7 @@ def fine_tuned(setup: Setup, seed: int) -> Predictor:
 
 def ensemble(setup: Setup, seed: int) -> Predictor:
     members = [
-        probabilities(fine_tuned_network(setup, fold(seed, i) % (1 << 31)))
-        for i in range(setup.members)
+        probabilities(fine_tuned_network(setup, 1000 * seed + i)) for i in range(setup.members)
     ]
     return lambda x: torch.stack([member(x) for member in members]).mean(0)
 
@@ -187,6 +191,10 @@ def steps(
     highest = [group["lr"] for group in optimizer.param_groups]
     total, step = setup.epochs * len(batches), 0
     model.train()
+    if setup.freeze_batchnorm:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
     with seeded(seed, setup.device):
         for epoch in range(setup.epochs):
             order.epoch = epoch
@@ -197,6 +205,7 @@ def steps(
                 yield x.to(setup.device), y.to(setup.device)
                 step += 1
         recompute_batchnorm(setup, seed, model)
+    model.eval()
 
 
 def train_by_kl(setup: Setup, seed: int, model: nn.Module, kl: Callable[[], Tensor]) -> None:
@@ -220,7 +229,7 @@ def ivon(setup: Setup, seed: int) -> Predictor:
 
     model = setup.network(0.0).to(setup.device)
     optimizer = library.IVON(
-        model.parameters(), lr=0.02, ess=len(setup.train), hess_init=1.0, beta2=0.9999,
+        model.parameters(), lr=0.02, ess=setup.num_data, hess_init=1.0, beta2=0.9999,
         weight_decay=1e-4, clip_radius=1e-3,
     )  # fmt: skip
     for x, y in steps(setup, seed, model, optimizer):
@@ -269,7 +278,7 @@ def torchbayesian(setup: Setup, seed: int) -> Predictor:
                 std = setup.relative_std * module.mu.square().mean().sqrt().clamp_min(1e-4)
                 module.rho.fill_(float(torch.log(torch.expm1(std))))
     model.to(setup.device)
-    train_by_kl(setup, seed, model, lambda: model.kl_divergence() / len(setup.train))
+    train_by_kl(setup, seed, model, lambda: model.kl_divergence() / setup.num_data)
     return sampling(setup, model, seed)
 
 
