@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
@@ -163,6 +164,22 @@ def test_wrong_options(arguments: list[str], message: str) -> None:
     code = 1 if arguments == ["--resume"] else 2
     assert message in words(fit(*arguments, "--out", "a", code=code))
     assert not Path("a").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_cut_short_is_one_clear_error(workers: int) -> None:
+    for name in ("a", "b"):
+        Path("tree", name).mkdir(parents=True)
+        for i in range(3):  # of different sizes and modes
+            mode = ("RGB", "L", "RGBA")[i]
+            Image.new(mode, (4 + i, 9 - i)).save(Path("tree", name, f"{i}.png"))
+    run("fit", "net", "tree", *MODEL, "-b", 3, "--epochs", 1, "--out", "a", "--quiet")
+    whole = Path("tree/b/1.png").read_bytes()
+    Path("tree/b/1.png").write_bytes(whole[: len(whole) // 2])
+    command = ("fit", "net", "tree", *MODEL, "-b", 3, "--epochs", 1, "--out", "b")
+    message = words(run(*command, "--workers", workers, code=2))
+    assert "tree/b/1.png cannot be read" in message
+    assert "Traceback" not in message
 
 
 def test_strangers_are_shown_for_each_row() -> None:

@@ -32,7 +32,7 @@ def guard(debug: bool) -> Iterator[None]:
     except BayesifyError as error:
         if debug:
             raise
-        render.error(str(error))
+        render.error(_message(error))
         raise typer.Exit(USAGE if isinstance(error, ArgumentError) else FAILURE) from None
     except Exception as error:
         if debug:
@@ -42,3 +42,11 @@ def guard(debug: bool) -> Iterator[None]:
             raise typer.Exit(FAILURE) from None
         render.error(f"{type(error).__name__}: {error}\nRun it with --debug to see where.")
         raise typer.Exit(FAILURE) from None
+
+
+def _message(error: Exception) -> str:
+    """What the error says, without the traceback that a worker process of a DataLoader adds."""
+    text = str(error).rstrip()
+    if not text.startswith("Caught ") or "in DataLoader worker" not in text.partition("\n")[0]:
+        return text
+    return text.rpartition(f"{type(error).__name__}: ")[2]
