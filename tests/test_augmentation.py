@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -52,6 +53,18 @@ def test_flip_crop_mirrors_and_moves_on_black() -> None:
         assert any(torch.equal(image, given) for image in possible.values())
     assert {flip for flip, _, _ in seen} == {False, True}
     assert {y for _, y, _ in seen} == {x for _, _, x in seen} == set(range(7))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_global_generators_are_left_alone(name: Any) -> None:
+    images = Augmented(data(), CONFIG, augmentation(name, CONFIG))
+    torch.manual_seed(3)
+    random.seed(3)
+    expected = torch.rand(3).tolist(), random.random()
+    torch.manual_seed(3)
+    random.seed(3)
+    images.__getitems__([(5, 1), (6, 2)])
+    assert (torch.rand(3).tolist(), random.random()) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

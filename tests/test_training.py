@@ -371,7 +371,7 @@ class Poisoned(nn.Module):
         if self.kind == "output" and self.calls > 2:
             return x / 0.0
         if self.kind == "gradient" and self.calls > 2:
-            return x + (self.scale - self.scale.detach()).abs().sqrt()
+            return x + (x - x.detach()).abs().sqrt()  # 0 with an infinite slope
         return x
 
 
