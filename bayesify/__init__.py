@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .storage import save as save
     from .training import evaluate as evaluate
     from .training import fit as fit
+    from .training import fit_laplace_ as fit_laplace_
 
 __version__ = "0.1.0"
 
@@ -78,7 +79,7 @@ _HOMES = {
     "rewriter.variants": "generated_code rungs",
     "scope": "at_mean draws one_draw sampled",
     "storage": "load save",
-    "training": "evaluate fit",
+    "training": "evaluate fit fit_laplace_",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -214,8 +214,7 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
         raise DataError(f"Stored images must be uint8 from 0 to 255, not {images.dtype}.")
     if images.numel() == 0:
         raise DataError(f"There is no image in a batch of shape {tuple(images.shape)}.")
-    if images.shape[-2:] != (height, width):
-        images = resize_and_crop(images, model_config)
+    images = resize_and_crop(images, model_config)
     x = images.float() / 255
     if x.shape[-3] != channels:
         if channels == 1:
@@ -231,6 +230,8 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
 def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
     """Bring stored images to a model's height and width, as timm.data.create_transform does.
 
+    Images that have these already are given back as they are.
+
     Args:
         images: uint8; channels stay as they are.
         model_config: As :func:`bayesify.models.input_config` returns it.
@@ -238,6 +239,8 @@ def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
     Shape:
         images (..., C, H, W), result (..., C, H', W') with H', W' of ``model_config.size``.
     """
+    if images.shape[-2:] == model_config.size[1:]:
+        return images
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 

@@ -239,7 +239,9 @@ def input_config(
     """Say how images are prepared for a model; what is given here overrides what the model says.
 
     timm's models say it themselves. torchvision's get 224 pixels and ImageNet's mean and standard
-    deviation. A model from elsewhere needs ``img_size`` and gets mean and standard deviation 0.5.
+    deviation. A model from elsewhere may say it as timm's do, by an attribute ``pretrained_cfg``: a
+    dict of ``input_size``, ``mean``, ``std``, ``interpolation`` and ``crop_pct``. Without one it
+    needs ``img_size`` and gets mean and standard deviation 0.5.
 
     Args:
         model: The model, converted or not.

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from cifar_resnet20 import pretrained
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import bayesify
 from bayesify.planning import DEFAULT_NOISE, BBBConfig
@@ -37,47 +37,9 @@ from bayesify.planning import DEFAULT_NOISE, BBBConfig
 RESULT = Path(__file__).parent / "results" / "initial_sigma.json"
 
 
-class Block(nn.Module):
-    """A residual block of the CIFAR ResNet of He et al. (2015), with padding shortcuts."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride == 2:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, y.shape[1] // 4, y.shape[1] // 4))
-        return F.relu(x + y)
-
-
-class ResNet20(nn.Module):
-    """The CIFAR ResNet-20 of He et al. (2015, arXiv:1512.03385, section 4.2)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(3)))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        logits: Tensor = self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
-        return logits
-
-
 def resnet20(folder: Path) -> nn.Module:
     """The real pretrained network."""
-    model = ResNet20()
-    model.load_state_dict(load_file(folder / "weights/cifar10_resnet20_akamaster.safetensors"))
-    return model.eval()
+    return pretrained(folder / "weights/cifar10_resnet20_akamaster.safetensors")
 
 
 def lite0(folder: Path) -> nn.Module:

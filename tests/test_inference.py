@@ -569,3 +569,10 @@ def test_calibrate_leaves_the_model_alone_where_it_fails(
         calibrate_(model, torch.randn(50, 4))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert all(m.training for m in model.modules())
+
+
+def test_draws_that_do_not_fit_into_memory() -> None:
+    model, x = bayesify.to_bbb(nn.Linear(2, 3)), torch.randn(50, 2)
+    for k in (10**12, 10**18):  # more than there is; more than can be counted in bytes
+        with pytest.raises(ArgumentError, match=r"GiB, more than cpu has.*reduce='probabilities'"):
+            bayesify.predict(model, x, num_samples=k)

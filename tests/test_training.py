@@ -1,5 +1,6 @@
 """The fit against exact posteriors and hand-written loops; the evaluation against plain numpy."""
 
+import copy
 import math
 from typing import Any
 
@@ -14,9 +15,11 @@ import bayesify
 from bayesify.data import load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
 from bayesify.kernels.noise import fold
-from bayesify.metrics import ClassificationMetrics, cross_fitted_temperature
+from bayesify.metrics import ClassificationMetrics, cross_fitted_temperature, ood_metrics
 from bayesify.models import InputConfig
 from bayesify.training import Evaluation, FitResult, Progress, evaluate, fit
+from bayesify.training.batches import Order, split
+from bayesify.training.holdout import held_out_loss
 
 
 def blobs(n: int = 60, classes: int = 3) -> TensorDataset:
@@ -161,6 +164,252 @@ def test_progress_and_the_kl_warm_up() -> None:
     assert seen[-1].lr < 1e-3
 
 
+def test_the_kl_may_rise_as_a_cosine() -> None:
+    seen: list[Progress] = []
+    fit(
+        bayesify.to_bbb(small()), blobs(), epochs=10, batch_size=60, lr=1e-2, kl_weight=3.0,
+        kl_warmup=0.8, kl_shape="cosine", on_step=seen.append,
+    )  # fmt: skip
+    expected = [1.5 * (1 - math.cos(math.pi * min(i, 8) / 8)) for i in range(10)]
+    assert [p.kl_weight for p in seen] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("draws", "accumulate"), [(3, 1), (1, 2), (2, 2)])
+def test_several_draws_and_batches_a_step_equal_a_loop_by_hand(draws: int, accumulate: int) -> None:
+    data = blobs()
+    model = bayesify.to_bbb(small(), logvar=-3.0)
+    twin = bayesify.to_bbb(bayesify.to_deterministic(model), logvar=-3.0)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append((outputs.detach(), targets))
+        return F.cross_entropy(outputs, targets)
+
+    batch = 60 // accumulate
+    result = fit(
+        model, data, epochs=2, batch_size=batch, lr=0.03, logvar_lr=0.1, kl_weight=0.5, seed=3,
+        draws_per_step=draws, accumulate=accumulate, max_grad_norm=math.inf, loss=loss,
+    )  # fmt: skip
+    assert result.steps == 2
+    assert len(seen) == 2 * draws * accumulate
+
+    optimizer = torch.optim.AdamW(bayesify.param_groups(twin, lr=0.03, logvar_lr=0.1))
+    torch.manual_seed(3)  # of the draws
+    twin.train()
+    rates = [1.0, 1.0]
+    row_of = {tuple(x.tolist()): x for x in data.tensors[0]}
+    assert len(row_of) == 60
+    orders = orders_of(60, batch, accumulate, epochs=2, seed=3)
+    calls = iter(seen)
+    for epoch, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (0.1 if group["name"] == "logvars" else 0.03)
+        total = bayesify.kl_divergence(twin) * 0.5 / 60
+        for indices in orders[epoch]:
+            for _ in range(draws):
+                outputs = twin(data.tensors[0][indices])
+                expected, targets = next(calls)
+                torch.testing.assert_close(outputs.detach(), expected)
+                total = total + F.cross_entropy(outputs, targets) / (draws * accumulate)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    for ours, theirs in zip(weights_of(model), weights_of(twin), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def orders_of(
+    size: int, batch_size: int, accumulate: int, epochs: int, seed: int
+) -> list[list[list[int]]]:
+    """The batches of each epoch as the fit takes them."""
+    order = Order(range(size), batch_size, size // batch_size, seed, False)
+    found = []
+    for epoch in range(epochs):
+        order.epoch = epoch
+        found.append(list(order))
+    return found
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    first, second = orders_of(10, 3, 1, epochs=2, seed=0)
+    assert first != second
+    assert orders_of(10, 3, 1, epochs=2, seed=0) == [first, second]
+    assert orders_of(10, 3, 1, epochs=2, seed=1) != [first, second]
+    for epoch in (first, second):
+        assert [len(batch) for batch in epoch] == [3, 3, 3]
+        assert len({index for batch in epoch for index in batch}) == 9
+    # ... and may begin at any batch
+    order = Order(range(10), 3, 3, 0, False)
+    order.first = 2
+    assert list(order) == first[2:]
+    assert len(order) == 1
+
+
+def test_the_last_batches_that_make_no_step_wait_for_another_epoch() -> None:
+    model = small()
+    assert fit(model, blobs(70), epochs=2, batch_size=10, accumulate=3, lr=0.01).steps == 4
+
+
+def test_the_best_epoch_on_held_out_examples_is_kept() -> None:
+    torch.manual_seed(1)
+    labels = torch.arange(40) % 2
+    noise = TensorDataset(torch.randn(40, 30), labels)  # nothing to learn: later is worse
+    model = bayesify.to_bbb(nn.Linear(30, 2), logvar=-8.0)
+    kept: list[list[Tensor]] = []
+    arguments: dict[str, Any] = {
+        "epochs": 12, "batch_size": 30, "lr": 0.1, "holdout": 0.25, "kl_weight": 0.0
+    }  # fmt: skip
+    result = fit(
+        model, noise, **arguments, patience=3, on_step=lambda p: kept.append(weights_of(model))
+    )
+    assert result.num_data == 30
+    best = result.best_epoch
+    assert best is not None
+    assert result.holdout_losses[best - 1] == min(result.holdout_losses)
+    assert len(result.losses) == len(result.holdout_losses) == best + 3 < 12  # out of patience
+    # on_step comes before the end of the epoch: the weights are those of its only step
+    assert all(map(torch.equal, weights_of(model), kept[best - 1]))
+    again = bayesify.to_bbb(nn.Linear(30, 2), logvar=-8.0)
+    assert len(fit(again, noise, **arguments).losses) == 12
+
+
+def test_the_held_out_loss_is_that_of_the_average_of_the_draws() -> None:
+    data, model = blobs(), bayesify.to_bbb(small(), logvar=-1.0)
+    inputs, targets = data.tensors
+    found = held_out_loss(model, [(inputs[:40], targets[:40]), (inputs[40:], targets[40:])],
+                          F.cross_entropy, torch.device("cpu"), False, seed=2)  # fmt: skip
+    probs = bayesify.predict(model, inputs, num_samples=10, seed=2).softmax(-1).mean(0)
+    assert found == pytest.approx(F.nll_loss(probs.log(), targets).item(), rel=1e-5)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+    of_each = held_out_loss(model, [(inputs, targets)], loss, torch.device("cpu"), False, seed=2)
+    drawn = bayesify.predict(model, inputs, num_samples=10, seed=2)
+    expected = [F.cross_entropy(outputs, targets).item() for outputs in drawn]
+    assert of_each == pytest.approx(np.mean(expected), rel=1e-5)
+    assert of_each > found  # Jensen
+
+
+def test_held_out_examples_are_not_trained_on() -> None:
+    train, held = split(40, 0.25, seed=1)
+    assert len(held) == 10
+    assert sorted(train + held) == list(range(40))
+    assert split(40, 0.25, seed=2) != (train, held)
+    seen: set[float] = set()
+
+    class Watched(Dataset[Any]):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.tensor([float(index), 1.0]), index % 3
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.update(last[0][:, 0].tolist())
+        return F.cross_entropy(outputs, targets)
+
+    last: list[Tensor] = []
+    model = small()
+    model.register_forward_pre_hook(lambda _, given: last.__setitem__(slice(None), [given[0]]))
+    fit(model, Watched(), epochs=3, batch_size=30, lr=0.01, holdout=0.25, seed=1, loss=loss)
+    assert seen == set(map(float, train))
+
+
+def test_how_far_the_log_variances_went() -> None:
+    model = bayesify.to_bbb(small(), logvar=-6.0)
+    bayesify.prune_(model, 0.5)
+    before = [p.logvar.detach().clone() for p in bayesify.posteriors(model)]
+    rates: list[float] = []
+    result = fit(
+        model, blobs(), epochs=30, batch_size=60, lr=1e-3, logvar_lr=0.02,
+        on_step=lambda p: rates.append(20 * p.lr),
+    )  # fmt: skip
+    after = [p.logvar.detach() for p in bayesify.posteriors(model)]
+    pairs = zip(before, after, strict=True)
+    moves = torch.cat([(b - a)[b > -100].abs().flatten() for b, a in pairs]).double().numpy()
+    assert len(moves) < 51
+    found = result.logvars
+    assert found is not None
+    assert found.bound == pytest.approx(sum(rates))
+    assert found.mean == pytest.approx(moves.mean())
+    assert found.largest == pytest.approx(moves.max())
+    assert found.moved == pytest.approx((moves > 0.1).mean())
+    assert 0.1 < found.largest < 1.02 * found.bound  # Adam keeps to it, give or take little
+    assert fit(small(), blobs(), epochs=1, batch_size=60, lr=1e-3).logvars is None
+
+
+def test_batchnorm_may_keep_its_statistics() -> None:
+    model = bayesify.to_bbb(
+        nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), logvar=-3.0
+    )
+    norm = model.get_submodule("1")
+    with torch.no_grad():
+        norm.running_mean.fill_(0.7)  # type: ignore[operator]
+    seen: list[bool] = []
+    norm.register_forward_hook(lambda module, *_: seen.append(module.training))
+    before = {k: v.clone() for k, v in norm.named_buffers()}
+    weight = model.get_parameter("1.weight").detach().clone()
+    fit(model, blobs(), epochs=2, batch_size=30, lr=0.05, freeze_batchnorm=True)
+    assert all(torch.equal(v, before[k]) for k, v in norm.named_buffers())
+    assert seen == [False] * 4
+    assert not torch.equal(weight, model.get_parameter("1.weight"))
+
+
+class Poisoned(nn.Module):
+    """Gives infinity from its third call on, or a gradient that is none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.kind, self.calls = kind, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x * self.scale
+        if self.kind == "output" and self.calls > 2:
+            return x / 0.0
+        if self.kind == "gradient" and self.calls > 2:
+            return x + (x - x.detach()).abs().sqrt()  # 0 with an infinite slope
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("output", r"step 3 of 6.*first layer whose output is not finite is '1' \(Poisoned\)"),
+        ("gradient", r"step 3 of 6.*the gradient of '1.scale' is not"),
+        ("input", r"step \d of 6.*the batch itself holds NaN"),
+        ("parameter", r"step 1 of 6.*the parameter '3.bias' holds NaN"),
+        ("loss", r"step 1 of 6.*outputs are finite, so look at the loss"),
+    ],
+)
+@pytest.mark.parametrize("bayesian", [False, True])
+def test_the_message_says_where_nan_came_from(kind: str, message: str, bayesian: bool) -> None:
+    data = blobs()
+    first = nn.Sequential(nn.Linear(2, 4), Poisoned(kind), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model = bayesify.to_bbb(first, logvar=-6.0, only="Linear") if bayesian else first
+    if kind == "input":
+        data.tensors[0][3, 0] = math.nan
+    if kind == "parameter":
+        with torch.no_grad():
+            model.get_parameter("3.bias")[1] = math.nan
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        broken = math.nan if kind == "loss" else 0.0
+        return F.cross_entropy(outputs, targets) + broken
+
+    states: list[dict[str, Tensor]] = [copy.deepcopy(model.state_dict())]
+    with pytest.raises(BayesifyError, match=message):
+        fit(
+            model, data, epochs=2, batch_size=20, lr=0.01, loss=loss,
+            on_step=lambda p: states.append(copy.deepcopy(model.state_dict())),
+        )  # fmt: skip
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, states[-1][name], rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_larger_kl_weight_keeps_the_posterior_nearer_the_prior() -> None:
     kls = []
     for weight in (0.0, 1.0, 30.0):
@@ -257,6 +506,18 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         ({"train": TensorDataset(torch.zeros(0, 2), torch.zeros(0))}, "data set is empty"),
         ({"train": Stream()}, "with a length, got Stream"),
         ({"train": [1, 2]}, "got list"),
+        ({"kl_shape": "sine"}, "kl_shape must be 'linear' or 'cosine'"),
+        ({"logvar_lr": -1.0}, "logvar_lr must be at least 0"),
+        ({"draws_per_step": 0}, "draws_per_step must be"),
+        ({"accumulate": 9}, "accumulate=9 batches of batch_size=9 are more than the 60 training"),
+        ({"holdout": 1.0}, "holdout must be from 0"),
+        ({"holdout": 0.999}, "leaves none to train on"),
+        ({"patience": 2}, "held-out training examples to watch"),
+        ({"patience": 0, "holdout": 0.5}, "patience must be None or a whole number"),
+        ({"augment": "flip-crop"}, "augment works on an ImageData"),
+        ({"train": TensorDataset(torch.zeros(9, 2))}, r"1 values \(Tensor\). Labels missing"),
+        ({"train": TensorDataset(torch.zeros(9, 2), torch.zeros(9, 3))}, "soft or one-hot"),
+        ({"train": TensorDataset(torch.zeros(9, 2), torch.eye(3).long().repeat(3, 1))}, "one-hot"),
         ({"train": TensorDataset(torch.zeros(9, 2), torch.arange(9))}, "gives 3 classes"),
         ({"train": TensorDataset(torch.zeros(9, 2), torch.arange(9) - 1)}, r"Label (-1|7) is out"),
         ({"model": nn.Tanh()}, "no trainable parameter"),
@@ -271,6 +532,17 @@ def test_bad_arguments_of_fit(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         fit(**{**arguments, **change})
     assert all(map(torch.equal, before, weights_of(model)))
+
+
+def test_labels_of_one_class_are_refused_after_an_epoch() -> None:
+    data = TensorDataset(torch.zeros(9, 2), torch.ones(9).long())
+    with pytest.raises(ArgumentError, match="first epoch is 1: to classify takes at least two"):
+        fit(small(), data, epochs=99, batch_size=3, lr=0.1)
+
+
+def test_soft_labels_with_a_loss_that_takes_them() -> None:
+    soft = TensorDataset(torch.randn(9, 2), torch.rand(9, 3).softmax(-1))
+    assert fit(small(), soft, epochs=1, batch_size=3, lr=0.1, loss=nn.CrossEntropyLoss()).steps == 3
 
 
 def test_amp_keeps_the_posterior_in_float32() -> None:
@@ -387,6 +659,57 @@ def test_the_control_scales_the_logits_at_the_means(bayesian: bool) -> None:
         assert row.intervals is not None
         for name in ("accuracy", "nll", "brier"):
             assert row.intervals[name].low < getattr(row, name) < row.intervals[name].high
+
+
+@pytest.mark.parametrize("bayesian", [False, True])
+def test_strangers_are_told_apart_by_each_score(bayesian: bool) -> None:
+    data, model = blobs(), small()
+    strangers = torch.randn(37, 2) * 3
+    if bayesian:
+        model = bayesify.to_bbb(model, logvar=-2.0)
+    rows = evaluate(
+        model, data, ood=TensorDataset(strangers), num_samples=6, seed=3, batch_size=25,
+        control=True,
+    )  # fmt: skip
+
+    def scores(inputs: Tensor, row: Evaluation) -> dict[str, Tensor]:
+        logits = model.eval()(inputs).detach().double()
+        each = logits[None] / (row.temperature or 1.0)
+        if row.prediction == "MC average":
+            each = bayesify.predict(model, inputs, num_samples=6, seed=3).double()
+        probs = each.softmax(-1).mean(0)
+        entropy = -(probs * probs.log()).sum(-1)
+        found = {"max probability": 1 - probs.max(-1).values, "entropy": entropy}
+        if row.prediction == "MC average":
+            of_each = -(each.softmax(-1) * each.log_softmax(-1)).sum(-1).mean(0)
+            found["mutual information"] = entropy - of_each
+        return found
+
+    assert len(rows) == (3 if bayesian else 2)
+    for row in rows:
+        if row.temperature is not None:  # five temperatures inside, their mean outside
+            assert row.ood is not None
+            assert set(row.ood) == {"max probability", "entropy"}
+            continue
+        inside, outside = scores(data.tensors[0], row), scores(strangers, row)
+        assert row.ood is not None
+        assert set(row.ood) == set(inside)
+        for name, found in row.ood.items():
+            assert found == pytest.approx(ood_metrics(inside[name], outside[name]), abs=1e-6)
+    assert evaluate(model, data)[0].ood is None
+
+
+def test_scores_that_rounding_would_tie() -> None:
+    # at these logits 1 - p is 0 in float64 for both, and the order of the rest is what counts
+    class Sure(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, torch.zeros_like(x)], 1)
+
+    inside, outside = torch.full((4, 1), 60.0), torch.full((4, 1), 50.0)
+    data = TensorDataset(inside, torch.tensor([0, 0, 0, 1]))
+    [row] = evaluate(Sure(1, 1), data, ood=TensorDataset(outside))
+    assert row.ood is not None
+    assert row.ood["max probability"]["auroc"] == 1.0
 
 
 def test_the_control_wants_two_images_for_its_folds() -> None:

@@ -32,6 +32,12 @@ def evaluate(
     data: Data,
     num_samples: NumSamples = 20,
     split: Split = "test",
+    ood: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Images of none of the classes: how well are they told apart?"
+        ),
+    ] = None,
     batch_size: BatchSize = 256,
     model: ModelName = None,
     workers: Workers = 0,
@@ -55,7 +61,7 @@ def evaluate(
     NLL, entropy and mutual information (MI) are in nats. ECE is the calibration error over 15 bins
     of confidence, AURC the mean error rate over all coverages when the least sure are left out
     first. The Brier score sums over the classes, from 0 to 2; its parts by predicted class add up:
-    UNC - RES + REL + rest. Higher is better for top-1, top-5 and RES.
+    UNC - RES + REL + rest. Higher is better for top-1, top-5, RES and AUROC.
     """
     with guard(debug):
         from dataclasses import asdict
@@ -67,11 +73,13 @@ def evaluate(
 
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
+        strangers = None if ood is None else load_dataset(ood, split=split)
         opened = open_model(file, model, target_device)
         with render.progress("Measuring") as bar:
             rows = training.evaluate(
                 opened.model,
                 images,
+                ood=strangers,
                 num_samples=num_samples,
                 seed=seed,
                 batch_size=batch_size,
@@ -85,10 +93,12 @@ def evaluate(
             )
         if json:
             head = {"file": str(file), "data": data, "split": images.split, "images": len(images)}
+            if strangers is not None:
+                head |= {"ood": ood, "ood_images": len(strangers)}
             render.as_json({**head, "rows": [asdict(row) for row in rows]})
             return
         render.table(*_main(rows))
-        for table in (_doubt(rows), _parts(rows), _intervals(rows)):
+        for table in (_doubt(rows), _parts(rows), _strangers(rows), _intervals(rows)):
             if table[1]:
                 render.text("")
                 render.table(*table)
@@ -96,6 +106,8 @@ def evaluate(
             if row.temperature is not None:
                 render.text(f"Temperature {row.temperature:.3f}: a control, not a posterior.")
         render.text(f"{len(images):,} images of {data} ({images.split}).")
+        if strangers is not None:
+            render.text(f"Out of distribution: {len(strangers):,} images of {ood}.")
         if images.split == "all":
             render.note(f"{data} has no splits: was the model trained on these images?")
 
@@ -136,6 +148,15 @@ def _parts(rows: list[Evaluation]) -> Table:
             parts = found.uncertainty, found.resolution, found.reliability, found.residual
             lines.append((row.prediction, *(f"{part:.4f}" for part in parts)))
     return ("Brier, in parts", "UNC", "RES", "REL", "rest"), lines
+
+
+def _strangers(rows: list[Evaluation]) -> Table:
+    lines: list[tuple[str | int, ...]] = []
+    for row in rows:
+        for score, found in (row.ood or {}).items():
+            numbers = (found[key] for key in ("auroc", "aupr_out", "aupr_in", "fpr95"))
+            lines.append((row.prediction, score, *(f"{n:.4f}" for n in numbers)))
+    return ("strangers", "by", "AUROC", "AUPR out", "AUPR in", "FPR95"), lines
 
 
 def _intervals(rows: list[Evaluation]) -> Table:

@@ -26,16 +26,27 @@ def guard(debug: bool) -> Iterator[None]:
             yield
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
-        render.error("Interrupted. What was being written is not there.")
+    except KeyboardInterrupt as interrupt:
+        render.error(str(interrupt) or "Interrupted. What was being written is not there.")
         raise typer.Exit(INTERRUPTED) from None
     except BayesifyError as error:
         if debug:
             raise
-        render.error(str(error))
+        render.error(_message(error))
         raise typer.Exit(USAGE if isinstance(error, ArgumentError) else FAILURE) from None
     except Exception as error:
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError":
+            render.error(f"{error}\nLower --batch-size, or compute in bfloat16: --amp.")
+            raise typer.Exit(FAILURE) from None
         render.error(f"{type(error).__name__}: {error}\nRun it with --debug to see where.")
         raise typer.Exit(FAILURE) from None
+
+
+def _message(error: Exception) -> str:
+    """What the error says, without the traceback that a worker process of a DataLoader adds."""
+    text = str(error).rstrip()
+    if not text.startswith("Caught ") or "in DataLoader worker" not in text.partition("\n")[0]:
+        return text
+    return text.rpartition(f"{type(error).__name__}: ")[2]

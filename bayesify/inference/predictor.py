@@ -121,7 +121,7 @@ class Predictor:
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """What :func:`predict` gives for one batch."""
         check_batch("predict", (inputs, kwargs))
-        collector = self.collector(len(self.draws.seeds))
+        collector = self.collector(self.draws.num_samples)
         with torch.no_grad(), evaluating(self.model):
             for output in self.draws.outputs(inputs, kwargs):
                 collector.add(output)

@@ -50,7 +50,7 @@ class Draws:
 
     def __init__(self, model: nn.Module, num_samples: int, base: int, keep: bool = False) -> None:
         self.model = model
-        self.seeds = [fold(base, k) for k in range(num_samples)]
+        self.num_samples, self.base = num_samples, base
         self.keeping = keep
         self._look()
 
@@ -77,8 +77,12 @@ class Draws:
             None if self.plain else grouped.Repeated([self._item(s) for s in self.whole])
         )
         self.bytes = sum(site.mean.numel() * site.mean.element_size() for site in found)
-        self.keep = self.keeping and len(self.seeds) * self.bytes <= KEPT_BYTES
+        self.keep = self.keeping and self.num_samples * self.bytes <= KEPT_BYTES
         self.kept: list[Tensor] | None = None
+
+    def seed(self, k: int) -> int:
+        """Of the k-th draw."""
+        return fold(self.base, k)
 
     def _item(self, site: Site) -> grouped.Item:
         key = self.keys.get(site.slot.uid, site.slot.key)
@@ -89,7 +93,7 @@ class Draws:
         if self.version != _version([*self.whole, *self.others]):
             self._look()
         if self.plain or not grouped.possible():
-            yield from (self._one(k, None, inputs, kwargs) for k in range(len(self.seeds)))
+            yield from (self._one(k, None, inputs, kwargs) for k in range(self.num_samples))
             return
         done, chunk = 0, self._together(inputs, kwargs)
         kind = _kind(inputs, kwargs)
@@ -98,20 +102,20 @@ class Draws:
             # its code is traced here: under vmap it might seem to be code that cannot be
             self._one(0, self._draw(0), inputs, kwargs)
             known[kind] = True
-        while chunk > 1 and known[kind] and done < len(self.seeds):
-            ready = self._vmapped(range(done, min(done + chunk, len(self.seeds))), inputs, kwargs)
+        while chunk > 1 and known[kind] and done < self.num_samples:
+            ready = self._vmapped(range(done, min(done + chunk, self.num_samples)), inputs, kwargs)
             if ready is None:
                 known[kind] = False
                 break
             done += len(ready)
             yield from ready
-        for k in range(done, len(self.seeds)):
+        for k in range(done, self.num_samples):
             yield self._one(k, self._draw(k), inputs, kwargs)
 
     # -- one after the other -----------------------------------------------------------------
 
     def _one(self, k: int, drawn: list[Tensor] | None, inputs: Any, kwargs: Any) -> Any:
-        scope = Scope(torch.tensor(self.seeds[k]), self.keys)
+        scope = Scope(torch.tensor(self.seed(k)), self.keys)
         if drawn is not None:
             self._give(scope, drawn, complete=not self.others)
         with held(self.modules, scope):
@@ -120,7 +124,7 @@ class Draws:
     def _draw(self, k: int) -> list[Tensor]:
         assert self.repeated is not None
         if not self.keep:
-            return self.repeated.draw(self.seeds[k])
+            return self.repeated.draw(self.seed(k))
         return [value[k] for value in self._stack(range(k, k + 1), everything=True)]
 
     def _give(self, scope: Scope, drawn: Sequence[Tensor], complete: bool) -> None:
@@ -135,7 +139,7 @@ class Draws:
     def _together(self, inputs: Any, kwargs: Any) -> int:
         """How many draws are run at once: 1 where a loop is as fast, or surely right."""
         batch = next((t for t in pytree.tree_leaves((inputs, kwargs)) if _has_batch(t)), None)
-        if batch is None or len(batch) > MOST_EXAMPLES or len(self.seeds) == 1:
+        if batch is None or len(batch) > MOST_EXAMPLES or self.num_samples == 1:
             return 1
         sites = (*self.whole, *self.others)
         if any(type(s.mean) is not nn.Parameter or s.mean.device != batch.device for s in sites):
@@ -143,19 +147,19 @@ class Draws:
         if any(map(_has_hooks, self.model.modules())):
             return 1  # a hook would see all draws at once
         if batch.device.type == "cpu":
-            return len(self.seeds) if len(self.seeds) * self.bytes <= CPU_BYTES else 1
+            return self.num_samples if self.num_samples * self.bytes <= CPU_BYTES else 1
         if batch.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(batch.device)
-            return min(len(self.seeds), free // 4 // max(self.bytes, 1))
+            return min(self.num_samples, free // 4 // max(self.bytes, 1))
         return 1
 
     def _stack(self, chosen: range, everything: bool = False) -> list[Tensor]:
         """Draws of each grouped tensor, one behind the other; kept ones as they are if asked."""
         assert self.repeated is not None
         if not self.keep:
-            return self.repeated.stack([self.seeds[k] for k in chosen])
+            return self.repeated.stack([self.seed(k) for k in chosen])
         if self.kept is None:
-            self.kept = self.repeated.stack(self.seeds)
+            self.kept = self.repeated.stack([self.seed(k) for k in range(self.num_samples)])
         return self.kept if everything else [v[chosen.start : chosen.stop] for v in self.kept]
 
     def _vmapped(self, chosen: range, inputs: Any, kwargs: Any) -> list[Any] | None:
@@ -164,14 +168,14 @@ class Draws:
         for site in self.others:
             key = self.keys.get(site.slot.uid, site.slot.key)
             parts = [
-                realise(site.module, site.attribute, site.slot, torch.tensor(self.seeds[k]), key)
+                realise(site.module, site.attribute, site.slot, torch.tensor(self.seed(k)), key)
                 for k in chosen
             ]
             stacked.append(torch.stack(parts))
         shape: dict[str, Any] = {}
 
         def call(*drawn: Tensor) -> tuple[Tensor, ...]:
-            scope = Scope(torch.tensor(self.seeds[chosen.start]), self.keys)
+            scope = Scope(torch.tensor(self.seed(chosen.start)), self.keys)
             self._give(scope, drawn, complete=True)
             with held(self.modules, scope):
                 leaves, shape["structure"] = pytree.tree_flatten(self.model(*inputs, **kwargs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -91,9 +93,27 @@ class _Structured(Collector):
         raise NotImplementedError
 
 
+def _physical_memory() -> float:
+    """Bytes of memory of this machine, infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return math.inf
+
+
 class Stack(_Structured):
     def first(self, leaf: Tensor) -> Tensor:
-        return leaf.new_empty((self.num_samples, *leaf.shape))
+        needed = self.num_samples * leaf.nbytes
+        try:
+            if leaf.device.type == "cpu" and needed > _physical_memory():
+                raise MemoryError  # the system would promise it and end the process later
+            return leaf.new_empty((self.num_samples, *leaf.shape))
+        except (MemoryError, RuntimeError) as error:
+            raise ArgumentError(
+                f"predict: {self.num_samples:,} stacked outputs need {needed / 2**30:,.1f} GiB, "
+                f"more than {leaf.device} has. Take reduce='probabilities' or 'moments', whose "
+                "memory does not depend on num_samples, or smaller batches."
+            ) from error
 
     def update(self, kept: Tensor, leaf: Tensor) -> None:
         kept[self.count] = leaf

@@ -1,0 +1,322 @@
+"""How good the predictions of a model are, in distribution and outside of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..errors import ArgumentError
+from ..inference import Predictor
+from ..metrics import (
+    BrierDecomposition,
+    BrierParts,
+    ClassificationMetrics,
+    Interval,
+    TopLabelParts,
+    cross_fitted_temperature,
+    entropy,
+    ood_metrics,
+)
+from ..models import InputConfig
+from ..posterior import is_bayesian
+from ..scope import at_mean
+from .batches import (
+    Data,
+    batches_in_order,
+    check_batch_size,
+    check_data,
+    config_for,
+    device_of,
+    pair,
+)
+
+Prediction = Literal["deterministic", "at the means", "temperature scaled", "MC average"]
+
+MAX_PROBABILITY = "max probability"
+ENTROPY = "entropy"
+MUTUAL_INFORMATION = "mutual information"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality of one kind of prediction.
+
+    ``accuracy`` to ``entropy`` are the numbers of :func:`bayesify.metrics.classification_metrics`.
+
+    Args:
+        parts: Of the Brier score, by predicted class; None above 4,096 classes.
+        top_label: Parts of the Brier score of the predicted class alone, by confidence.
+        mutual_information: Mean over the images, nats; None where nothing was drawn.
+        temperature: Mean of the fitted temperatures; None where nothing was scaled.
+        intervals: Bootstrap intervals (95 %) of accuracy, nll, ece and brier, where asked for.
+        ood: :func:`bayesify.metrics.ood_metrics` by score (``max probability``, ``entropy``, and
+            ``mutual information`` where something was drawn), where asked for.
+    """
+
+    prediction: Prediction
+    num_samples: int
+    accuracy: float
+    nll: float
+    ece: float
+    brier: float
+    top5: float
+    mce: float
+    adaptive_ece: float
+    classwise_ece: float
+    aurc: float
+    entropy: float
+    parts: BrierParts | None
+    top_label: TopLabelParts
+    mutual_information: float | None = None
+    temperature: float | None = None
+    intervals: dict[str, Interval] | None = None
+    ood: dict[str, dict[str, float]] | None = None
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    *,
+    ood: Data | None = None,
+    num_samples: int = 20,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    amp: bool = False,
+    model_config: InputConfig | None = None,
+    workers: int = 0,
+    control: bool = False,
+    resamples: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Measure the predicted class probabilities of ``model``, in ``eval()``, batch by batch.
+
+    Args:
+        model: A classifier, converted or not.
+        data: As in :func:`fit`.
+        ood: Images of none of the classes, as ``data``; their labels are not used. Each row then
+            says how well its doubt tells them from those of ``data``.
+        num_samples: Draws K of the MC average, the same K weights for every batch. The memory
+            needed does not depend on it.
+        seed: Of the draws.
+        batch_size: Images in a batch, at least 1; no result depends on it beyond rounding.
+        device: Where the model is moved to; None leaves it where it is.
+        amp: Autocast to bfloat16.
+        model_config: As in :func:`fit`.
+        workers: Processes that read the data.
+        control: Also give a row ``temperature scaled``: the logits at the means divided by a
+            temperature that was fitted on other images of ``data``, five-fold. A posterior is not
+            worth its price where it does no better. All logits are kept until the end.
+        resamples: Of the bootstrap intervals, 0 or at least 2; 0 gives none.
+        on_step: Gets the number of batches done and of all, after every batch.
+
+    Returns:
+        One row, ``deterministic``, for a model without posterior; else two: ``at the means``, and
+        ``MC average``, the mean over the draws of the class probabilities. The control, if asked
+        for, comes after the first.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work, the output is no table of logits,
+            or labels are missing, soft or out of range.
+
+    >>> import torch, bayesify
+    >>> data = torch.utils.data.TensorDataset(torch.randn(20, 2), torch.randint(3, (20,)))
+    >>> rows = bayesify.evaluate(bayesify.to_bbb(torch.nn.Linear(2, 3)), data, num_samples=5)
+    >>> [(row.prediction, row.num_samples) for row in rows]
+    [('at the means', 1), ('MC average', 5)]
+    """
+    size = check_data(data)
+    check_batch_size(batch_size)
+    if type(resamples) is not int or resamples < 0 or resamples == 1:
+        raise ArgumentError(f"resamples must be 0 or a whole number above 1, got {resamples!r}.")
+    if control and size < 2:
+        raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
+    target = device_of(model) if device is None else torch.device(device)
+    model.to(target)
+
+    def batches_of(wanted: Data) -> DataLoader[Any]:
+        config = config_for(wanted, model, model_config)
+        return batches_in_order(wanted, batch_size=batch_size, model_config=config, workers=workers)
+
+    if ood is not None:
+        check_data(ood)
+    inside = batches_of(data)
+    outside = None if ood is None else batches_of(ood)
+    total = len(inside) + (0 if outside is None else len(outside))
+    bayesian = is_bayesian(model)
+    run = _Runner(model, bayesian, target, amp, num_samples, seed)
+    at_means, averaged = _Row(ood is not None), _Row(ood is not None)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for done, (inputs, targets) in enumerate(map(pair, inside), 1):
+        logits, summary = run(inputs)
+        at_means.add(logits.double().softmax(-1), targets)
+        if control:
+            kept.append((logits, targets))
+        if summary is not None:
+            averaged.add(summary.mean, targets, summary.mutual_information)
+        if on_step is not None:
+            on_step(done, total)
+    strange: list[Tensor] = []
+    if outside is not None:
+        for done, batch in enumerate(outside, len(inside) + 1):
+            logits, summary = run(_inputs(batch))
+            at_means.add_outside(logits.double().softmax(-1))
+            if control:
+                strange.append(logits)
+            if summary is not None:
+                averaged.add_outside(summary.mean, summary.mutual_information)
+            if on_step is not None:
+                on_step(done, total)
+    rows = [at_means.row("at the means" if bayesian else "deterministic", 1, resamples, seed)]
+    if control:
+        rows.append(_scaled(kept, strange, batch_size, resamples, seed))
+    if bayesian:
+        rows.append(averaged.row("MC average", num_samples, resamples, seed))
+    return rows
+
+
+class _Runner:
+    """Logits at the means of a batch, and the summary of the draws if there are any."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bayesian: bool,
+        device: torch.device,
+        amp: bool,
+        num_samples: int,
+        seed: int,
+    ) -> None:
+        self.model, self.device, self.amp = model, device, amp
+        self.predictor: Predictor | None = None
+        if bayesian:
+            self.predictor = Predictor(
+                model, num_samples=num_samples, seed=seed, reduce="probabilities"
+            )
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Any]:
+        model = self.model
+        inputs = inputs.to(self.device)
+        was_training = model.training
+        model.eval()
+        try:
+            with (
+                torch.no_grad(),
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp),
+            ):
+                with at_mean(model) if self.predictor else contextlib.nullcontext():
+                    logits = logits_of(model(inputs))
+                summary = self.predictor(inputs) if self.predictor else None
+        finally:
+            model.train(was_training)
+        return logits, summary
+
+
+class _Row:
+    """Gathers what a row of the evaluation says."""
+
+    def __init__(self, ood: bool) -> None:
+        self.metrics = ClassificationMetrics()
+        self.parts: BrierDecomposition | None = BrierDecomposition()
+        self.ood = ood
+        self.inside: dict[str, list[Tensor]] = {}
+        self.outside: dict[str, list[Tensor]] = {}
+        self.information = 0.0
+        self.drawn = 0
+
+    def add(self, probs: Tensor, targets: Tensor, information: Tensor | None = None) -> None:
+        self.metrics.update(probs.float(), targets)
+        if probs.shape[1] > 4096:  # two tables of 128 MiB and growing as the square
+            self.parts = None
+        if self.parts is not None:
+            self.parts.update(probs.float(), targets)
+        if information is not None:
+            self.information += float(information.sum())
+            self.drawn += len(information)
+        if self.ood:
+            _gather(self.inside, probs, information)
+
+    def add_outside(self, probs: Tensor, information: Tensor | None = None) -> None:
+        _gather(self.outside, probs, information)
+
+    def row(
+        self, prediction: Prediction, num_samples: int, resamples: int, seed: int
+    ) -> Evaluation:
+        ood = {
+            score: ood_metrics(torch.cat(found), torch.cat(self.outside[score]))
+            for score, found in self.inside.items()
+        }
+        return Evaluation(
+            prediction,
+            num_samples,
+            **self.metrics.compute(),
+            parts=None if self.parts is None else self.parts.compute(),
+            top_label=self.metrics.top_label(),
+            mutual_information=self.information / self.drawn if self.drawn else None,
+            intervals=self.metrics.intervals(resamples, seed=seed) if resamples else None,
+            ood=ood if self.ood else None,
+        )
+
+
+def _gather(into: dict[str, list[Tensor]], probs: Tensor, information: Tensor | None) -> None:
+    """The scores of a batch: higher for a stranger."""
+    # the sum of all others keeps the order of images of which 1 - max would be rounded to 0
+    rest = probs.scatter(1, probs.argmax(1, keepdim=True), 0.0).double().sum(1)
+    into.setdefault(MAX_PROBABILITY, []).append(rest.cpu())
+    into.setdefault(ENTROPY, []).append(entropy(probs).cpu())
+    if information is not None:
+        into.setdefault(MUTUAL_INFORMATION, []).append(information.double().cpu())
+
+
+def _scaled(
+    kept: list[tuple[Tensor, Tensor]],
+    strange: list[Tensor],
+    batch_size: int,
+    resamples: int,
+    seed: int,
+) -> Evaluation:
+    """The control: each image with a temperature fitted on others, strangers with their mean."""
+    logits, targets = (torch.cat(column) for column in zip(*kept, strict=True))
+    scaled = cross_fitted_temperature(logits, targets, min(5, len(targets)), seed)
+    temperature = float(scaled.temperatures.mean())
+    measured = _Row(bool(strange))
+    for probs, labels in zip(
+        scaled.probs.split(batch_size), targets.split(batch_size), strict=True
+    ):
+        measured.add(probs, labels)
+    for outside in strange:
+        measured.add_outside((outside.double() / temperature).softmax(-1))
+    row = measured.row("temperature scaled", 1, resamples, seed)
+    return replace(row, temperature=temperature)
+
+
+def _inputs(batch: Any) -> Tensor:
+    """The images of a batch, with or without labels."""
+    found = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(found, Tensor):
+        raise ArgumentError(
+            f"Each example of ood must be an image or begin with one, got {type(batch).__name__}."
+        )
+    return found
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model gave.
+
+    Raises:
+        ArgumentError: They are no table of at least two classes.
+    """
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] < 2:
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise ArgumentError(
+            "Classification needs logits of the shape (batch, classes) with at least 2 classes, "
+            f"the model gave {what}."
+        )
+    return found

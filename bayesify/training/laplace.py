@@ -1,0 +1,320 @@
+"""A posterior without training: the diagonal Laplace approximation around the given weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import gaussian
+from ..errors import ArgumentError
+from ..models import InputConfig
+from ..posterior import Site, bayesian_sites, gaussian_prior
+from ..priors import GaussianPrior
+from .augmentation import Augment
+from .batches import (
+    Data,
+    batches_in_order,
+    check_batch_size,
+    check_data,
+    config_for,
+    device_of,
+    split,
+)
+from .fisher import FisherKind, fisher_diagonal
+from .holdout import held_out_loss
+
+_EXPONENTS = tuple(0.5 * i for i in range(14, -1, -1))
+"""Exponents of ten of the prior precisions that held-out examples are asked for, times 1/RMS**2."""
+
+
+@dataclass(frozen=True)
+class LaplaceResult:
+    """What :func:`fit_laplace_` found.
+
+    Args:
+        prior_precision: Factor on the precision of the model's prior, which it now has.
+        num_data: Training examples N, without those held out.
+        examples: Examples that the Fisher information is a mean of.
+        mean_std: Mean of the posterior standard deviations.
+        log_marginal_likelihood: Per training example, in nats, up to the fit of the means; None
+            where it was not asked for.
+        tried: Pairs of prior precision and held-out loss, where that chose.
+        seconds: Wall time.
+    """
+
+    prior_precision: float
+    num_data: int
+    examples: int
+    mean_std: float
+    log_marginal_likelihood: float | None
+    tried: tuple[tuple[float, float], ...]
+    seconds: float
+
+
+def fit_laplace_(
+    model: nn.Module,
+    train: Data,
+    *,
+    fisher: FisherKind = "mc",
+    prior_precision: float | Literal["holdout", "marglik"] = "holdout",
+    temperature: float = 1.0,
+    holdout: float = 0.02,
+    augment: Augment = "none",
+    max_examples: int | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    model_config: InputConfig | None = None,
+    workers: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> LaplaceResult:
+    r"""Set every log variance from one pass of Fisher information; the means stay as they are.
+
+    .. math:: \sigma_i^2 = T \, / \, (N F_{ii} + \lambda / v_i)
+
+    with N training examples, the prior's variance :math:`v_i`, one factor :math:`\lambda` for all
+    weights and a temperature T. It takes a classifier at (or near) a minimum of its loss.
+
+    Args:
+        model: A converted classifier whose priors are Gaussian.
+        train: As in :func:`fit`.
+        fisher: ``"mc"`` (one label drawn from the model for each example, unbiased), ``"exact"``
+            (all classes: the generalised Gauss-Newton matrix, C times as slow), or ``"empirical"``
+            (the true labels), see :mod:`bayesify.training.fisher`.
+        prior_precision: The factor lambda, above 0; or how it is chosen: ``"holdout"`` by the
+            negative log likelihood of ten draws on held-out training examples, ``"marglik"`` by the
+            marginal likelihood of the Laplace approximation, which suits small networks: large ones
+            have so many weights that the data say nothing of that their noise destroys the network.
+            The model's prior changes accordingly.
+        temperature: The factor T, above 0; below 1 the posterior is cold.
+        holdout: Share of ``train`` that is held out where that chooses, in (0, 1).
+        augment: Random changes of held-out images, as in :func:`fit`. A network knows the images
+            that it was trained on by heart, and no doubt would help there; changed as much as that
+            it errs about as often as on new images, they are the next best thing.
+        max_examples: Take the Fisher information of so many examples, chosen at random, for that of
+            all; None takes all.
+        batch_size: Examples in a batch, at least 1. Their gradients, each as large as the model,
+            are made in parts of half a GiB.
+        seed: Of the choice of examples, the drawn labels and the held-out draws.
+        device: Where the model is moved to; None leaves it where it is.
+        model_config: As in :func:`fit`.
+        workers: Processes that read the data.
+        on_step: Gets the number of examples done and of all, after every batch.
+
+    Returns:
+        A :class:`LaplaceResult`. The model is left in ``eval()``.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work, a prior is not Gaussian, or the
+            model gives no logits. Upon any error the log variances are as they were.
+        UnsupportedModuleError: ``model`` has no posterior.
+
+    Reference:
+        MacKay, 1992, Neural Computation 4(3), sections 2 and 4; Ritter, Botev, Barber, 2018,
+        https://openreview.net/forum?id=Skdvd2xAZ; Daxberger et al., 2021, arXiv:2106.14806.
+
+    >>> import torch, bayesify
+    >>> data = torch.utils.data.TensorDataset(torch.randn(20, 2), torch.randint(3, (20,)))
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 3))
+    >>> bayesify.fit_laplace_(model, data, prior_precision=1.0).prior_precision
+    1.0
+    """
+    started = time.perf_counter()
+    size = check_data(train)
+    check_batch_size(batch_size)
+    _check_numbers(prior_precision, temperature, holdout, max_examples)
+    if augment != "none" and prior_precision != "holdout":
+        raise ArgumentError(
+            "fit_laplace_: augment changes held-out images, and there are none: take "
+            "prior_precision='holdout', or leave it out."
+        )
+    found = bayesian_sites(model)
+    for site in found:
+        if not isinstance(site.slot.prior, GaussianPrior):
+            raise ArgumentError(
+                f"fit_laplace_ needs Gaussian priors; that of {site.name!r} is {site.slot.prior}. "
+                "Set another with set_prior_(model, GaussianPrior(1.0))."
+            )
+    target = device_of(model) if device is None else torch.device(device)
+    model.to(target)
+    config = config_for(train, model, model_config)
+    by_holdout = prior_precision == "holdout"
+    indices, held = split(size, holdout if by_holdout else 0.0, seed)
+    num_data = len(indices)
+    if max_examples is not None and max_examples < num_data:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(num_data, generator=generator)[:max_examples].tolist()
+        indices = sorted(indices[i] for i in chosen)
+    batches = batches_in_order(
+        train, batch_size=batch_size, model_config=config, workers=workers, indices=indices
+    )
+    told = on_step
+
+    def on_batch(done: int) -> None:
+        if told is not None:
+            told(done, len(indices))
+
+    information, examples = fisher_diagonal(
+        model, batches, fisher, device=target, seed=seed, on_batch=on_batch
+    )
+    terms = [_Term.of(site, num_data * information[site.name]) for site in found]
+    kept = [site.raw.detach().clone() for site in found]
+    evidence: float | None = None
+    tried: list[tuple[float, float]] = []
+    try:
+        if prior_precision == "marglik":
+            scale, evidence = _most_likely(terms)
+            evidence /= num_data
+        elif by_holdout:
+            check = batches_in_order(
+                train, batch_size=batch_size, model_config=config, workers=workers, indices=held,
+                augment=augment, seed=seed,
+            )  # fmt: skip
+
+            def measure(precision: float) -> float:
+                _set(terms, precision, temperature)
+                return held_out_loss(model, check, F.cross_entropy, target, False, seed)
+
+            tried = _search(measure, terms)
+            scale = min(tried, key=lambda pair: pair[1])[0]
+        else:
+            scale = float(prior_precision)
+        _set(terms, scale, temperature)
+    except BaseException:
+        with torch.no_grad():
+            for site, raw in zip(found, kept, strict=True):
+                site.raw.copy_(raw)
+        raise
+    for site in found:
+        prior = site.slot.prior
+        assert isinstance(prior, GaussianPrior)
+        site.slot.prior = replace(prior, std=prior.std / math.sqrt(scale))
+    model.eval()
+    with torch.no_grad():
+        stds = [site.std.double().sum().item() for site in found]
+    weights = sum(site.mean.numel() for site in found)
+    return LaplaceResult(
+        prior_precision=scale,
+        num_data=num_data,
+        examples=examples,
+        mean_std=sum(stds) / weights,
+        log_marginal_likelihood=evidence,
+        tried=tuple(tried),
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass
+class _Term:
+    """One posterior tensor: the data's part of its precision, and its prior at factor 1."""
+
+    site: Site
+    data_precision: Tensor
+    prior_precision: Tensor | float
+    square: float  # sum of prior precision times squared distance from the prior's mean
+    log_prior: float  # sum of the logs of the prior precisions
+    pruned: Tensor | None
+
+    @classmethod
+    def of(cls, site: Site, data_precision: Tensor) -> _Term:
+        mean, var = gaussian_prior(site)
+        precision = 1.0 / var
+        pruned = site.pruned
+        wide = data_precision.dtype
+        distance = (site.mean.detach().to(wide) - mean).square() * precision
+        one = torch.ones_like(data_precision)
+        if pruned is not None:
+            distance, one = distance.masked_fill(pruned, 0.0), one.masked_fill(pruned, 0.0)
+        log_prior = float((one * math.log(precision)).sum()) if isinstance(precision, float) else 0
+        return cls(site, data_precision, precision, float(distance.sum()), float(log_prior), pruned)
+
+    def precision(self, scale: float) -> Tensor:
+        return self.data_precision + scale * self.prior_precision
+
+    def log_determinant(self, scale: float) -> float:
+        logs = self.precision(scale).log()
+        return float(logs.sum() if self.pruned is None else logs.masked_fill(self.pruned, 0).sum())
+
+    def count(self) -> int:
+        left = self.data_precision.numel()
+        return left if self.pruned is None else left - int(self.pruned.sum())
+
+
+def _set(terms: list[_Term], scale: float, temperature: float) -> None:
+    """Give the posterior the variances that belong to a prior."""
+    with torch.no_grad():
+        for term in terms:
+            logvar = math.log(temperature) - term.precision(scale).log()
+            raw = gaussian.raw_from_logvar(logvar, term.site.slot.parameterization)
+            if term.pruned is not None:
+                raw = torch.where(term.pruned, term.site.raw.to(raw.dtype), raw)
+            term.site.raw.copy_(raw)
+
+
+def _most_likely(terms: list[_Term]) -> tuple[float, float]:
+    """The factor of the largest marginal likelihood and its logarithm, up to that of the means.
+
+    ``log Z = log p(D|mean) - (scale * square - log|scale * prior| + log|posterior|) / 2``.
+    """
+    count = sum(term.count() for term in terms)
+    square = sum(term.square for term in terms)
+    log_prior = sum(term.log_prior for term in terms)
+
+    def evidence(exponent: float) -> float:
+        scale: float = 10.0**exponent
+        posterior = sum(term.log_determinant(scale) for term in terms)
+        return -0.5 * (scale * square - log_prior - count * math.log(scale) + posterior)
+
+    best = max((float(e) for e in range(-6, 13)), key=evidence)
+    step = 0.5
+    while step > 1e-3:  # ever closer around the best power of ten
+        best = max((best - step, best, best + step), key=evidence)
+        step /= 2
+    found: float = 10.0**best
+    return found, evidence(best)
+
+
+def _search(measure: Callable[[float], float], terms: list[_Term]) -> list[tuple[float, float]]:
+    """Factors from that of a narrow posterior on, until the held-out loss has twice risen."""
+    count = sum(term.count() for term in terms)
+    unit = count / max(sum(term.square for term in terms), 1e-30)  # 1 / mean square, in prior units
+    tried: list[tuple[float, float]] = []
+    worse = 0
+    for exponent in _EXPONENTS:
+        tried.append((unit * 10.0**exponent, measure(unit * 10.0**exponent)))
+        worse = worse + 1 if tried[-1][1] > min(loss for _, loss in tried) else 0
+        if worse == 2:
+            break
+    return tried
+
+
+def _check_numbers(
+    prior_precision: object, temperature: object, holdout: float, max_examples: object
+) -> None:
+    def positive(value: object) -> bool:
+        return type(value) in (int, float) and 0.0 < float(value) < math.inf  # type: ignore[arg-type]
+
+    chosen = prior_precision in ("marglik", "holdout")
+    if not chosen and not positive(prior_precision):
+        raise ArgumentError(
+            "fit_laplace_: prior_precision must be a finite number above 0, 'marglik' or 'holdout',"
+            f" got {prior_precision!r}."
+        )
+    if not positive(temperature):
+        raise ArgumentError(
+            f"fit_laplace_: temperature must be a finite number above 0, got {temperature!r}."
+        )
+    if not positive(holdout) or holdout >= 1.0:
+        raise ArgumentError(f"fit_laplace_: holdout must be between 0 and 1, got {holdout!r}.")
+    if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
+        raise ArgumentError(
+            f"fit_laplace_: max_examples must be None or a whole number above 0, got "
+            f"{max_examples!r}."
+        )

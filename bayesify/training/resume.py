@@ -1,0 +1,163 @@
+"""A fit that was interrupted goes on: its state in one file, and signals that wait for a step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ArgumentError, CheckpointError
+from ..storage import replacing
+from .settings import CHANGEABLE
+
+KEY = "bayesify.fit"
+FORMAT = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """A fit ended by Ctrl-C or SIGTERM, with its state in a file."""
+
+
+class FitState(NamedTuple):
+    """All that decides how a fit goes on: tensors by name, and what JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def write_state(path: Path, state: FitState) -> None:
+    """Write the file whole or not at all; an older one of the same name is replaced."""
+    document = json.dumps({"format": FORMAT, **state.values}, sort_keys=True)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.tensors.items()}
+    owned = {
+        key: value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+        for key, value in tensors.items()
+    }
+    with replacing(path, overwrite=True) as temporary:
+        save_file(owned, temporary, metadata={KEY: document})
+
+
+def read_state(path: Path) -> FitState:
+    """Read what :func:`write_state` wrote.
+
+    Raises:
+        CheckpointError: There is no such file, or it is no state of a fit.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is nothing to resume: {path} does not exist. Start without resume."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            document = (file.metadata() or {}).get(KEY)
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        values = None if document is None else json.loads(document)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no readable safetensors file ({error}); it may be cut short."
+        ) from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is no state of a fit that this version of bayesify can go on with. Start "
+            "without resume."
+        )
+    return FitState(tensors, values)
+
+
+def check_same(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse to go on with other data or settings than those that the fit began with.
+
+    Raises:
+        ArgumentError: With all that differs.
+    """
+    plain = json.loads(json.dumps(dict(given)))
+    other = [
+        f"{key}={plain.get(key)!r} (began with {saved.get(key)!r})"
+        for key in sorted({*saved, *plain} - CHANGEABLE)
+        if saved.get(key) != plain.get(key)
+    ]
+    if other:
+        raise ArgumentError(
+            f"The fit in {path} cannot go on with {', '.join(other)}. Give what it began with, or "
+            "start anew without resume."
+        )
+
+
+def check_names(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse the state of another model.
+
+    Raises:
+        CheckpointError: A tensor is missing, superfluous, or of another shape.
+    """
+    wrong = sorted(
+        key
+        for key in {*saved, *own}
+        if key not in saved or key not in own or saved[key].shape != own[key].shape
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{path} holds the fit of another model: {len(wrong)} tensors differ in name or "
+            f"shape ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})."
+        )
+
+
+class Signals:
+    """Whether Ctrl-C or SIGTERM has asked for an end."""
+
+    requested = False
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C: at once
+        self.requested = True
+
+
+@contextlib.contextmanager
+def waiting_signals(wanted: bool) -> Iterator[Signals]:
+    """In the block, Ctrl-C and SIGTERM only set a flag, so that a step is never cut in two.
+
+    Where they cannot be caught, outside the main thread, they do what they always do.
+    """
+    signals = Signals()
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {
+        number: signal.signal(number, signals._ask) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_checkpoint(path: str | os.PathLike[str] | None, resume: bool) -> Path | None:
+    """The file of the state, asked before long work.
+
+    Raises:
+        ArgumentError: ``resume`` without a file.
+        CheckpointError: It cannot be written, or exists and is not to be resumed.
+    """
+    from ..storage import check_target
+
+    if path is None:
+        if resume:
+            raise ArgumentError("fit: resume needs checkpoint, the file to go on from.")
+        return None
+    if Path(path).exists() and not resume:
+        raise CheckpointError(
+            f"{path} holds the state of a fit that did not end: go on with it (resume=True, "
+            "--resume), or remove it."
+        )
+    return check_target(path, overwrite=True)

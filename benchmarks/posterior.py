@@ -1,0 +1,253 @@
+"""How good the predictions of ours, of the peers and of simple controls are, on CIFAR-10.
+
+    python benchmarks/posterior.py --data cifar10.safetensors --weights WEIGHTS --ood strangers.npz
+        [--methods "ours, beta 0.3" ensemble] [--seeds 0 1 2] [--epochs 2] [--out FILE]
+    python benchmarks/posterior.py --table
+
+The first form measures each (method, seed) that FILE does not have yet, one JSON line each, so that
+it can be interrupted; the second writes the table of FILE into docs/posterior.md. WEIGHTS are those
+of the CIFAR ResNet-20; benchmarks/cifar_resnet20.py makes the data files. ``--holdout`` measures on
+augmented training images that no method trains on instead of the test images: hyperparameters are
+chosen so, and never on the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import posterior_table
+import torch
+from cifar_resnet20 import pretrained, strangers
+from corruptions import KINDS, SEVERITIES, corrupt
+from posterior_methods import METHODS, Predictor, Setup
+from provenance import machine, provenance
+from torch import Tensor
+
+from bayesify.data import ImageData, load_dataset, prepare
+from bayesify.metrics import ClassificationMetrics, cross_fitted_temperature, ood_metrics
+from bayesify.models import input_config
+from bayesify.training.augmentation import Augmented, augmentation
+
+RESULT = Path(__file__).parent / "results" / "posterior.jsonl"
+SCALED = {"deterministic": "temperature scaling", "fine-tuned": "fine-tuned, temperature scaling"}
+HOLDOUT = 2000
+"""Training images that ``--holdout`` sets aside; of the 50,000 the last ones."""
+
+
+class Images:
+    """The images that predictions are measured on, as the network takes them."""
+
+    def __init__(self, options: argparse.Namespace, config: Any) -> None:
+        self.config = config
+        split = "train" if options.holdout else "test"
+        data = load_dataset(options.data, split=split)
+        source: Any = data.source
+        stored, labels = source.images, source.labels
+        if options.holdout:
+            stored, labels = stored[-HOLDOUT:], labels[-HOLDOUT:]
+        self.stored, self.labels = stored[: options.test_images], labels[: options.test_images]
+        self.ready: list[Tensor] | None = None
+        if options.holdout:
+            held = ImageData("held out", "train", data.classes, type(source)(stored, labels))
+            changed = Augmented(held, config, augmentation("rand-augment", config))
+            self.ready = [changed[(i, i)][0] for i in range(len(self.stored))]
+        self.strange = strangers(options.ood)[0].movedim(-1, 1)[: options.ood_images]
+        # a subset that is the same in every run, of all classes
+        chosen = np.random.default_rng(0).permutation(len(self.stored))
+        self.subset = torch.from_numpy(chosen[: options.corrupted_images].copy())
+
+    def test(self) -> Tensor:
+        if self.ready is not None:
+            return torch.stack(self.ready)
+        return prepare(self.stored, self.config)
+
+
+class Predictions(NamedTuple):
+    """Class probabilities of every set of images, on the CPU."""
+
+    test: Tensor
+    outside: Tensor
+    corrupted: dict[str, list[Tensor]]
+
+
+def predictions(predictor: Predictor, images: Images, device: torch.device) -> Predictions:
+    def of(prepared: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([predictor(x.to(device)).double().cpu() for x in prepared.split(500)])
+
+    corrupted = {}
+    chosen = images.stored[images.subset]
+    for kind in KINDS if len(chosen) else ():
+        changed = (corrupt(chosen, kind, severity) for severity in SEVERITIES)
+        corrupted[kind] = [of(prepare(x, images.config)) for x in changed]
+    return Predictions(of(images.test()), of(prepare(images.strange, images.config)), corrupted)
+
+
+def tempered(found: Predictions, labels: Tensor) -> Predictions:
+    """The control: each test image by a temperature fitted on others, all else by their mean."""
+
+    def logits(probs: Tensor) -> Tensor:
+        return probs.clamp_min(torch.finfo(torch.float64).tiny).log()
+
+    fitted = cross_fitted_temperature(logits(found.test), labels, 5, 0)
+    temperature = float(fitted.temperatures.mean())
+
+    def soft(probs: Tensor) -> Tensor:
+        return (logits(probs) / temperature).softmax(-1)
+
+    corrupted = {kind: [soft(p) for p in each] for kind, each in found.corrupted.items()}
+    return Predictions(fitted.probs, soft(found.outside), corrupted)
+
+
+def quality(probs: Tensor, labels: Tensor, resamples: int = 0) -> dict[str, Any]:
+    metrics = ClassificationMetrics()
+    metrics.update(probs.float(), labels)
+    found = metrics.compute()
+    row: dict[str, Any] = {key: found[key] for key in ("accuracy", "nll", "ece", "brier")}
+    if resamples:
+        ends = metrics.intervals(resamples, seed=0)
+        row["intervals"] = {key: [ends[key].low, ends[key].high] for key in ends}
+    return row
+
+
+def stranger_score(probs: Tensor) -> Tensor:
+    """1 - max probability, without the rounding of the difference."""
+    return probs.scatter(1, probs.argmax(1, keepdim=True), 0.0).double().sum(1)
+
+
+def measure(found: Predictions, images: Images) -> dict[str, Any]:
+    """All numbers of one method."""
+    labels = images.labels[images.subset]
+    return {
+        "test": quality(found.test, images.labels, resamples=200),
+        "ood": ood_metrics(stranger_score(found.test), stranger_score(found.outside)),
+        "corrupted": {k: [quality(p, labels) for p in v] for k, v in found.corrupted.items()},
+    }
+
+
+def runs(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    for seed in options.seeds:
+        for name in options.methods:
+            if METHODS[name].seeded or seed == options.seeds[0]:
+                yield name, seed
+
+
+def done(path: Path, settings: dict[str, Any]) -> set[tuple[str, int]]:
+    """What the file has; it may hold results of the same settings only."""
+    if not path.exists():
+        return set()
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        other = {k for k in settings if row["settings"].get(k) != settings[k]}
+        if other:
+            raise SystemExit(f"{path} was measured with other {sorted(other)}: give another --out.")
+    return {(row["method"], row["seed"]) for row in rows}
+
+
+def run(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    train = load_dataset(options.data, split="train")
+    source: Any = train.source
+    last = len(train) - HOLDOUT if options.holdout else len(train)
+    few = type(source)(
+        source.images[:last][: options.train_images], source.labels[:last][: options.train_images]
+    )
+    setup = Setup(
+        network=lambda dropout: pretrained(options.weights, dropout),
+        train=replace(train, source=few),
+        device=device, epochs=options.epochs, samples=options.samples, members=options.members,
+        augment=options.augment, lr=options.lr, logvar_lr=options.logvar_lr,
+        relative_std=options.relative_std, prior_std=options.prior_std,
+        draws_per_step=options.draws_per_step, freeze_batchnorm=options.freeze_batchnorm,
+        laplace_examples=options.laplace_examples,
+    )  # fmt: skip
+    images = Images(options, input_config(pretrained(options.weights)))
+    hidden = {"network", "train", "device"}
+    settings = {k: v for k, v in vars_of(setup).items() if k not in hidden} | {
+        "train_images": len(few), "test_images": len(images.stored),
+        "ood_images": len(images.strange), "corrupted_images": len(images.subset),
+        "holdout": options.holdout,
+    }  # fmt: skip
+    known = done(options.out, settings)
+    for name, seed in runs(options):
+        if (name, seed) in known:
+            continue
+        started = time.perf_counter()
+        predictor = METHODS[name].make(setup, seed)
+        fit_seconds = time.perf_counter() - started
+        found = predictions(predictor, images, device)
+        seconds = {"fit": fit_seconds, "predict": time.perf_counter() - started - fit_seconds}
+        each = {name: found}
+        if name in SCALED:
+            each[SCALED[name]] = tempered(found, images.labels)
+        written = [
+            {
+                "method": label, "seed": seed, **measure(probs, images), "seconds": seconds,
+                "settings": settings, "device": str(device), "machine": machine(),
+                **provenance("torch"),
+            }
+            for label, probs in each.items()
+        ]  # fmt: skip
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a", encoding="utf-8") as file:  # a control and its own together
+            file.write("".join(json.dumps(row) + "\n" for row in reversed(written)))
+        for row in written:
+            shown = {k: round(v, 4) for k, v in row["test"].items() if isinstance(v, float)}
+            auroc = round(row["ood"]["auroc"], 4)
+            print(row["method"], seed, shown, f"OOD {auroc}",
+                  {k: round(v) for k, v in row["seconds"].items()}, flush=True)  # fmt: skip
+
+
+def vars_of(setup: Setup) -> dict[str, Any]:
+    """The fields, without a copy of the data."""
+    return {name: getattr(setup, name) for name in setup.__dataclass_fields__}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", action="store_true", help="write docs/posterior.md and end")
+    parser.add_argument("--data", help="CIFAR-10 as a safetensors file")
+    parser.add_argument("--weights", type=Path, help="of the CIFAR ResNet-20, safetensors")
+    parser.add_argument("--ood", type=Path, help="strangers of 32 x 32 pixels, npz or safetensors")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--holdout", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    sizes = parser.add_argument_group("how much")
+    sizes.add_argument("--epochs", type=int, default=2)
+    sizes.add_argument("--samples", type=int, default=30, help="draws K")
+    sizes.add_argument("--members", type=int, default=5, help="of the ensemble")
+    sizes.add_argument("--train-images", type=int, default=50_000)
+    sizes.add_argument("--test-images", type=int, default=10_000)
+    sizes.add_argument("--ood-images", type=int, default=10_000)
+    sizes.add_argument("--corrupted-images", type=int, default=1000, help="at each of 25 settings")
+    sizes.add_argument("--laplace-examples", type=int, default=Setup.laplace_examples)
+    choices = parser.add_argument_group("hyperparameters, of all that is fine-tuned")
+    choices.add_argument("--augment", default=Setup.augment)
+    choices.add_argument("--lr", type=float, default=Setup.lr)
+    choices.add_argument("--logvar-lr", type=float, default=Setup.logvar_lr)
+    choices.add_argument("--relative-std", type=float, default=Setup.relative_std)
+    choices.add_argument("--prior-std", type=float, default=Setup.prior_std)
+    choices.add_argument("--draws-per-step", type=int, default=Setup.draws_per_step)
+    choices.add_argument("--freeze-batchnorm", action="store_true")
+    options = parser.parse_args()
+    if options.table:
+        posterior_table.write(options.out)
+        return
+    if None in (options.data, options.weights, options.ood):
+        parser.error("--data, --weights and --ood are needed")
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

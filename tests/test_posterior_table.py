@@ -1,0 +1,56 @@
+"""benchmarks/posterior_table.py: the numbers of the page are those of the lines."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import posterior_table
+
+
+def line(method: str, seed: int, nll: float) -> dict[str, Any]:
+    at = [{"accuracy": 0.8, "nll": nll + s, "ece": 0.1 * s, "brier": 0.3} for s in range(5)]
+    return {
+        "method": method, "seed": seed,
+        "test": {"accuracy": 0.9173, "nll": nll, "ece": 0.0123, "brier": 0.1},
+        "ood": {"auroc": 0.905},
+        "corrupted": {"noise": at, "blur": [{**a, "nll": 2 * a["nll"]} for a in at]},
+        "seconds": {"fit": 90.0, "predict": 1.0},
+        "settings": {
+            "train_images": 50_000, "epochs": 2, "test_images": 10_000, "ood_images": 10_000,
+            "corrupted_images": 1000, "samples": 30, "augment": "flip-crop", "lr": 1e-3,
+            "logvar_lr": 0.02, "relative_std": 0.05, "prior_std": 0.1,
+        },
+        "machine": {"processor": "a processor", "cores": 2}, "device": "cpu",
+        "versions": {"torch": "2.15.0"}, "commit": "abc", "date": "2026-01-01",
+    }  # fmt: skip
+
+
+def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
+    rows = [line("ours", s, nll) for s, nll in enumerate((0.24, 0.25, 0.29))]
+    rows.append(line("control", 0, 0.5))
+    result, page = tmp_path / "r.jsonl", tmp_path / "p.md"
+    result.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begin, end = posterior_table.BEGIN, posterior_table.END
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    posterior_table.write(result, page)
+    text = page.read_text()
+    assert text.startswith(f"before\n{begin}\n")
+    assert text.endswith(f"{end}\nafter\n")
+    assert "old" not in text
+    shown = [[c.strip() for c in li.split("|")[1:-1]] for li in text.splitlines() if "|" in li]
+    ours, control, worse_ours, _ = [row for row in shown if row[0] in ("ours", "control")]
+    std = statistics.stdev((0.24, 0.25, 0.29))
+    assert ours[1:4] == ["3", "91.73 ± 0.00", f"0.2600 ± {std:.4f}"]
+    assert ours[-1] == "1.5"
+    assert control[1:] == ["1", "91.73", "0.5000", "0.0123", "0.1000", "0.905", "1.5"]
+    # corrupted: mean over severities adds 2, and the second kind is doubled
+    assert worse_ours[1].startswith("2.260 ±")
+    assert worse_ours[2].startswith("4.520 ±")
+    assert worse_ours[3].startswith("3.390 ±")
+    assert worse_ours[4:] == ["0.200 ± 0.000", "80.0 ± 0.0"]
+    assert "50,000 training images" in text
+    posterior_table.write(result, page)
+    assert page.read_text() == text
