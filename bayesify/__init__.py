@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from .errors import NoMatchError as NoMatchError
     from .errors import NoMatchWarning as NoMatchWarning
     from .errors import UnsupportedModuleError as UnsupportedModuleError
+    from .export import Ensemble as Ensemble
+    from .export import ensemble as ensemble
+    from .export import export_onnx as export_onnx
+    from .export import export_safetensors as export_safetensors
+    from .export import export_torch as export_torch
     from .inference import calibrate_ as calibrate_
     from .inference import predict as predict
     from .inference import recompute_batchnorm_ as recompute_batchnorm_
@@ -62,6 +67,7 @@ _HOMES = {
     "convert": "to_bbb to_bbb_ to_deterministic",
     "errors": "ArgumentError BayesifyError CheckpointError DataError ModelError NoMatchError "
     "NoMatchWarning UnsupportedModuleError",
+    "export": "Ensemble ensemble export_onnx export_safetensors export_torch",
     "inference": "calibrate_ predict recompute_batchnorm_",
     "models": "create_model",
     "objective": "elbo_loss kl_divergence kl_schedule",

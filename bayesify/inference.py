@@ -240,14 +240,14 @@ def calibrate_(
 
     with torch.no_grad(), _evaluating(model):
         with at_mean(model):
-            reference = _main_output(model(*inputs))
+            reference = main_output(model(*inputs))
         if target_change is None:
             _check_classes(reference)
 
         def keeps(exponent: float) -> bool:
             scale(math.exp2(exponent))
             outputs = _drawn(model, inputs, {}, num_samples, base)
-            compared = [_main_output(output) for output in outputs]
+            compared = [main_output(output) for output in outputs]
             if target_change is None:
                 labels = reference.argmax(-1)
                 shares = [(c.argmax(-1) == labels).double().mean().item() for c in compared]
@@ -393,7 +393,7 @@ class _Moments(_Structured):
 
 class _Probabilities(_Collector):
     def add(self, output: Any) -> None:
-        logits = _main_output(output)
+        logits = main_output(output)
         if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
             raise ArgumentError(
                 "predict: reduce='probabilities' needs logits of the shape (batch, classes), with "
@@ -465,7 +465,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _main_output(output: Any) -> Tensor:
+def main_output(output: Any) -> Tensor:
     """The output itself, or the logits of a Hugging Face output."""
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):

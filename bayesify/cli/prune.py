@@ -100,6 +100,7 @@ def prune(
     """
     with guard(debug):
         from .. import storage
+        from ..export import export_safetensors
         from . import render
         from .checkpoint import open_model
 
@@ -155,7 +156,7 @@ def prune(
         share = shares[0] if shares else 0.0
         apply(opened.model, share, scores[0])
         if deterministic:
-            _save_means(opened.model, target, force)
+            export_safetensors(opened.model, target, overwrite=force)
         else:
             asked = {
                 "score": scores[0], "unit": unit, "only": only or [], "skip": skip or [],
@@ -255,18 +256,6 @@ def _draw(rows: list[dict[str, Any]], path: Path, force: bool) -> None:
     axes.legend(fontsize="small")
     with replacing(path, overwrite=force) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-
-
-def _save_means(model: nn.Module, path: Path, force: bool) -> None:
-    """The state_dict of the deterministic model, each tensor under each of its keys."""
-    from safetensors.torch import save_file
-
-    from ..convert import to_deterministic
-    from ..storage import replacing
-
-    state = to_deterministic(model).state_dict()
-    with replacing(path, overwrite=force) as temporary:
-        save_file({key: value.clone().contiguous() for key, value in state.items()}, temporary)
 
 
 def _report(model: nn.Module, target: Path, json: bool, quiet: bool) -> None:
