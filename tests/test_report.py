@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -148,6 +149,11 @@ def test_the_difference_to_the_control_is_paired(report: Report) -> None:
         (gaps.mean() - half, gaps.mean() + half), abs=0.25 * half
     )
     assert report.rows[0].difference is None
+    excess = (average.examples.confidence - average.examples.hit).numpy()
+    half = 1.96 * excess.std() / np.sqrt(len(excess))
+    assert tuple(average.excess) == pytest.approx(
+        (excess.mean() - half, excess.mean() + half), abs=0.25 * half
+    )
 
 
 def test_strangers(model: nn.Module, report: Report) -> None:
@@ -257,6 +263,19 @@ def test_findings_follow_the_interval(report: Report, ends: Interval, verdict: s
     assert any(verdict in line for line in findings(changed))
 
 
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [
+        (Interval(0.01, 0.2), "it says more than it knows"),
+        (Interval(-0.2, -0.1), "it says less than it knows"),
+        (Interval(-0.1, 0.2), "no more and no less than it knows"),
+    ],
+)
+def test_calibration_follows_the_interval(report: Report, ends: Interval, verdict: str) -> None:
+    changed = replace(report, rows=(*report.rows[:-1], replace(report.rows[-1], excess=ends)))
+    assert verdict in findings(changed)[0]
+
+
 @pytest.mark.parametrize("resamples", [0, 1, 1.5])
 def test_bad_arguments(model: nn.Module, resamples: Any) -> None:
     with pytest.raises(ArgumentError, match="resamples must be a whole number above 1"):
@@ -314,7 +333,7 @@ def test_the_page_can_be_read_aloud(page: str) -> None:
     levels = [int(tag[1]) for tag, _ in read.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     assert next(iter(read.named("html")))["lang"] == "en"
     assert next(iter(read.named("a")))["class"] == "skip"
     assert all("scope" in cell for cell in read.named("th"))
@@ -493,8 +512,8 @@ def test_in_a_browser(browser: Any, page: str, tmp_path: Path, width: int, schem
     )
 
     # text against its ground: 4.5 to 1 (WCAG 2.2, 1.4.3)
-    for selector in ("body", ".note", ".tile dt", "figcaption p", ".is-right", ".is-wrong", "a[href]",
-                     "svg text"):  # fmt: skip
+    for selector in ("body", ".note", ".tile dt", "figcaption p", ".is-right", ".is-wrong",
+                     "a[href]", "svg text"):  # fmt: skip
         assert contrast(shown, selector) >= 4.5, selector
 
     image = tmp_path / "page.png"

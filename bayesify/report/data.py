@@ -58,7 +58,8 @@ class Bin(NamedTuple):
 class Row:
     """One kind of prediction: its numbers, their bootstrap intervals, its bins, each example.
 
-    ``difference`` is the interval of its mean NLL less that of the temperature-scaled means.
+    ``excess`` is the interval of its mean confidence less its accuracy, ``difference`` that of its
+    mean NLL less that of the temperature-scaled means.
     """
 
     prediction: str
@@ -67,6 +68,7 @@ class Row:
     intervals: dict[str, Interval]
     examples: Examples
     bins: tuple[Bin, ...]
+    excess: Interval
     temperature: float | None = None
     difference: Interval | None = None
 
@@ -333,10 +335,14 @@ def _rows(found: _Found, num_samples: int, resamples: int, seed: int) -> tuple[R
     for name, draws, probs, temperature_ in measured:
         metrics = ClassificationMetrics()
         metrics.update(probs, found.labels)
+        kept = metrics.examples
+        excess = bootstrap_interval(
+            torch.mean, kept.confidence - kept.hit, resamples=resamples, seed=seed
+        )
         rows.append(
             Row(
                 name, draws, metrics.compute(), metrics.intervals(resamples, seed=seed),
-                metrics.examples, _bins(metrics.examples, resamples, seed), temperature_,
+                kept, _bins(kept, resamples, seed), excess, temperature_,
             )
         )  # fmt: skip
     control = next((row for row in rows if row.temperature is not None), None)

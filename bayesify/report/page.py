@@ -161,11 +161,11 @@ def _content(report: Report) -> dict[str, Any]:
 def findings(report: Report) -> list[str]:
     """What the numbers come to, in sentences; a difference that chance explains is none."""
     average, means = report.rows[-1], report.rows[0]
-    accuracy, low = average.values["accuracy"], average.intervals["accuracy"]
+    accuracy, ends = average.values["accuracy"], average.intervals["accuracy"]
     said = float(average.examples.confidence.mean())
     lines = [
-        f"It is right on {accuracy:.1%} of the images (95%: {_interval(low, 'percent')}) and says "
-        f"{said:.1%} on average: {_calibrated(said - accuracy, low, said)}."
+        f"It is right on {accuracy:.1%} of the images (95%: {_interval(ends, 'percent')}) and says "
+        f"{said:.1%} on average: {_calibrated(average.excess)}."
     ]
     control = report.row("temperature scaled")
     if control is not None and average.difference is not None:
@@ -199,10 +199,10 @@ def findings(report: Report) -> list[str]:
     return lines
 
 
-def _calibrated(gap: float, interval: Interval, said: float) -> str:
-    if interval.low <= said <= interval.high:
+def _calibrated(excess: Interval) -> str:
+    if excess.low <= 0.0 <= excess.high:
         return "no more and no less than it knows, as far as these images tell"
-    return "it says more than it knows" if gap > 0 else "it says less than it knows"
+    return "it says more than it knows" if excess.low > 0.0 else "it says less than it knows"
 
 
 def _declined(row: Row) -> str | None:

@@ -253,7 +253,7 @@ def _pruned(figure: Any, report: Report, key: str, name: str) -> None:
 
 def _percent(*scales: Any) -> None:
     for scale in scales:
-        scale.set_major_formatter(_ticker().PercentFormatter(1.0, decimals=None))
+        scale.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
 
 
 def _ticker() -> Any:
