@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types format bench zoo clean distclean
+.PHONY: help venv browser demo test test-all lint types format bench zoo clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,12 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@
+
+browser: venv ## install what the test of the report in a browser needs
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[browser]'
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| $(BIN)/python -m playwright install --with-deps chromium \
+		|| { echo "No Chromium could be fetched: install one, such as Debian's package chromium, or name it in BAYESIFY_BROWSER."; exit 1; }
 
 demo: venv ## convert, fit, evaluate and predict on real images
 	$(BIN)/python examples/demo.py

@@ -17,7 +17,7 @@ class NoMatchError(ArgumentError):
 
 
 class UnsupportedModuleError(BayesifyError, TypeError):
-    """A module cannot be converted, or is already converted."""
+    """A module cannot be converted or exported, or is already converted."""
 
 
 class ModelError(ArgumentError):

@@ -701,6 +701,8 @@ def test_help_names_every_command_and_completion() -> None:
         "eval",
         "predict",
         "prune",
+        "export",
+        "report",
         "models",
         "--install-completion",
     ):

@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objective", "optim", "inference", "pruning", "metrics"),
     ("models", "zoo"),
     ("data", "storage"),
-    ("training",),
+    ("training", "export"),
     ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`
     ("report",),
     ("cli",),

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from . import convert, evaluate, fit, inspect, models, predict, prune
+from . import convert, evaluate, export, fit, inspect, models, predict, prune, report
 
 RECIPES = "bayesify.recipes"
 """Entry points of this group are typer apps, each a sub-command of ``bayesify recipe``."""
@@ -47,6 +47,8 @@ app.command("fit")(fit.fit)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("prune")(prune.prune)
+app.command("export")(export.export)
+app.command("report")(report.report)
 app.command("models")(models.models)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,8 +27,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from .checkpoint import Opened
 
 _CURVE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
@@ -120,16 +116,26 @@ def prune(
                 prune_units_(pruned, share, unit=unit, scope=scope, **chosen)
 
         if curve:
+            from ..data import load_dataset
+            from ..pruning import sparsity as sparsity_of
+            from ..report.curve import draw_curve, pruning_curve
+
             if plot is not None:
                 storage.check_target(plot, overwrite=force)
             target_device = resolve_device(device)
-            rows = _curve(
-                open_model(file, model, target_device), apply, sorted(shares or _CURVE), scores,
-                {"data": data, "split": split, "num_samples": num_samples, "seed": seed,
-                 "batch_size": batch_size, "workers": workers, "amp": amp, "device": target_device},
-            )  # fmt: skip
+            images = load_dataset(str(data), split=split)
+            opened = open_model(file, model, target_device)
+            if sparsity_of(opened.model).pruned:
+                render.note("The file has pruned weights already: they stay pruned throughout.")
+            swept = sorted(shares or _CURVE)
+            with render.progress("Measuring", len(scores) * len(swept)) as bar:
+                rows = pruning_curve(
+                    opened.model, images, apply, swept, scores, on_step=bar.to,
+                    num_samples=num_samples, seed=seed, batch_size=batch_size, workers=workers,
+                    amp=amp, device=target_device, model_config=opened.input,
+                )  # fmt: skip
             if plot is not None:
-                _draw(rows, plot, force)
+                draw_curve(rows, plot, overwrite=force)
             if json:
                 render.as_json({"file": str(file), "data": data, "rows": rows})
             else:
@@ -155,7 +161,9 @@ def prune(
         share = shares[0] if shares else 0.0
         apply(opened.model, share, scores[0])
         if deterministic:
-            _save_means(opened.model, target, force)
+            from ..export import export_safetensors
+
+            export_safetensors(opened.model, target, overwrite=force)
         else:
             asked = {
                 "score": scores[0], "unit": unit, "only": only or [], "skip": skip or [],
@@ -197,76 +205,6 @@ def _check(
         raise ArgumentError("--unit 2:4 prunes half of the weights: leave out --sparsity.")
     if unit != "2:4" and not shares:
         raise ArgumentError("Say how much to prune: --sparsity 0.8 for 80 %.")
-
-
-_COLUMNS = ("score", "sparsity", "prediction", "accuracy", "nll", "ece")
-
-
-def _curve(
-    opened: Opened,
-    apply: Callable[[nn.Module, float, Any], None],
-    shares: list[float],
-    scores: list[str],
-    measured: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Quality against sparsity, one row for each score, sparsity and kind of prediction."""
-    from .. import training
-    from ..data import load_dataset
-    from ..pruning import sparsity as sparsity_of
-    from . import render
-
-    images = load_dataset(measured.pop("data"), split=measured.pop("split"))
-    if sparsity_of(opened.model).pruned:
-        render.note("The file has pruned weights already: they stay pruned at every sparsity.")
-    rows: list[dict[str, Any]] = []
-    with render.progress("Measuring", len(scores) * len(shares)) as bar:
-        for by in scores:
-            pruned = copy.deepcopy(opened.model)
-            for share in shares:  # rising: what is pruned stays so
-                apply(pruned, share, by)
-                for row in training.evaluate(pruned, images, model_config=opened.input, **measured):
-                    values = {column: getattr(row, column) for column in _COLUMNS[2:]}
-                    rows.append({"score": by, "sparsity": share, **values})
-                bar.to(len(rows) // 2)
-    return rows
-
-
-def _draw(rows: list[dict[str, Any]], path: Path, force: bool) -> None:
-    """Accuracy, NLL and ECE against sparsity, one line for each score and kind of prediction."""
-    from ..errors import ArgumentError
-    from ..storage import replacing
-
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ArgumentError("--plot needs matplotlib: pip install matplotlib.") from error
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    colours = {by: f"C{i}" for i, by in enumerate(dict.fromkeys(row["score"] for row in rows))}
-    names = {"accuracy": "accuracy", "nll": "NLL in nats", "ece": "ECE"}
-    for axes, (key, name) in zip(figure.subplots(1, 3), names.items(), strict=True):
-        for by, colour in colours.items():
-            for kind, style in (("MC average", "-"), ("at the means", ":")):
-                line = [r for r in rows if r["score"] == by and r["prediction"] == kind]
-                axes.plot([r["sparsity"] for r in line], [r[key] for r in line], style,
-                          color=colour, marker=".", label=f"{by}, {kind}")  # fmt: skip
-        axes.set_xlabel("sparsity")
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    with replacing(path, overwrite=force) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-
-
-def _save_means(model: nn.Module, path: Path, force: bool) -> None:
-    """The state_dict of the deterministic model, each tensor under each of its keys."""
-    from safetensors.torch import save_file
-
-    from ..convert import to_deterministic
-    from ..storage import replacing
-
-    state = to_deterministic(model).state_dict()
-    with replacing(path, overwrite=force) as temporary:
-        save_file({key: value.clone().contiguous() for key, value in state.items()}, temporary)
 
 
 def _report(model: nn.Module, target: Path, json: bool, quiet: bool) -> None:

@@ -20,6 +20,7 @@ info          what the caller of :func:`save` added
 
 from .files import check_target as check_target
 from .files import replacing as replacing
+from .layout import describe as describe
 from .layout import read_header as read_header
 from .reading import load as load
 from .reading import read_stats as read_stats

@@ -181,6 +181,37 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _header(path, file)
 
 
+def describe(header: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a header says, in a few (name, value) lines for people."""
+    model, elements = header["model"], header["elements"]
+    share = elements["bayesian"] / elements["total"]
+    spec = {k: v for k, v in (model["spec"] or {}).items() if v}
+    lines = [
+        ("model", f"{spec.pop('name', 'given by the user')} ({model['class']})"),
+        ("arguments", ", ".join(f"{k}={v}" for k, v in spec.items())),
+        ("weights", str(header["info"].get("weights", ""))),
+        (
+            "posterior",
+            f"{elements['bayesian']:,} of {elements['total']:,} parameters ({share:.2%})",
+        ),
+        ("prior", ", ".join(sorted({str(Row.from_json(r).prior) for r in header["posterior"]}))),
+    ]
+    for entry in header["conversions"]:
+        conversion = conversion_from_json(entry["arguments"])
+        words = [f"{k}={', '.join(map(str, v))}" for k, v in
+                 (("skip", conversion.skip), ("only", conversion.only)) if v]  # fmt: skip
+        words += [f"preset={conversion.preset}"] if conversion.preset else []
+        where = f"{entry['root']}: " if entry["root"] else ""
+        lines.append(("converted", where + ("; ".join(words) or "everything")))
+    if header["input"]:
+        lines.append(("input", " x ".join(map(str, header["input"]["size"]))))
+    if "classes" in header["info"]:
+        lines.append(("classes", f"{len(header['info']['classes'])}"))
+    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
+    lines.append(("written by", f"{versions} (format {header['format']})"))
+    return [(name, value) for name, value in lines if value]
+
+
 @contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
     if not os.path.isfile(path):

@@ -1,0 +1,97 @@
+"""``bayesify report``: one page on how far a posterior can be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .guard import guard
+from .options import (
+    Amp,
+    BatchSize,
+    Data,
+    Debug,
+    Device,
+    File,
+    Force,
+    ModelName,
+    NumSamples,
+    Quiet,
+    Seed,
+    Split,
+    Workers,
+    resolve_device,
+)
+
+
+def report(
+    file: File,
+    data: Data,
+    ood: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Images of another kind: does it doubt them?"),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page.")] = Path(
+        "report.html"
+    ),
+    num_samples: NumSamples = 20,
+    pruning: Annotated[
+        bool,
+        typer.Option(help="Measure a pruning curve too, on 1,000 images and 5 draws at most."),
+    ] = True,
+    resamples: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Resamples of the bootstrap intervals.")
+    ] = 1000,
+    split: Split = "test",
+    batch_size: BatchSize = 256,
+    model: ModelName = None,
+    workers: Workers = 0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    amp: Amp = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page on the model in FILE, measured on DATA: it opens without a network.
+
+    For example: bayesify report fitted.bbb.safetensors fashion-sample --ood folder/of/others
+
+    Calibration and quality beside temperature scaling, entropies, accuracy when it may decline,
+    the images of most and least doubt, sigma and signal-to-noise ratio of each tensor, and what
+    can be pruned.
+    """  # fmt: skip
+    with guard(debug):
+        from .. import storage
+        from ..data import load_dataset
+        from ..report import check_installed, gather
+        from ..report import render as render_page
+        from . import render
+        from .checkpoint import open_model
+
+        check_installed()
+        storage.check_target(out, overwrite=force)
+        target_device = resolve_device(device)
+        images = load_dataset(data, split=split)
+        strangers = None if ood is None else load_dataset(ood, split=split)
+        opened = open_model(file, model, target_device)
+        with render.progress("Measuring") as bar:
+            found = gather(
+                opened.model, images, ood=strangers, num_samples=num_samples, seed=seed,
+                batch_size=batch_size, resamples=resamples, pruning=pruning,
+                model_config=opened.input, device=target_device, amp=amp, workers=workers,
+                title=opened.spec.name,
+                facts=[("file", str(file)), *storage.describe(opened.header)],
+                on_step=lambda what, done, total: bar.to(done, total, what),
+            )  # fmt: skip
+        page = render_page(found)
+        with storage.replacing(out, overwrite=force) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        if images.split == "all":
+            render.note(f"{data} has no splits: was the model trained on these images?")
+        if not quiet:
+            render.text(
+                f"Wrote {out} ({len(page.encode()) / 2**10:,.0f} KiB): open it in a browser."
+            )

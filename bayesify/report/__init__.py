@@ -1,0 +1,10 @@
+"""One self-contained HTML page on how far a fitted posterior can be trusted.
+
+``gather`` measures, ``render`` makes the page of what it found; ``bayesify report`` does both.
+"""
+
+from .curve import pruning_curve as pruning_curve
+from .data import Report as Report
+from .data import gather as gather
+from .page import check_installed as check_installed
+from .page import render as render

@@ -1,0 +1,436 @@
+"""What a report says, measured: one pass over the images, one over the strangers, the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from .. import __version__
+from ..data import ImageData, loader
+from ..errors import ArgumentError
+from ..inference import main_output, predict
+from ..metrics import (
+    ClassificationMetrics,
+    Examples,
+    Interval,
+    bootstrap_interval,
+    cross_fitted_temperature,
+    entropy,
+    ood_metrics,
+    reliability_bins,
+)
+from ..models import InputConfig, input_config
+from ..posterior import bayesian_sites
+from ..pruning import prune_
+from ..scope import at_mean
+from .curve import pruning_curve
+from .weights import Layer, left_out, measure
+
+SHOWN = 6
+"""Images in a row of examples."""
+SHARES = (0.0, 0.25, 0.5, 0.7, 0.85, 0.95)
+CURVE_IMAGES, CURVE_DRAWS = 1000, 5
+"""The pruning curve is for the eye: it is measured on so many images and draws at most."""
+Step = Callable[[str, int, int], None]
+
+
+class Bin(NamedTuple):
+    """A bin of the reliability diagram that holds images; ``interval`` is of its accuracy."""
+
+    lower: float
+    upper: float
+    size: int
+    confidence: float
+    accuracy: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of prediction: its numbers, their bootstrap intervals, its bins, each example.
+
+    ``excess`` is the interval of its mean confidence less its accuracy, ``difference`` that of its
+    mean NLL less that of the temperature-scaled means.
+    """
+
+    prediction: str
+    draws: int
+    values: dict[str, float]
+    intervals: dict[str, Interval]
+    examples: Examples
+    bins: tuple[Bin, ...]
+    excess: Interval
+    temperature: float | None = None
+    difference: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well a score tells the strangers from the images."""
+
+    score: str
+    auroc: float
+    aupr: float
+    fpr95: float
+
+
+@dataclass(frozen=True)
+class Strangers:
+    """Images that the model was not made for; ``entropy`` of each, nats."""
+
+    name: str
+    split: str
+    entropy: Tensor
+    scores: tuple[Detection, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image as it is stored, and its likeliest classes: (name, mean, std over the draws)."""
+
+    index: int
+    image: Tensor
+    label: str
+    predicted: str
+    entropy: float
+    information: float
+    bars: tuple[tuple[str, float, float], ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether the likeliest class is the true one."""
+        return self.label == self.predicted
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows. ``curve`` has the rows of :func:`pruning_curve`."""
+
+    title: str
+    data: str
+    split: str
+    images: int
+    classes: int
+    num_samples: int
+    resamples: int
+    rows: tuple[Row, ...]
+    information: Tensor
+    strangers: Strangers | None
+    layers: tuple[Layer, ...]
+    left_out: tuple[tuple[str, int, int], ...]
+    surest: tuple[Example, ...]
+    least_sure: tuple[Example, ...]
+    sure_and_wrong: tuple[Example, ...]
+    curve: tuple[dict[str, Any], ...]
+    curve_images: int
+    curve_draws: int
+    facts: tuple[tuple[str, str], ...]
+
+    def row(self, prediction: str) -> Row | None:
+        """The row of one kind of prediction, None if it was not measured."""
+        return next((row for row in self.rows if row.prediction == prediction), None)
+
+
+def gather(
+    model: nn.Module,
+    images: ImageData,
+    *,
+    ood: ImageData | None = None,
+    num_samples: int = 20,
+    seed: int = 0,
+    batch_size: int = 256,
+    resamples: int = 1000,
+    pruning: bool = True,
+    model_config: InputConfig | None = None,
+    device: torch.device | str | None = None,
+    amp: bool = False,
+    workers: int = 0,
+    title: str | None = None,
+    facts: Iterable[tuple[str, str]] = (),
+    on_step: Step | None = None,
+) -> Report:
+    """Measure what a report shows.
+
+    Args:
+        model: A converted classifier; it is left in ``eval()`` on ``device``.
+        images: Labelled images that it was not trained on.
+        ood: Images of another kind, whose labels are not looked at.
+        num_samples: Draws K of the average, at least 1.
+        seed: Of draws, folds and resamples.
+        batch_size: Images in a batch, at least 1.
+        resamples: Of the bootstrap intervals (95 %), at least 2.
+        pruning: Also measure a pruning curve, on at most 1,000 images.
+        model_config: How images are prepared; None asks the model.
+        device: Where the model is moved to; None leaves it where it is.
+        amp: Autocast to bfloat16.
+        workers: Processes that read images.
+        title: Name of the model; None takes its class.
+        facts: Further (name, value) lines for the run's settings.
+        on_step: Gets what is done, and the number of steps done and of all.
+
+    Returns:
+        A :class:`Report`, for :func:`bayesify.report.render`.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work, the output is no table of logits,
+            or a label is out of range.
+        DataError: An image cannot be read.
+        UnsupportedModuleError: ``model`` has no posterior.
+    """
+    if type(resamples) is not int or resamples < 2:
+        raise ArgumentError(f"resamples must be a whole number above 1, got {resamples!r}.")
+    bayesian_sites(model)
+    config = model_config or input_config(model)
+    run = _Run(model.eval(), config, num_samples, seed, batch_size, device, amp, workers, on_step)
+    found = run.over(images, "Measuring")
+    outside = None if ood is None else run.over(ood, "Measuring strangers")
+    rows = _rows(found, num_samples, resamples, seed)
+    curve: list[dict[str, Any]] = []
+    part = _spread(len(images), CURVE_IMAGES)
+    if pruning:
+        curve = pruning_curve(
+            model, Subset(images.dataset(config), part),
+            lambda pruned, share, score: prune_(pruned, share, score=score, seed=seed),
+            SHARES, ("snr", "magnitude", "random"), num_samples=min(CURVE_DRAWS, num_samples),
+            seed=seed, batch_size=batch_size, device=run.device, amp=amp, workers=workers,
+            on_step=lambda done: run.told("Pruning", done, 3 * len(SHARES)),
+        )  # fmt: skip
+    order = found.entropy.argsort(stable=True).tolist()
+    wrong = [i for i in order if int(found.probs[i].argmax()) != int(found.labels[i])]
+    chosen = [
+        run.examples(images, _varied(indices, found))
+        for indices in (order, order[::-1], wrong)
+    ]  # fmt: skip
+    return Report(
+        title=title or type(model).__name__,
+        data=_short(images.name),
+        split=images.split,
+        images=len(images),
+        classes=found.probs.shape[1],
+        num_samples=num_samples,
+        resamples=resamples,
+        rows=rows,
+        information=found.information,
+        strangers=None if ood is None or outside is None else _strangers(ood, found, outside),
+        layers=tuple(measure(site) for site in bayesian_sites(model)),
+        left_out=left_out(model),
+        surest=chosen[0],
+        least_sure=chosen[1],
+        sure_and_wrong=chosen[2],
+        curve=tuple(curve),
+        curve_images=len(part),
+        curve_draws=min(CURVE_DRAWS, num_samples),
+        facts=(*facts, *_settings(run, images, ood, resamples)),
+    )
+
+
+# -- predictions -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the model says of each image, on the CPU: logits at the means, the draws' average."""
+
+    labels: Tensor
+    logits: Tensor
+    probs: Tensor
+    entropy: Tensor
+    information: Tensor
+
+
+class _Run:
+    """The model and how it is run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: InputConfig,
+        num_samples: int,
+        seed: int,
+        batch_size: int,
+        device: torch.device | str | None,
+        amp: bool,
+        workers: int,
+        on_step: Step | None,
+    ) -> None:
+        self.device = bayesian_sites(model)[0].mean.device if device is None else device
+        self.model = model.to(self.device)
+        self.config, self.workers, self.batch_size = config, workers, batch_size
+        self.drawn: dict[str, Any] = {"num_samples": num_samples, "seed": seed}
+        self.amp, self.on_step = amp, on_step
+
+    def told(self, what: str, done: int, total: int) -> None:
+        if self.on_step is not None:
+            self.on_step(what, done, total)
+
+    def over(self, data: ImageData, what: str) -> _Found:
+        batches = loader(
+            data, self.batch_size, model_config=self.config, workers=self.workers
+        )  # fmt: skip
+        columns: list[tuple[Tensor, ...]] = []
+        for done, (inputs, labels) in enumerate(batches, 1):
+            logits, summary = self.predicted(inputs)
+            columns.append(
+                (labels, logits, summary.mean, summary.predictive_entropy,
+                 summary.mutual_information)
+            )  # fmt: skip
+            self.told(what, done, len(batches))
+        return _Found(*(torch.cat(column).cpu() for column in zip(*columns, strict=True)))
+
+    @torch.no_grad()
+    def predicted(self, inputs: Tensor) -> tuple[Tensor, Any]:
+        inputs = inputs.to(self.device)
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.amp):
+            with at_mean(self.model):
+                logits = main_output(self.model(inputs))
+            return logits, predict(self.model, inputs, **self.drawn, reduce="probabilities")
+
+    def examples(self, data: ImageData, indices: Sequence[int]) -> tuple[Example, ...]:
+        """Each image again, with the spread of its classes over the draws."""
+        if not indices:
+            return ()
+        prepared: Any = data.dataset(self.config)
+        _, summary = self.predicted(torch.stack([prepared[i][0] for i in indices]))
+        count = summary.mean.shape[1]
+        names = data.classes if len(data.classes) == count else [str(c) for c in range(count)]
+        found = []
+        for row, index in enumerate(indices):
+            image, label = data.read(index)
+            mean, std = summary.mean[row].cpu(), summary.std[row].cpu()
+            top = mean.topk(min(4, count)).indices.tolist()
+            if label not in top:
+                top[-1] = label
+            found.append(
+                Example(
+                    index, image, names[label], names[top[0]],
+                    float(summary.predictive_entropy[row]),
+                    float(summary.mutual_information[row]),
+                    tuple((names[c], float(mean[c]), float(std[c])) for c in top),
+                )
+            )  # fmt: skip
+        return tuple(found)
+
+
+def _rows(found: _Found, num_samples: int, resamples: int, seed: int) -> tuple[Row, ...]:
+    measured: list[tuple[str, int, Tensor, float | None]] = [
+        ("at the means", 1, found.logits.double().softmax(-1).float(), None)
+    ]
+    if len(found.labels) > 1:
+        folds = min(5, len(found.labels))
+        scaled = cross_fitted_temperature(found.logits, found.labels, folds, seed)
+        temperature = float(scaled.temperatures.mean())
+        measured.append(("temperature scaled", 1, scaled.probs, temperature))
+    measured.append(("MC average", num_samples, found.probs, None))
+    rows: list[Row] = []
+    for name, draws, probs, temperature_ in measured:
+        metrics = ClassificationMetrics()
+        metrics.update(probs, found.labels)
+        kept = metrics.examples
+        excess = bootstrap_interval(
+            torch.mean, kept.confidence - kept.hit, resamples=resamples, seed=seed
+        )
+        rows.append(
+            Row(
+                name, draws, metrics.compute(), metrics.intervals(resamples, seed=seed),
+                kept, _bins(kept, resamples, seed), excess, temperature_,
+            )
+        )  # fmt: skip
+    control = next((row for row in rows if row.temperature is not None), None)
+    if control is None:
+        return tuple(rows)
+    # the same images in both, so that their difference varies less than each
+    paired = rows[-1].examples.nll - control.examples.nll
+    ends = bootstrap_interval(torch.mean, paired, resamples=resamples, seed=seed)
+    return (*rows[:-1], replace(rows[-1], difference=ends))
+
+
+def _bins(examples: Examples, resamples: int, seed: int) -> tuple[Bin, ...]:
+    found = reliability_bins(examples.confidence, examples.hit)
+    bins = []
+    for lower, upper, size, confidence, accuracy in zip(
+        *(column.tolist() for column in found), strict=True
+    ):
+        inside = (examples.confidence > lower) & (examples.confidence <= upper)
+        if size:
+            hits = examples.hit[inside]
+            ends = bootstrap_interval(torch.mean, hits, resamples=resamples, seed=seed)
+            bins.append(Bin(lower, upper, int(size), confidence, accuracy, ends))
+    return tuple(bins)
+
+
+def _strangers(ood: ImageData, inside: _Found, outside: _Found) -> Strangers:
+    def scores(found: _Found) -> dict[str, Tensor]:
+        at_means = found.logits.double().softmax(-1)
+        return {
+            "entropy, MC average": found.entropy,
+            "mutual information": found.information,
+            "1 - largest probability, MC average": 1.0 - found.probs.max(1).values,
+            "entropy, at the means": entropy(at_means),
+            "1 - largest probability, at the means": 1.0 - at_means.max(1).values,
+        }
+
+    of_outside = scores(outside)
+    detections = []
+    for name, values in scores(inside).items():
+        numbers = ood_metrics(values, of_outside[name])
+        detections.append(
+            Detection(name, numbers["auroc"], numbers["aupr_out"], numbers["fpr95"])
+        )  # fmt: skip
+    return Strangers(_short(ood.name), ood.split, outside.entropy, tuple(detections))
+
+
+def _varied(order: Sequence[int], found: _Found) -> list[int]:
+    """The first images in ``order``, one of each predicted class before a second of any."""
+    first: dict[int, int] = {}
+    for index in order:
+        first.setdefault(int(found.probs[index].argmax()), index)
+        if len(first) == SHOWN:
+            break
+    chosen = list(first.values())
+    chosen += [i for i in order[: 2 * SHOWN] if i not in chosen]
+    place = {index: rank for rank, index in enumerate(order)}
+    return sorted(chosen[:SHOWN], key=place.__getitem__)
+
+
+def _short(name: str) -> str:
+    """A data set's name for headings: of a path its last part."""
+    return name if name.startswith("timm:") else Path(name).name or name
+
+
+def _settings(
+    run: _Run, images: ImageData, ood: ImageData | None, resamples: int
+) -> list[tuple[str, str]]:
+    """How the run was made, for those who want to repeat it."""
+    drawn = run.drawn
+    size = " x ".join(map(str, run.config.size))
+    versions = [f"Python {platform.python_version()}"]
+    for package in ("torch", "timm", "torchvision"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{package} {metadata.version(package)}")
+    strangers = (
+        [] if ood is None else [("strangers", f"{ood.name} ({ood.split}), {len(ood):,} images")]
+    )
+    return [
+        ("measured on", f"{images.name} ({images.split}), {len(images):,} images, as {size}"),
+        *strangers,
+        ("draws", f"K = {drawn['num_samples']}, seed {drawn['seed']}, batches of {run.batch_size}"),
+        ("intervals", f"95%, percentile bootstrap, {resamples:,} resamples, seed {drawn['seed']}"),
+        ("computed on", f"{run.device}{', autocast to bfloat16' if run.amp else ''}"),
+        ("with", ", ".join((f"bayesify {__version__}", *versions))),
+    ]
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """At most ``count`` indices, evenly spread over ``length``: files may be sorted by class."""
+    count = min(length, count)
+    return [i * length // count for i in range(count)]
