@@ -25,16 +25,6 @@ from .posterior import STATE, Site, Slot, bayesian_sites, owner_state, tensors_o
 _SEED_BOUND = 1 << 62
 
 
-class Reads:
-    """What a scope was asked for, by slot and grad mode; compiled code notes only that it asked."""
-
-    __slots__ = ("seen", "unseen")
-
-    def __init__(self) -> None:
-        self.seen: set[tuple[int, int]] = set()
-        self.unseen = False
-
-
 class Scope:
     """One draw of every weight: a seed and the tensors realised from it so far.
 
@@ -42,7 +32,7 @@ class Scope:
     needs gradients.
     """
 
-    __slots__ = ("drawing", "filled", "keys", "reads", "realised", "seed")
+    __slots__ = ("compiled", "drawing", "filled", "keys", "reads", "realised", "seed")
 
     def __init__(self, seed: Tensor | None, keys: dict[int, int] | None = None) -> None:
         self.seed = seed
@@ -50,7 +40,8 @@ class Scope:
         self.keys = {} if keys is None else keys
         self.realised: dict[tuple[int | str, ...], Tensor] = {}
         self.filled: set[tuple[int, int]] = set()  # what needs no look again: (module, grad mode)
-        self.reads = Reads()  # shared with forks
+        self.reads: set[tuple[int, int]] = set()
+        self.compiled = False  # whether compiled code has read something, which is not in reads
 
     def clear(self) -> None:
         """Let go of what is realised."""
@@ -60,7 +51,6 @@ class Scope:
     def fork(self, *, keep: bool) -> Scope:
         """A scope of the same seed, with a copy of what is realised or with nothing."""
         child = Scope(self.seed, self.keys)
-        child.reads = self.reads
         if keep:
             child.realised = dict(self.realised)
             child.filled = set(self.filled)
@@ -69,9 +59,9 @@ class Scope:
     def read(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """The draw of one slot, whose parameters are those that ``module`` holds now."""
         if torch.compiler.is_compiling():
-            self.reads.unseen = True
+            self.compiled = True
         else:
-            self.reads.seen.add((slot.uid, grad_mode()))
+            self.reads.add((slot.uid, grad_mode()))
         return self.draw(module, attribute, slot)
 
     def draw(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
@@ -267,10 +257,10 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
 
 def _note_unread(module: nn.Module, method: str, scope: Scope, drawn: list[Slot]) -> None:
     """Remember which weights a call drew in vain: later calls draw them when they read them."""
-    if scope.reads.unseen:
+    if scope.compiled:
         return
     mode = grad_mode()
-    unread = [slot for slot in drawn if (slot.uid, mode) not in scope.reads.seen]
+    unread = [slot for slot in drawn if (slot.uid, mode) not in scope.reads]
     if unread:
         seldom = module.__dict__[STATE].seldom.setdefault((method, mode), set())
         seldom.update(slot.uid for slot in unread)
