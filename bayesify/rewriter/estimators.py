@@ -241,9 +241,9 @@ def _obstacle(node: fx.Node) -> str | None:
 
 
 def _arguments(user: fx.Node) -> dict[str, Any]:
-    names = ("input", "weight", "bias")
+    names: tuple[str, ...] = ("input", "weight", "bias")
     if user.target == F.embedding:
-        names = ("input", "weight", "padding_idx", "max_norm")  # type: ignore[assignment]
+        names = ("input", "weight", "padding_idx", "max_norm")
     return {**dict(zip(names, user.args, strict=False)), **user.kwargs}
 
 
@@ -253,19 +253,21 @@ def _exchange(trace: Trace, node: fx.Node, estimator: str, wanted: dict[fx.Node,
     given = _arguments(user)
     owner: Any = Expression(access(path))
     linear, embedding = _CALLS[estimator]
-    names = ("input", "weight") if user.target == F.embedding else ("input", "weight", "bias")
-    rest = user.args[len(names) :]
-    user.kwargs = {k: v for k, v in user.kwargs.items() if k not in names}
     if user.target == F.embedding:
-        user.target, user.args = embedding, (owner, weight, given["input"], *rest)
-        return
-    bias: Any = given.get("bias")
-    if (
-        bias in wanted
-        and wanted[bias].estimator == estimator
-        and len(bias.users) == 1
-        and trace.parameters[bias.name][0] == path
-    ):
-        bias = trace.parameters[bias.name][1]
-    operation: Any = Expression(_LINEAR[user.target][0])
-    user.target, user.args = linear, (operation, owner, weight, bias, given["input"], *rest)
+        names: tuple[str, ...] = ("input", "weight")
+        call = embedding
+        first: tuple[Any, ...] = (owner, weight, given["input"])
+    else:
+        names = ("input", "weight", "bias")
+        bias: Any = given.get("bias")
+        if (
+            bias in wanted
+            and wanted[bias].estimator == estimator
+            and len(bias.users) == 1
+            and trace.parameters[bias.name][0] == path
+        ):
+            bias = trace.parameters[bias.name][1]
+        operation: Any = Expression(_LINEAR[user.target][0])
+        call, first = linear, (operation, owner, weight, bias, given["input"])
+    user.target, user.args = call, (*first, *user.args[len(names) :])
+    user.kwargs = {k: v for k, v in user.kwargs.items() if k not in names}
