@@ -265,6 +265,20 @@ def test_parts_start_where_names_differ() -> None:
     assert list(parts((row("fc.w"), row("fc.b")))) == [("fc", "posterior")]
 
 
+def test_convert_with_estimators() -> None:
+    file = converted("--estimator", "flipout", "--estimator", "head=local")
+    found = {row["name"]: row["estimator"] for row in read_header(file)["posterior"]}
+    plan = bayesify.plan(
+        models.create_model("tinyfactory:tiny"), estimator={"head": "local", "*": "flipout"}
+    )
+    assert found == {row.name: row.estimator for row in plan.rows}
+    assert set(found.values()) == {"weight", "local", "flipout"}
+    shown = run("convert", "tinyfactory:tiny", "--estimator", "flipout", "--dry-run").stdout
+    assert "flipout" in shown
+    message = failure("convert", "tinyfactory:tiny", "--dry-run", "--estimator", "flip", code=2)
+    assert "'weight', 'local' or 'flipout'" in message
+
+
 # -- the other commands ----------------------------------------------------------------------
 
 
