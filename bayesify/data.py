@@ -214,7 +214,8 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
         raise DataError(f"Stored images must be uint8 from 0 to 255, not {images.dtype}.")
     if images.numel() == 0:
         raise DataError(f"There is no image in a batch of shape {tuple(images.shape)}.")
-    images = resize_and_crop(images, model_config)
+    if images.shape[-2:] != (height, width):
+        images = resize_and_crop(images, model_config)
     x = images.float() / 255
     if x.shape[-3] != channels:
         if channels == 1:
@@ -228,12 +229,15 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
 
 
 def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
-    """Do what timm.data.create_transform does for evaluation, on uint8 tensors (..., C, H, W).
+    """Bring stored images to a model's height and width, as timm.data.create_transform does.
 
-    Images that already have the model's height and width are given back as they are.
+    Args:
+        images: uint8; channels stay as they are.
+        model_config: As :func:`bayesify.models.input_config` returns it.
+
+    Shape:
+        images (..., C, H, W), result (..., C, H', W') with H', W' of ``model_config.size``.
     """
-    if images.shape[-2:] == model_config.size[1:]:
-        return images
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 
@@ -268,14 +272,14 @@ class _Prepared(Dataset[tuple[Tensor, int]]):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         """The batch, which DataLoader asks for: images in memory are prepared together."""
         source = self.data.source
-        if isinstance(source, _InMemory):
+        if isinstance(source, InMemory):
             images = prepare(source.images[indices], self.model_config)
             return list(zip(images, source.labels[indices].tolist(), strict=True))
         return [self[index] for index in indices]
 
 
 @dataclass(frozen=True, eq=False)
-class _InMemory:
+class InMemory:
     """Images (N, C, H, W) of uint8 and labels (N,) of int64, checked when opened."""
 
     images: Tensor
@@ -301,7 +305,7 @@ class Files:
         path, label = self.samples[index]
         try:
             with Image.open(path) as image:
-                return _to_tensor(image), label
+                return to_tensor(image), label
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"The image {path} cannot be read: {error}") from error
 
@@ -319,7 +323,7 @@ class _TimmItems:
     def read(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.items[index]
-            tensor = _to_tensor(image)
+            tensor = to_tensor(image)
         except Exception as error:  # data sets of many libraries
             raise DataError(f"Image {index} of {self.name!r} cannot be read: {error}") from error
         if isinstance(label, Tensor | np.generic):
@@ -332,8 +336,12 @@ class _TimmItems:
         return tensor, label
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    """Decode into uint8 (C, H, W): grey stays 1 channel, all else becomes red, green, blue."""
+def to_tensor(image: Image.Image) -> Tensor:
+    """Decode into uint8 (C, H, W): grey stays 1 channel, all else becomes red, green, blue.
+
+    Raises:
+        ValueError: If a pixel has more than 8 bits a channel.
+    """
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"its mode {image.mode} is no 8-bit image; convert it to 8 bits first")
     grey = image.mode in ("1", "L", "LA")
@@ -341,7 +349,7 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels[None] if grey else np.moveaxis(pixels, 2, 0).copy())
 
 
-def _fashion(split: Split) -> _InMemory:
+def _fashion(split: Split) -> InMemory:
     asset = resources.files("bayesify") / "assets" / "fashion_sample.npz"
     try:
         with asset.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -353,7 +361,7 @@ def _fashion(split: Split) -> _InMemory:
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     if digest != _FASHION_SHA256[split] or images.shape != (len(labels), 28, 28):
         raise DataError(f"{asset} is damaged, its sha256 is {digest}: install bayesify anew.")
-    return _InMemory(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
+    return InMemory(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
 
 
 def _open_safetensors(name: str, path: Path, split: Split) -> ImageData:
@@ -397,7 +405,7 @@ def _open_safetensors(name: str, path: Path, split: Split) -> ImageData:
             f"Label {int(labels.max())} in {name} is out of range: the labels of its training "
             f"images go from 0 to {min(classes, _MAX_CLASSES) - 1}."
         )
-    source = _InMemory(images.permute(0, 3, 1, 2).contiguous(), labels)
+    source = InMemory(images.permute(0, 3, 1, 2).contiguous(), labels)
     return ImageData(
         name, split if has_splits else "all", tuple(str(i) for i in range(classes)), source
     )
