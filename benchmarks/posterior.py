@@ -197,7 +197,7 @@ def run(options: argparse.Namespace) -> None:
         ]  # fmt: skip
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", encoding="utf-8") as file:  # a control and its own together
-            file.write("".join(json.dumps(row) + "\n" for row in reversed(written)))
+            file.write("".join(json.dumps(row) + "\n" for row in written))
         for row in written:
             shown = {k: round(v, 4) for k, v in row["test"].items() if isinstance(v, float)}
             auroc = round(row["ood"]["auroc"], 4)
