@@ -114,8 +114,12 @@ class Run:
         self.norms = [
             m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None
         ]
-        self.statistics = [b for norm in self.norms for b in norm.buffers(recurse=False)]
-        self.kept_statistics = [b.clone() for b in self.statistics]
+        # of one dtype each, so that a copy of many small tensors is one kernel
+        buffers = [b for norm in self.norms for b in norm.buffers(recurse=False)]
+        self.statistics = [
+            (own := [b for b in buffers if b.dtype == dtype], [b.clone() for b in own])
+            for dtype in {b.dtype for b in buffers}
+        ]
 
         self.start = [site.logvar.detach().clone() for site in sites(model)]
         self.step = 0
@@ -190,8 +194,8 @@ class Run:
         for held in self.optimizer.param_groups:
             held["lr"] = factor * self._highest(held)
         before = _torch_state(self.device)
-        if self.statistics:
-            torch._foreach_copy_(self.kept_statistics, self.statistics)
+        for own, kept in self.statistics:
+            torch._foreach_copy_(kept, own)
 
         self.optimizer.zero_grad()
         passes = len(group) * settings.draws_per_step
@@ -308,8 +312,8 @@ class Run:
             where = "the model's outputs are finite, so look at the loss and the targets"
             if not math.isfinite(kl):
                 where = "the KL divergence is not finite, so look at the prior"
-        if self.statistics:
-            torch._foreach_copy_(self.statistics, self.kept_statistics)
+        for own, kept in self.statistics:
+            torch._foreach_copy_(own, kept)
         restore(again, self.device)
         self.optimizer.zero_grad()
         self.model.eval()
