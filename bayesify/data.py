@@ -214,7 +214,8 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
         raise DataError(f"Stored images must be uint8 from 0 to 255, not {images.dtype}.")
     if images.numel() == 0:
         raise DataError(f"There is no image in a batch of shape {tuple(images.shape)}.")
-    images = resize_and_crop(images, model_config)
+    if images.shape[-2:] != (height, width):
+        images = resize_and_crop(images, model_config)
     x = images.float() / 255
     if x.shape[-3] != channels:
         if channels == 1:
@@ -239,8 +240,6 @@ def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
     Shape:
         images (..., C, H, W), result (..., C, H', W') with H', W' of ``model_config.size``.
     """
-    if images.shape[-2:] == model_config.size[1:]:
-        return images
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 

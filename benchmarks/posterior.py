@@ -30,7 +30,7 @@ from posterior_methods import METHODS, Predictor, Setup
 from provenance import machine, provenance
 from torch import Tensor
 
-from bayesify.data import ImageData, load_dataset, prepare
+from bayesify.data import ImageData, InMemory, load_dataset, prepare
 from bayesify.metrics import ClassificationMetrics, cross_fitted_temperature, ood_metrics
 from bayesify.models import input_config
 from bayesify.training.augmentation import Augmented, augmentation
@@ -55,7 +55,7 @@ class Images:
         self.stored, self.labels = stored[: options.test_images], labels[: options.test_images]
         self.ready: list[Tensor] | None = None
         if options.holdout:
-            held = ImageData("held out", "train", data.classes, type(source)(stored, labels))
+            held = ImageData("held out", "train", data.classes, InMemory(stored, labels))
             changed = Augmented(held, config, augmentation("rand-augment", config))
             self.ready = [changed[(i, i)][0] for i in range(len(self.stored))]
         self.strange = strangers(options.ood)[0].movedim(-1, 1)[: options.ood_images]
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
     train = load_dataset(options.data, split="train")
     source: Any = train.source
     last = len(train) - HOLDOUT if options.holdout else len(train)
-    few = type(source)(
+    few = InMemory(
         source.images[:last][: options.train_images], source.labels[:last][: options.train_images]
     )
     setup = Setup(
@@ -197,7 +197,7 @@ def run(options: argparse.Namespace) -> None:
         ]  # fmt: skip
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", encoding="utf-8") as file:  # a control and its own together
-            file.write("".join(json.dumps(row) + "\n" for row in reversed(written)))
+            file.write("".join(json.dumps(row) + "\n" for row in written))
         for row in written:
             shown = {k: round(v, 4) for k, v in row["test"].items() if isinstance(v, float)}
             auroc = round(row["ood"]["auroc"], 4)

@@ -72,11 +72,12 @@ def source(row: dict[str, Any]) -> list[str]:
     used, where = row["settings"], row["machine"]
     return [
         f"Means ± standard deviation over the seeds. {used['train_images']:,} training images, "
-        f"{used['epochs']} epochs, {used['test_images']:,} test images, {used['ood_images']:,} "
+        f"epochs: {used['epochs']}, {used['test_images']:,} test images, {used['ood_images']:,} "
         f"strangers, {used['corrupted_images']:,} images at each corruption, K = "
         f"{used['samples']} draws; augmentation {used['augment']}, learning rates {used['lr']:g} "
         f"and {used['logvar_lr']:g}, initial sigma {used['relative_std']:g} of each tensor's RMS, "
-        f"prior N(0, {used['prior_std']:g}^2).",
+        f"prior N(0, {used['prior_std']:g}^2), BatchNorm's statistics "
+        f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}.",
         f"*{where['processor']}, {where['cores']} cores, {row['device']}, torch "
         f"{row['versions']['torch']}, commit `{row['commit']}`, {row['date']}.*",
     ]

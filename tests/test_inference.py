@@ -576,3 +576,13 @@ def test_draws_that_do_not_fit_into_memory() -> None:
     for k in (10**12, 10**18):  # more than there is; more than can be counted in bytes
         with pytest.raises(ArgumentError, match=r"GiB, more than cpu has.*reduce='probabilities'"):
             bayesify.predict(model, x, num_samples=k)
+
+
+def test_two_seeds_share_no_draw() -> None:
+    model, x = bayesify.to_bbb(nn.Linear(2, 3), logvar=0.0), torch.randn(4, 2)
+    drawn = [
+        tuple(output.flatten().tolist())
+        for seed in range(4)
+        for output in bayesify.predict(model, x, num_samples=5, seed=seed)
+    ]
+    assert len(set(drawn)) == len(drawn) == 20

@@ -21,7 +21,7 @@ def line(method: str, seed: int, nll: float) -> dict[str, Any]:
         "settings": {
             "train_images": 50_000, "epochs": 2, "test_images": 10_000, "ood_images": 10_000,
             "corrupted_images": 1000, "samples": 30, "augment": "flip-crop", "lr": 1e-3,
-            "logvar_lr": 0.02, "relative_std": 0.05, "prior_std": 0.1,
+            "logvar_lr": 0.02, "relative_std": 0.05, "prior_std": 0.1, "freeze_batchnorm": True,
         },
         "machine": {"processor": "a processor", "cores": 2}, "device": "cpu",
         "versions": {"torch": "2.15.0"}, "commit": "abc", "date": "2026-01-01",

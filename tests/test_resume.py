@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 import bayesify
-from bayesify.data import ImageData, load_dataset
+from bayesify.data import ImageData, InMemory, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError, CheckpointError
 from bayesify.models import InputConfig
 from bayesify.training import FitResult, Interrupted, Progress, fit
@@ -60,7 +60,8 @@ def image_model() -> nn.Module:
 def images() -> ImageData:
     data = load_dataset("fashion-sample", split="train")
     source = data.source
-    few = type(source)(source.images[:200], source.labels[:200])  # type: ignore[attr-defined, call-arg]
+    assert isinstance(source, InMemory)
+    few = InMemory(source.images[:200], source.labels[:200])
     return ImageData("few", "train", data.classes, few)
 
 

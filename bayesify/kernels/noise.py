@@ -39,7 +39,8 @@ def key_of(name: str) -> int:
 
 def fold(seed: int, index: int) -> int:
     """Derive the 63-bit seed of the ``index``-th member of a family of draws from ``seed``."""
-    return _mix(_mix(seed & _MASK) ^ _mix(index & _MASK)) >> 1
+    # not symmetric: member 1 of seed 0 must not be member 0 of seed 1
+    return _mix(_mix(seed & _MASK) + (index & _MASK)) >> 1
 
 
 def _noise(

@@ -64,6 +64,8 @@ class _InSize(nn.Module):
         self.model_config = model_config
 
     def forward(self, image: Tensor) -> Tensor:
+        if image.shape[-2:] == self.model_config.size[1:]:
+            return image
         return resize_and_crop(image, self.model_config)
 
 

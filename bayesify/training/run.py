@@ -1,0 +1,415 @@
+"""One fit from its first step to its last, with a state that can be kept and resumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..errors import BayesifyError
+from ..inference import recompute_batchnorm_
+from ..models import InputConfig
+from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
+from ..optim import check_optimizer, param_groups
+from ..posterior import is_bayesian, sites
+from ..pruning import keep_pruned_
+from .augmentation import Augment
+from .batches import (
+    Data,
+    Loss,
+    batches_in_order,
+    check_data,
+    config_for,
+    pair,
+    shuffled_batches,
+    split,
+)
+from .diagnosis import not_finite_in
+from .holdout import held_out_loss, put_back, snapshot
+from .labels import LabelCheck
+from .progress import FitResult, Progress, travel
+from .randomness import RandomState, current, restore
+from .resume import (
+    FitState,
+    Interrupted,
+    Signals,
+    check_names,
+    check_same,
+    write_state,
+)
+from .settings import Settings, warmup_cosine
+
+_SAVE_EVERY = 600.0
+"""Seconds after which the state is written also within an epoch."""
+
+
+class Run:
+    """A fit and its state: a resumed one starts from what :meth:`state` gave."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Data,
+        settings: Settings,
+        loss: Loss,
+        augment: Augment,
+        device: torch.device,
+        model_config: InputConfig | None,
+        workers: int,
+        path: Path | None,
+        on_step: Callable[[Progress], None] | None,
+    ) -> None:
+        self.model, self.settings, self.loss = model, settings, loss
+        self.device, self.path, self.on_step = device, path, on_step
+        size = check_data(train)
+        indices, held = split(size, settings.holdout, settings.seed)
+        self.num_data = len(indices)
+        config = config_for(train, model, model_config)
+        common: dict[str, Any] = {"model_config": config, "workers": workers}
+        self.batches, self.order = shuffled_batches(
+            train, indices, batch_size=settings.batch_size, accumulate=settings.accumulate,
+            augment=augment, seed=settings.seed, pin=device.type == "cuda", **common,
+        )  # fmt: skip
+        self.plain_batches = self.batches
+        if settings.augment != "none":  # BatchNorm's statistics are those of the images themselves
+            self.plain_batches, _ = shuffled_batches(
+                train, indices, batch_size=settings.batch_size, accumulate=1, augment="none",
+                seed=settings.seed, pin=False, **common,
+            )  # fmt: skip
+        self.held_batches = (
+            batches_in_order(train, batch_size=settings.batch_size, indices=held, **common)
+            if held
+            else None
+        )
+        self.epoch_steps = self.order.batches // settings.accumulate
+        self.steps = settings.epochs * self.epoch_steps
+        self.labels = LabelCheck(loss is F.cross_entropy)
+
+        model.to(device)
+        self.bayesian = is_bayesian(model)
+        scaled_by = self.num_data if settings.kl_reduction == "num_data" else None
+        self.scale: float | None = None
+        self.budget: float | None = None
+        if self.bayesian:
+            keep_pruned_(model)
+            reduction = settings.kl_reduction
+            self.scale = kl_scale(model, num_data=scaled_by, kl_reduction=reduction)
+            self.budget = noise_budget(
+                model, settings.kl_weight, num_data=scaled_by, kl_reduction=reduction
+            )
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = self._optimizer()
+        rising = max(1, round(settings.kl_warmup * self.steps))
+        self.beta = kl_schedule(settings.kl_shape, 0.0, settings.kl_weight, rising)
+        if settings.kl_warmup == 0.0:
+            self.beta = kl_schedule("constant", settings.kl_weight, settings.kl_weight, 1)
+        self.norms = [
+            m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None
+        ]
+        # of one dtype each, so that a copy of many small tensors is one kernel
+        buffers = [b for norm in self.norms for b in norm.buffers(recurse=False)]
+        self.statistics = [
+            (own := [b for b in buffers if b.dtype == dtype], [b.clone() for b in own])
+            for dtype in {b.dtype for b in buffers}
+        ]
+
+        self.start = [site.logvar.detach().clone() for site in sites(model)]
+        self.step = 0
+        self.bound = 0.0
+        self.epoch_loss = 0.0
+        self.losses: list[float] = []
+        self.kls: list[float] = []
+        self.held_losses: list[float] = []
+        self.best: dict[str, Tensor] = {}
+        self.earlier_seconds = 0.0
+        self.started = self.saved_at = time.perf_counter()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        fused = self.device.type in ("cpu", "cuda")  # one kernel for all parameters
+        if not self.bayesian:
+            return torch.optim.AdamW(
+                self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
+            )
+        groups = param_groups(
+            self.model,
+            lr=settings.lr,
+            logvar_lr=settings.logvar_lr,
+            weight_decay=settings.weight_decay,
+        )
+        optimizer = torch.optim.AdamW(groups, fused=fused)
+        check_optimizer(self.model, optimizer)
+        return optimizer
+
+    def line_on_kl(self) -> str:
+        weights = sum(site.mean.numel() for site in sites(self.model))
+        settings = self.settings
+        return (
+            f"KL of {weights:,} weights: s = {self.scale:.3g} ({settings.kl_reduction}, "
+            f"N = {self.num_data:,}), beta = {settings.kl_weight:g}, noise budget beta*s*P/2 = "
+            f"{self.budget:.3g} nats"
+        )
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def train(self, signals: Signals) -> None:
+        while self.step < self.steps and not self._out_of_patience():
+            self.order.epoch, inside = divmod(self.step, self.epoch_steps)
+            self.order.first = inside * self.settings.accumulate
+            self.model.train()
+            if self.settings.freeze_batchnorm:
+                for norm in self.norms:
+                    norm.eval()
+            for group in self._grouped(iter(self.batches)):
+                self._take_step(group)
+                if self.step % self.epoch_steps == 0:
+                    self._end_epoch()
+                if signals.requested:
+                    self._interrupt()
+                if time.perf_counter() - self.saved_at > _SAVE_EVERY:
+                    self.save()
+            self.save()
+
+    def _grouped(self, batches: Iterator[Any]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The batches of one step at a time."""
+        group = []
+        for batch in batches:
+            group.append(pair(batch))
+            if len(group) == self.settings.accumulate:
+                yield group
+                group = []
+
+    def _take_step(self, group: list[tuple[Tensor, Tensor]]) -> None:
+        settings, model = self.settings, self.model
+        beta = self.beta(self.step)
+        factor = warmup_cosine(settings.warmup, self.step, self.steps)
+        for held in self.optimizer.param_groups:
+            held["lr"] = factor * self._highest(held)
+        before = _torch_state(self.device)
+        for own, kept in self.statistics:
+            torch._foreach_copy_(kept, own)
+
+        self.optimizer.zero_grad()
+        passes = len(group) * settings.draws_per_step
+        data_loss = torch.zeros((), device=self.device)
+        kl = torch.zeros((), device=self.device)
+        for number, part in enumerate(self._passes(group), 1):
+            part = part / passes
+            data_loss = data_loss + part.detach()
+            if number == passes and self.scale is not None and beta * self.scale > 0.0:
+                term = beta * self.scale * kl_divergence(model)  # beside the last of the draws
+                kl = term.detach()
+                part = part + term.to(part.device)
+            part.backward()
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        values = torch.stack([v.to(self.device).double() for v in (data_loss, kl, norm)]).tolist()
+        if not all(map(math.isfinite, values)):
+            self._stop(values, group, before)
+        if math.isfinite(settings.max_grad_norm):
+            nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
+        self.optimizer.step()
+
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.bound += self.optimizer.param_groups[-1]["lr"]
+        self.epoch_loss += values[0] / self.epoch_steps
+        epoch = self.step // self.epoch_steps
+        self.step += 1
+        if self.on_step is not None:
+            self.on_step(Progress(self.step, self.steps, epoch, values[0], beta, lr))
+
+    def _passes(self, group: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """The loss of each batch at each draw; the weights are drawn when it is asked for."""
+        for inputs, targets in group:
+            inputs = inputs.to(self.device, non_blocking=True)
+            for _ in range(self.settings.draws_per_step):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
+                    outputs = self.model(inputs)
+                    self.labels.look(outputs, targets)
+                    loss = self.loss(outputs, targets.to(self.device, non_blocking=True))
+                yield loss
+
+    def _highest(self, group: dict[str, Any]) -> float:
+        return self.settings.logvar_lr if group.get("name") == "logvars" else self.settings.lr
+
+    def _end_epoch(self) -> None:
+        self.labels.end_of_epoch()
+        self.losses.append(self.epoch_loss)
+        self.epoch_loss = 0.0
+        if self.bayesian:
+            with torch.no_grad():
+                self.kls.append(float(kl_divergence(self.model)))
+        if self.held_batches is not None:
+            settings = self.settings
+            found = held_out_loss(
+                self.model, self.held_batches, self.loss, self.device, settings.amp, settings.seed
+            )
+            if found < min(self.held_losses, default=math.inf) or not self.best:
+                self.best = snapshot(self.model)
+            self.held_losses.append(found)
+
+    def _best_epoch(self) -> int | None:
+        """From 1; the first of equal ones."""
+        held = self.held_losses
+        return held.index(min(held)) + 1 if held else None
+
+    def _out_of_patience(self) -> bool:
+        best, patience = self._best_epoch(), self.settings.patience
+        return best is not None and patience is not None and len(self.losses) - best >= patience
+
+    def finish(self) -> FitResult:
+        if self.best:
+            put_back(self.model, self.best)
+        if self.bayesian and not self.settings.freeze_batchnorm:
+            self.order.epoch, self.order.first = self.settings.epochs, 0
+            recompute_batchnorm_(self.model, self.plain_batches, self.device)
+        self.model.eval()
+        logvars = None
+        if self.bayesian:
+            end = [site.logvar.detach() for site in sites(self.model)]
+            trained = any(g.get("name") == "logvars" for g in self.optimizer.param_groups)
+            logvars = travel(self.start, end, self.bound if trained else 0.0)
+        return FitResult(
+            losses=tuple(self.losses),
+            kl=tuple(self.kls),
+            steps=self.step,
+            seconds=self._seconds(),
+            num_data=self.num_data,
+            kl_scale=self.scale,
+            noise_budget=self.budget,
+            logvars=logvars,
+            holdout_losses=tuple(self.held_losses),
+            best_epoch=self._best_epoch(),
+        )
+
+    # -- what can go wrong ----------------------------------------------------------------------
+
+    def _stop(
+        self,
+        values: list[float],
+        group: list[tuple[Tensor, Tensor]],
+        before: dict[str, Tensor],
+    ) -> None:
+        """Leave the model as it was before the step, and say where the bad number came from."""
+        loss, kl, norm = values
+        again = current(self.device)._replace(tensors=before)
+        restore(again, self.device)
+
+        def run() -> None:
+            for _ in self._passes(group):
+                pass
+
+        where = not_finite_in(self.model, (inputs for inputs, _ in group), run)
+        if where is None:
+            where = "the model's outputs are finite, so look at the loss and the targets"
+            if not math.isfinite(kl):
+                where = "the KL divergence is not finite, so look at the prior"
+        for own, kept in self.statistics:
+            torch._foreach_copy_(own, kept)
+        restore(again, self.device)
+        self.optimizer.zero_grad()
+        self.model.eval()
+        self.save()
+        resumed = "" if self.path is None else f", and so does {self.path}: resume with a lower lr"
+        raise BayesifyError(
+            f"fit stopped at step {self.step + 1} of {self.steps}: loss {loss:.4g}, with the KL "
+            f"{loss + kl:.4g}, gradient norm {norm:.4g}; {where}. The model holds the weights "
+            f"before that step{resumed}. Lower lr (now {self.settings.lr:g}) or logvar_lr, start "
+            "from a smaller sigma, or look for NaN in the data."
+        )
+
+    def _interrupt(self) -> None:
+        self.save()
+        self.model.eval()
+        raise Interrupted(
+            f"Interrupted after step {self.step:,} of {self.steps:,}. The fit goes on from "
+            f"{self.path} with resume=True (--resume)."
+        )
+
+    # -- the state ------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_state(self.path, self.state())
+            self.saved_at = time.perf_counter()
+
+    def state(self) -> FitState:
+        random = current(self.device)
+        tensors = {f"model.{k}": v for k, v in self._named().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        tensors |= {f"start.{i}": v for i, v in enumerate(self.start)}
+        tensors |= {f"random.{k}": v for k, v in random.tensors.items()}
+        for index, held in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in held.items()}
+        values = {
+            "settings": self._identity(),
+            "step": self.step,
+            "bound": self.bound,
+            "epoch_loss": self.epoch_loss,
+            "losses": self.losses,
+            "kl": self.kls,
+            "holdout_losses": [None if math.isinf(v) else v for v in self.held_losses],
+            "seconds": self._seconds(),
+            "random": random.others,
+        }
+        return FitState(tensors, values)
+
+    def check_resumable(self, saved: FitState) -> None:
+        assert self.path is not None
+        check_same(self.path, saved.values["settings"], self._identity())
+        check_names(self.path, _below(saved.tensors, "model."), self._named())
+
+    def load(self, saved: FitState) -> None:
+        values, tensors = saved.values, saved.tensors
+        put_back(self.model, _below(tensors, "model."))
+        self.best = {k: v.to(self.device) for k, v in _below(tensors, "best.").items()}
+        self.start = [tensors[f"start.{i}"] for i in range(len(self.start))]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _below(tensors, "optimizer.").items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step, self.bound = values["step"], values["bound"]
+        self.labels.first_epoch = self.step == 0
+        self.epoch_loss, self.losses, self.kls = (
+            values["epoch_loss"], list(values["losses"]), list(values["kl"])
+        )  # fmt: skip
+        self.held_losses = [math.inf if v is None else v for v in values["holdout_losses"]]
+        self.earlier_seconds = values["seconds"]
+        restore(RandomState(_below(tensors, "random."), values["random"]), self.device)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the fit is, for a comparison with the one in the file."""
+        infinite = math.isinf(self.settings.max_grad_norm)
+        return {
+            **asdict(self.settings),
+            "max_grad_norm": None if infinite else self.settings.max_grad_norm,
+            "num_data": self.num_data,
+        }
+
+    def _named(self) -> dict[str, Tensor]:
+        return dict([*self.model.named_parameters(), *self.model.named_buffers()])
+
+    def _seconds(self) -> float:
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _torch_state(device: torch.device) -> dict[str, Tensor]:
+    """Torch's random states alone: cheap enough for every step."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
