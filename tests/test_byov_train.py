@@ -133,7 +133,7 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(
 KILLED = """
 import json, sys
 from pathlib import Path
-from recipes.byov.config import HeadNorm, PredictorName, RunConfig
+from recipes.byov.config import BYOVConfig, RunConfig
 from recipes.byov.train import train
 config, run = json.loads(sys.argv[1])
 train(BYOVConfig.from_json(config), RunConfig(**run), resume=True)
@@ -178,6 +178,20 @@ def test_a_checkpoint_is_not_written_over_nor_taken_by_another_config(tmp_path: 
         train.train(CONFIG, run)
     with pytest.raises(CheckpointError, match=r"(?s)lr: 0\.02 here, 0\.01 there.*seed: 1 here"):
         train.train(replace(CONFIG, lr=0.02, seed=1), run, resume=True)
+
+
+def test_a_finished_run_can_be_asked_again(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    (tmp_path / "run").mkdir()
+    # what a run leaves that was killed before its first checkpoint
+    (tmp_path / "run" / "log.jsonl").write_text('{"kind": "start", "step": 0}\n{"kind": "st')
+    config = replace(CONFIG, epochs=2)
+    first = train.train(config, run, resume=True)
+    log = read_log(run.out / "log.jsonl")
+    assert [line["kind"] for line in log].count("start") == 1
+    again = train.train(config, run, resume=True)
+    assert again.results == first.results
+    assert read_log(run.out / "log.jsonl") == log
 
 
 def test_last_and_best_checkpoints_are_kept(tmp_path: Path) -> None:

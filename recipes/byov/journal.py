@@ -29,13 +29,13 @@ class Journal:
                 file.write(line + "\n")
 
     def cut(self, step: int) -> None:
-        """Drop what is later than ``step``, and a line that was cut off by the end of a process."""
+        """Keep what a run had written when it was at ``step``, in whole lines; 0: nothing."""
         if self.path is None or not self.path.exists():
             return
         kept = [
             line
             for line in self.path.read_text("utf-8").splitlines(keepends=True)
-            if line.endswith("\n") and json.loads(line)["step"] <= step
+            if line.endswith("\n") and _was_there(json.loads(line), step)
         ]
         with replacing(self.path, overwrite=True) as temporary:
             temporary.write_text("".join(kept), "utf-8")
@@ -44,6 +44,11 @@ class Journal:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Every line of a log."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _was_there(line: dict[str, Any], step: int) -> bool:
+    """Whether a line stood there at the checkpoint of ``step``; the end comes after them all."""
+    return step > 0 and line["step"] <= step and line["kind"] != "end"
 
 
 def _finite(value: Any) -> Any:

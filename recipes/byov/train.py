@@ -305,6 +305,8 @@ def _train(
             report: dict[str, Any] = {"epoch": finished}
             if layers:
                 report["layers"], layers = mean_stats(layers), []
+            if run.skip_broken:
+                report["broken_images"] = len(source.broken)
             if (
                 run.eval_every
                 and source.num_classes
