@@ -403,6 +403,7 @@ PRESETS: dict[str, Preset] = {
             min_crop=0.4,
             projector_hidden=256,
             projector_out=64,
+            predictor_lr_ratio=10.0,
             batch_size=64,
             epochs=20,
             warmup_epochs=1.0,
