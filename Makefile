@@ -52,6 +52,8 @@ format: venv ## let ruff fix and format the code
 bench: venv ## speed beside the original and beside installed peers
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/predict.py
+	$(BIN)/python benchmarks/memory.py
 
 zoo: venv ## check every model of timm and torchvision (hours; goes on where it ended)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --jobs $(WORKERS)

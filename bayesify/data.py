@@ -231,8 +231,6 @@ def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
 def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
     """Bring stored images to a model's height and width, as timm.data.create_transform does.
 
-    Images that have these already are given back as they are.
-
     Args:
         images: uint8; channels stay as they are.
         model_config: As :func:`bayesify.models.input_config` returns it.

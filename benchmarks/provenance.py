@@ -29,8 +29,8 @@ def provenance(*packages: str) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores that may be used, and Python."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores that may be used, Python, and the card if the work is done there."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
@@ -38,7 +38,14 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.system(),
         "python": platform.python_version(),
+        **({"card": _card()} if device == "cuda" else {}),
     }
+
+
+def _card() -> str:
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
 def _git(*args: str) -> str:

@@ -1,37 +1,73 @@
-"""`docs/speed.md`, from the result files of `convert.py` and `step.py`."""
+"""`docs/speed.md`, from the result files of `step.py`, `predict.py`, `memory.py`, `convert.py`."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
-TARGETS = {"vit_tiny_patch16_224": 1.05, "resnet18": 1.09, "mlp": 2.2}
+TARGETS = {
+    "vit_tiny_patch16_224": 1.05, "resnet18": 1.09, "mlp": 2.2,
+    "vit_base_patch16_224": 1.03, "vit_small_patch16_224": 1.05, "resnet50": 1.05,
+}  # fmt: skip
+PREDICT_TARGETS = {"vit_tiny_patch16_224, 64": 1.05, "vit_tiny_patch16_224, 1": 1.7}
+SHAPES = {
+    "vit_tiny_patch16_224": "vit_tiny, batch 16", "resnet18": "resnet18, batch 16",
+    "mlp": "MLP of 10.5 M weights, batch 64", "vit_base_patch16_224": "ViT-B/16, batch 256",
+    "vit_small_patch16_224": "ViT-S/16, batch 256", "resnet50": "resnet50, batch 256",
+}  # fmt: skip
+PARTS = ("parameters", "gradients", "optimizer", "draws", "activations")
+CUDA = {
+    "step_cuda.json": "a training step of ViT-B/16, ViT-S/16 and resnet50 (`benchmarks/step.py "
+    "--device cuda`, 5 minutes by estimate)",
+    "predict_cuda.json": "30 draws (`benchmarks/predict.py --device cuda`, 3 minutes)",
+    "memory_cuda.json": "memory (`benchmarks/memory.py --device cuda`, 2 minutes)",
+    "draw_cuda.json": "the draw alone (`benchmarks/draw.py`, 1 minute)",
+}
 
 
 def write() -> None:
     """Write the page from whatever has been measured."""
     parts = [
         "# Speed\n",
-        "Everything here was measured on the CPU; on CUDA nothing has been. `make bench` measures "
-        "it again and writes this page. Machines are noisy: ratios are of times taken one after "
-        "the other in one run, and their median counts.\n",
+        "`make bench` measures it again and writes this page. Machines are noisy: ratios are of "
+        "times taken one after the other in one run, and their median counts.\n",
     ]
-    for name, section in (("step.json", steps), ("convert.json", conversion)):
+    sections: tuple[tuple[str, Callable[[dict[str, Any]], list[str]]], ...] = (
+        ("step.json", steps),
+        ("predict.json", predictions),
+        ("memory.json", memory),
+        ("convert.json", conversion),
+    )
+    for name, section in sections:
         file = RESULTS / name
         if file.exists():
             parts += section(json.loads(file.read_text()))
+    parts.append("## On a card\n")
+    for name, section in (*sections[:3], ("draw.json", rates)):
+        file = RESULTS / name.replace(".json", "_cuda.json")
+        if file.exists():
+            found = section(json.loads(file.read_text()))
+            parts += [line.replace("## ", "### ", 1) for line in found]
+    missing = [what for name, what in CUDA.items() if not (RESULTS / name).exists()]
+    if missing:
+        parts.append(
+            f"Not measured: {'; '.join(missing)}. The kernels have been run by Triton's "
+            "interpreter and compiled for sm_90 (`tests/test_triton_draw.py`).\n"
+        )
     PAGE.write_text("\n".join(parts) + "\n")
 
 
 def source(record: dict[str, Any]) -> str:
     where = record["machine"]
     versions = ", ".join(f"{p} {v}" for p, v in record["versions"].items())
+    card = f"{where['card']}; " if "card" in where else ""
     return (
-        f"*{where['processor']}, {where['cores']} cores, {record['threads']} threads, Python "
+        f"*{card}{where['processor']}, {where['cores']} cores, {record['threads']} threads, Python "
         f"{where['python']}, {versions}; commit `{record['commit']}`, {record['date']}, "
         f"`{record['command']}`.*\n"
     )
@@ -46,14 +82,12 @@ def ratio(row: dict[str, Any]) -> str:
 def steps(record: dict[str, Any]) -> list[str]:
     names = list(record["models"])
     methods = list(next(iter(record["models"].values())))
-    shapes = {"vit_tiny_patch16_224": "vit_tiny, batch 16", "resnet18": "resnet18, batch 16",
-              "mlp": "MLP of 10.5 M weights, batch 64"}  # fmt: skip
     lines = [
         "## A training step\n",
         "Forward, loss with its KL term, backward and AdamW (fused), over the deterministic step "
         f"of the same round: median of {record['rounds']} rounds (quartiles). Peers in the "
         "settings that `benchmarks/step.py` states.\n",
-        "| | " + " | ".join(shapes[n] for n in names) + " |",
+        "| | " + " | ".join(SHAPES[n] for n in names) + " |",
         "| --- |" + " ---: |" * len(names),
     ]
     for method in methods:
@@ -62,9 +96,11 @@ def steps(record: dict[str, Any]) -> list[str]:
             lines.append(f"| {method} | {' | '.join(cells)} |")
     base = [f"{1000 * record['models'][n]['deterministic']['seconds']:.0f} ms" for n in names]
     lines.append(f"| *deterministic* | {' | '.join(base)} |")
+    if any("peak_bytes" in row for row in record["models"][names[0]].values()):
+        lines += peaks(record)
     ours = {n: record["models"][n]["bayesify"]["median"] for n in names}
     ends = {n: "met" if ours[n] <= TARGETS[n] else f"missed, {ours[n]:.2f}" for n in names}
-    said = [f"{shapes[n]}: {TARGETS[n]} ({ends[n]})" for n in names]
+    said = [f"{SHAPES[n]}: {TARGETS[n]} ({ends[n]})" for n in names]
     failed = {
         f"{m} on {n}: {row['error']}"
         for n in names for m, row in record["models"][n].items()
@@ -72,6 +108,85 @@ def steps(record: dict[str, Any]) -> list[str]:
     }  # fmt: skip
     lines += [f"\nTargets: {'; '.join(said)}.", *sorted(failed), "", source(record)]
     return lines
+
+
+def peaks(record: dict[str, Any]) -> list[str]:
+    """Peak memory beyond that of the deterministic step, in bytes for each weight."""
+    lines = []
+    for name, methods in record["models"].items():
+        base, weights = methods["deterministic"]["peak_bytes"], record["weights"][name]
+        said = [
+            f"{method} {(row['peak_bytes'] - base) / weights:.1f}"
+            for method, row in methods.items() if "peak_bytes" in row and method != "deterministic"
+        ]  # fmt: skip
+        lines.append(
+            f"\nPeak memory of {SHAPES[name]} above the deterministic {base / 2**30:.1f} GiB, "
+            f"bytes a weight (target 17): {', '.join(said)}."
+        )
+    return lines
+
+
+def predictions(record: dict[str, Any]) -> list[str]:
+    cases = list(record["cases"])
+    methods = list(dict.fromkeys(m for rows in record["cases"].values() for m in rows))
+    lines = [
+        f"## {record['draws']} draws\n",
+        f"`bayesify.predict` with {record['draws']} draws, and peers with as many passes, over "
+        f"{record['draws']} deterministic forwards of the same round: median of "
+        f"{record['rounds']} rounds (quartiles), 224 px, no gradient.\n",
+        "| model, batch | " + " | ".join(cases) + " |",
+        "| --- |" + " ---: |" * len(cases),
+    ]
+    for method in methods:
+        if method != "deterministic":
+            cells = [ratio(record["cases"][c].get(method, {"error": ""})) for c in cases]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    base = [f"{1000 * record['cases'][c]['deterministic']['seconds']:.0f} ms" for c in cases]
+    lines.append(f"| *deterministic* | {' | '.join(base)} |")
+    ours = {c: record["cases"][c]["bayesify"]["median"] for c in cases}
+    said = [
+        f"{c}: {limit} ({'met' if ours[c] <= limit else f'missed, {ours[c]:.2f}'})"
+        for c, limit in PREDICT_TARGETS.items() if c in ours
+    ]  # fmt: skip
+    for case, rows in record["cases"].items():
+        graphed = rows.get("deterministic, CUDA graph", {})
+        if "seconds" in graphed and case.endswith(", 1"):
+            eager, mine = rows["deterministic"]["seconds"], rows["bayesify"]["seconds"]
+            said.append(
+                f"{case}: {eager / mine:.1f} times as fast as eager forwards (10), "
+                f"{graphed['seconds'] / mine:.1f} times as fast as CUDA graphs (2)"
+            )
+    return [*lines, f"\nTargets: {'; '.join(said)}." if said else "", "", source(record)]
+
+
+def memory(record: dict[str, Any]) -> list[str]:
+    peak = any("peak" in r for rows in record["cases"].values() for r in rows.values())
+    columns = [*PARTS, "sum", *(["peak"] if peak else [])]
+    lines = [
+        "## Memory of a training step\n",
+        "MiB of distinct storages, with AdamW and the KL divergence. *Draws*: the drawn weights, "
+        "and memory that is kept from step to step for them and for gradients. *Activations*: what "
+        "else the backward has saved.\n",
+        "| | Bayesian weights | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * (1 + len(columns)),
+    ]
+    for case, rows in record["cases"].items():
+        for variant, row in rows.items():
+            sizes = {**row, "sum": sum(row[part] for part in PARTS)}
+            cells = " | ".join(f"{sizes[c] / 2**20:,.0f}" for c in columns)
+            lines.append(f"| {case}: {variant} | {row['weights']:,} | {cells} |")
+    return [*lines, "", source(record)]
+
+
+def rates(record: dict[str, Any]) -> list[str]:
+    draw, back, copy = (record["rates"][n] for n in ("draw", "backward", "copy"))
+    return [
+        "## The draw alone\n",
+        f"Of {record['weights']:,} weights in float32: {100 * draw['median']:.0f} % of the "
+        f"bandwidth of a copy ({copy['bytes_per_second'] / 1e12:.2f} TB/s; target 70 %), its "
+        f"backward {100 * back['median']:.0f} %.\n",
+        source(record),
+    ]
 
 
 def conversion(record: dict[str, Any]) -> list[str]:

@@ -1,21 +1,22 @@
 """A training step beside the deterministic one, for bayesify and every peer that is installed.
 
-    python benchmarks/step.py [--rounds 15] [--only resnet18]
+    python benchmarks/step.py [--rounds 15] [--only resnet18]     10 minutes on 2 cores
+    python benchmarks/step.py --device cuda [--rounds 15]         5 minutes on a card, by estimate
 
 In every round each method takes one step (forward, loss with its KL term, backward, AdamW,
 gradients set to None), in an order that turns, and its time is divided by that of the deterministic
 step of the same round. The result is the median of these ratios with quartiles. Peers are used as
-their documentation says, in the settings written beside their adapter. Writes `results/step.json`,
-and `docs/speed.md` anew.
+their documentation says, in the settings written beside their adapter. On CUDA the forward runs
+under bfloat16 autocast, and the peak of the memory of each method is noted. Writes
+`results/step.json` or `results/step_cuda.json`, and `docs/speed.md` anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import speed_table
 import timm
 import torch
+from paired import paired
 from provenance import machine, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +33,7 @@ import bayesify
 from bayesify.posterior import Estimator
 from bayesify.storage import replacing
 
-RESULT = Path(__file__).parent / "results" / "step.json"
+RESULTS = Path(__file__).parent / "results"
 NUM_DATA = 50_000
 LR = 1e-4
 Step = Callable[[Tensor, Tensor], Any]
@@ -56,6 +58,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (mlp, (64, 3, 32, 32)),
 }  # fmt: skip
 
+CUDA_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    name: (lambda name=name: timm.create_model(name), (256, 3, 224, 224))
+    for name in ("vit_base_patch16_224", "vit_small_patch16_224", "resnet50")
+}
+
+
+def logits(model: nn.Module, x: Tensor) -> Any:
+    """Lowered to bfloat16 on a card, as people train there."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        return model(x)
+
 
 # -- methods ---------------------------------------------------------------------------------
 
@@ -68,7 +81,7 @@ def deterministic(model: nn.Module) -> Step:
     optimizer = adamw(model.parameters())
 
     def step(x: Tensor, y: Tensor) -> None:
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(logits(model, x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -83,7 +96,7 @@ def ours(estimator: Estimator) -> Callable[[nn.Module], Step]:
         optimizer = adamw(bayesify.param_groups(model, lr=LR))
 
         def step(x: Tensor, y: Tensor) -> None:
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(logits(model, x), y)
             bayesify.elbo_loss(loss, model, num_data=NUM_DATA).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -99,7 +112,7 @@ def ours_without_kl(model: nn.Module) -> Step:
     optimizer = adamw(bayesify.param_groups(model, lr=LR))
 
     def step(x: Tensor, y: Tensor) -> None:
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(logits(model, x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -121,7 +134,7 @@ def bayesian_torch(kind: str) -> Callable[[nn.Module], Step]:
         optimizer = adamw(model.parameters())
 
         def step(x: Tensor, y: Tensor) -> None:
-            loss = F.cross_entropy(model(x), y) + get_kl_loss(model) / NUM_DATA
+            loss = F.cross_entropy(logits(model, x), y) + get_kl_loss(model) / NUM_DATA
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -138,7 +151,7 @@ def torchbayesian(model: nn.Module) -> Step:
     optimizer = adamw(bayesian.parameters())
 
     def step(x: Tensor, y: Tensor) -> None:
-        loss = F.cross_entropy(bayesian(x), y) + bayesian.kl_divergence() / NUM_DATA
+        loss = F.cross_entropy(logits(bayesian, x), y) + bayesian.kl_divergence() / NUM_DATA
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -153,7 +166,7 @@ def ivon(model: nn.Module) -> Step:
 
     def step(x: Tensor, y: Tensor) -> None:
         with optimizer.sampled_params(train=True):
-            F.cross_entropy(model(x), y).backward()
+            F.cross_entropy(logits(model, x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -176,58 +189,52 @@ METHODS: dict[str, tuple[str | None, Callable[[nn.Module], Step]]] = {
 # -- measuring -------------------------------------------------------------------------------
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, rounds: int, device: str) -> dict[str, Any]:
     """Ratios to the deterministic step of the same round, by method."""
-    factory, shape = MODELS[name]
+    factory, shape = (MODELS if device == "cpu" else CUDA_MODELS)[name]
     torch.manual_seed(0)
-    x, y = torch.randn(shape), torch.randint(0, 10, shape[:1])
-    steps: dict[str, Step] = {}
+    x, y = torch.randn(shape, device=device), torch.randint(0, 10, shape[:1], device=device)
+    steps: dict[str, Callable[[], Any]] = {}
     found: dict[str, Any] = {}
     for method, (package, make) in METHODS.items():
         if package is not None and importlib.util.find_spec(package) is None:
             found[method] = {"error": "not installed"}
             continue
         torch.manual_seed(0)
-        model = factory().train()
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
+        model = factory().train().to(device)
         try:
             step = make(model)
             for _ in range(3):
                 step(x, y)
+            found[method] = {}
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                step(x, y)
+                found[method]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         except Exception as error:
             found[method] = {"error": f"{type(error).__name__}: {error}"[:200]}
             continue
-        steps[method] = step
-    seconds: dict[str, list[float]] = {method: [] for method in steps}
-    order = list(steps)
-    for turn in range(rounds):
-        turn %= len(order)
-        for method in order[turn:] + order[:turn]:
-            start = time.perf_counter()
-            steps[method](x, y)
-            seconds[method].append(time.perf_counter() - start)
-    base = seconds["deterministic"]
-    for method, times in seconds.items():
-        low, middle, high = statistics.quantiles(
-            [a / b for a, b in zip(times, base, strict=True)], n=4
-        )
-        found[method] = {
-            "low": low, "median": middle, "high": high, "seconds": statistics.median(times),
-        }  # fmt: skip
+        steps[method] = functools.partial(step, x, y)
+    for method, row in paired(steps, "deterministic", rounds, device).items():
+        found[method] |= row
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=list(MODELS), help="only this model")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", choices=[*MODELS, *CUDA_MODELS], help="only this model")
     parser.add_argument("--methods", help="only these, separated by commas; nothing is written")
     options = parser.parse_args()
     if options.methods:
         for method in set(METHODS) - {"deterministic", *options.methods.split(",")}:
             del METHODS[method]
+    models = MODELS if options.device == "cpu" else CUDA_MODELS
     results = {}
-    for name in [options.only] if options.only else MODELS:
-        results[name] = measure(name, options.rounds)
+    for name in [options.only] if options.only else models:
+        results[name] = measure(name, options.rounds, options.device)
         for method, row in results[name].items():
             print(f"{name:24}{method:26}", row.get("error") or
                   f"{row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f}), "
@@ -235,15 +242,18 @@ def main() -> None:
     if options.only or options.methods:
         return
     installed = [p for p, _ in METHODS.values() if p and importlib.util.find_spec(p)]
+    sizes = {n: sum(p.numel() for p in make().parameters()) for n, (make, _) in models.items()}
     packages = {"bayesian_torch": "bayesian-torch", "ivon": "ivon-opt"}
     record = {
-        "command": f"benchmarks/step.py --rounds {options.rounds}",
+        "command": f"benchmarks/step.py --device {options.device} --rounds {options.rounds}",
         "rounds": options.rounds, "seed": 0, "threads": torch.get_num_threads(),
-        "machine": machine(),
+        "machine": machine(options.device),
+        "weights": sizes,
         **provenance("torch", "timm", *sorted({packages.get(p, p) for p in installed})),
         "models": results,
     }  # fmt: skip
-    with replacing(RESULT, overwrite=True) as path:
+    result = RESULTS / ("step.json" if options.device == "cpu" else "step_cuda.json")
+    with replacing(result, overwrite=True) as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
     speed_table.write()
 

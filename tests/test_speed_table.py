@@ -1,0 +1,98 @@
+"""The page on speed: what it says of what was measured, and of what was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import memory
+import paired
+import pytest
+import speed_table
+import torch
+
+ROW = {"low": 1.01, "median": 1.04, "high": 1.1, "seconds": 2.0}
+BASE: dict[str, Any] = {
+    "command": "benchmarks/x.py", "commit": "abc", "date": "2026-01-01", "rounds": 3, "threads": 2,
+    "machine": {"processor": "P", "cores": 2, "system": "Linux", "python": "3.11"},
+    "versions": {"torch": "2.15"},
+}  # fmt: skip
+CARD = {**BASE, "machine": {**BASE["machine"], "card": "H100"}}
+SIZES = dict.fromkeys(speed_table.PARTS, 2 << 20)
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(speed_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(speed_table, "PAGE", tmp_path / "speed.md")
+    return tmp_path / "speed.md"
+
+
+def put(page: Path, name: str, record: dict[str, Any]) -> None:
+    (page.parent / name).write_text(json.dumps(record))
+
+
+def test_nothing_is_said_of_what_was_not_measured(page: Path) -> None:
+    speed_table.write()
+    text = page.read_text()
+    assert "Not measured: a training step of ViT-B/16" in text
+    assert "benchmarks/draw.py" in text
+    assert "A training step\n" not in text
+
+
+def test_targets_are_met_or_missed(page: Path) -> None:
+    rows = {"deterministic": ROW, "bayesify": {**ROW, "median": 1.06}, "IVON": {"error": "E: no"}}
+    put(page, "step.json", {**BASE, "models": {"resnet18": rows, "vit_tiny_patch16_224": rows}})
+    cases = {"vit_tiny_patch16_224, 64": rows, "vit_tiny_patch16_224, 1": rows}
+    put(page, "predict.json", {**BASE, "draws": 30, "cases": cases})
+    speed_table.write()
+    text = page.read_text()
+    assert "resnet18, batch 16: 1.09 (met); vit_tiny, batch 16: 1.05 (missed, 1.06)" in text
+    assert (
+        "vit_tiny_patch16_224, 64: 1.05 (missed, 1.06); vit_tiny_patch16_224, 1: 1.7 (met)" in text
+    )
+    assert "| IVON | fails | fails |" in text
+    assert "IVON on resnet18: E: no" in text
+
+
+def test_a_card(page: Path) -> None:
+    rows = {
+        "deterministic": {**ROW, "peak_bytes": 1 << 30},
+        "bayesify": {**ROW, "peak_bytes": (1 << 30) + 1600},
+    }
+    name = "vit_base_patch16_224"
+    put(page, "step_cuda.json", {**CARD, "weights": {name: 100}, "models": {name: rows}})
+    graphed = {**rows, "bayesify": {**ROW, "seconds": 0.1}, "deterministic, CUDA graph": ROW}
+    put(page, "predict_cuda.json", {**CARD, "draws": 30, "cases": {f"{name}, 1": graphed}})
+    put(page, "memory_cuda.json", {
+        **CARD, "cases": {"m, batch 2": {"full": {"weights": 7, **SIZES, "peak": 3 << 20}}},
+    })  # fmt: skip
+    rate = {"bytes_per_second": 3e12, "median": 0.8}
+    rates = dict.fromkeys(("draw", "backward", "copy"), rate)
+    put(page, "draw_cuda.json", {**CARD, "weights": 100, "rates": rates})
+    speed_table.write()
+    text = page.read_text()
+    assert "Not measured" not in text
+    assert "bytes a weight (target 17): bayesify 16.0." in text
+    assert (
+        "20.0 times as fast as eager forwards (10), 20.0 times as fast as CUDA graphs (2)" in text
+    )
+    assert "| m, batch 2: full | 7 | 2 | 2 | 2 | 2 | 2 | 10 | 3 |" in text
+    assert "80 % of the bandwidth of a copy (3.00 TB/s; target 70 %)" in text
+    assert "*H100; P, 2 cores" in text
+
+
+def test_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 3.0, 4.0, 2.0])  # the order turns: base, other; other, base
+    monkeypatch.setattr(paired, "timed", lambda run, device: next(times))
+    found = paired.paired({"base": print, "other": print}, "base", 2)
+    assert found["base"]["median"] == 1.0
+    assert found["other"]["median"] == 2.5
+    assert found["other"]["seconds"] == 3.5
+
+
+def test_storages_are_counted_once() -> None:
+    tensor = torch.zeros(4, 6)
+    found = memory.storages([tensor, tensor[1:], tensor.t(), torch.zeros(2)])
+    assert sorted(found.values()) == [8, 96]
