@@ -114,6 +114,59 @@ def test_every_kernel_compiles_for_sm_90(
             assert "global.v4" in assembly, name  # accesses of 16 bytes
 
 
+LAUNCHES = """
+import sys
+from collections import Counter
+import torch
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+from bayesify.kernels import grouped, triton_draw, triton_kernels
+from bayesify.kernels.buffers import Buffers
+
+class Card:  # what Triton asks of a device before a launch
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+driver.set_active(Card())
+run, launched = JITFunction.run, []
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    launched.append((self.__name__, grid))
+    return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+JITFunction.run = compile_only
+grouped.by_triton = lambda device: True
+for seed in (5, -1 << 62, 16, 1):
+    triton_draw.fill_normal(torch.empty(100), seed, abs(seed) + 1)
+sizes = (64,), (5000,), (1,), (0,)
+items = [
+    grouped.Item(nn.Parameter(torch.randn(size)), nn.Parameter(torch.zeros(size)), 5, Buffers())
+    for size in sizes
+]
+drawn = grouped.draw(items, torch.tensor(3))
+kl = grouped.gaussian_kl([(hook, 0.0, 1.0) for _, hook in drawn])
+(sum(value.sum() for value, _ in drawn) + kl).backward()
+grouped.Repeated(items).stack([1, 2, 3])
+assert dict(Counter(launched)) == {
+    ("noise_kernel", (1,)): 4, ("draw_kernel", (4,)): 1, ("kl_kernel", (4,)): 1,
+    ("backward_kernel", (1,)): 2, ("backward_kernel", (2,)): 1, ("draw_kernel", (12,)): 1,
+}, launched
+[cache] = [kernels[0] for kernels in triton_kernels.noise_kernel.device_caches.values()]
+assert len(cache) == 1, "a seed or a key compiles the kernel anew"
+print("fine")
+"""
+
+
+def test_launches_fit_the_kernels(tmp_path: Path) -> None:
+    """All but the last step of each: arguments are bound, and the kernel compiled for them."""
+    pytest.importorskip("triton")
+    result = run("-c", LAUNCHES, TRITON_CACHE_DIR=str(tmp_path))
+    assert result.stdout == "fine\n", result.stderr
+
+
 # -- where Triton is missing or broken ---------------------------------------------------------
 
 
