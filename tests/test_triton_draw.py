@@ -110,7 +110,7 @@ def test_every_kernel_compiles_for_sm_90(
         assert len(compiled.asm["cubin"]) > 1000
         if not constants.get("WIDE"):
             assert ".local" not in assembly, name  # nothing spilt, no reduction of large angles
-        if common and name != "kl_kernel":
+        if common:
             assert "global.v4" in assembly, name  # accesses of 16 bytes
 
 

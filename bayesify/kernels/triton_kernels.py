@@ -142,6 +142,21 @@ def backward_kernel(
 
 
 @triton.jit
+def _kl_part(
+    mean, logvar, prior_mean, prior_var, mean_stride, var_stride, start, n,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = start + tl.arange(0, BLOCK)
+    mask = at < n if MASKED else None
+    other = 0.0 if MASKED else None
+    var = tl.load(prior_var + at * var_stride, mask=mask, other=1.0 if MASKED else None)
+    difference = tl.load(mean + at, mask=mask, other=other)
+    difference -= tl.load(prior_mean + at * mean_stride, mask=mask, other=other)
+    terms = _excess(tl.load(logvar + at, mask=mask, other=other) - tl.log(var))
+    return tl.sum(terms + difference * difference / var)
+
+
+@triton.jit
 def kl_kernel(table, rows, partial, BLOCK: tl.constexpr):
     """Twice the KL divergence of each block, for the tensors of ``table``."""
     program = tl.program_id(0)
@@ -150,13 +165,15 @@ def kl_kernel(table, rows, partial, BLOCK: tl.constexpr):
     logvar = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(tl.float32)), 16)
     prior_mean = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
     prior_var = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    mean_stride, var_stride = tl.load(entry + 4), tl.load(entry + 5)
     n = tl.load(entry + 6)
-    at = (program - tl.load(entry + 7)) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < n
-    var = tl.load(prior_var + at * tl.load(entry + 5), mask=mask, other=1.0)
-    difference = tl.load(mean + at, mask=mask, other=0.0) - tl.load(
-        prior_mean + at * tl.load(entry + 4), mask=mask, other=0.0
-    )
-    terms = _excess(tl.load(logvar + at, mask=mask, other=0.0) - tl.log(var))
-    terms += difference * difference / var
-    tl.store(partial + program, tl.sum(tl.where(mask, terms, 0.0)))
+    start = (program - tl.load(entry + 7)) * BLOCK
+    if start + BLOCK <= n:
+        total = _kl_part(
+            mean, logvar, prior_mean, prior_var, mean_stride, var_stride, start, n, False, BLOCK
+        )
+    else:  # what is masked out is N(0, 1) beside N(0, 1)
+        total = _kl_part(
+            mean, logvar, prior_mean, prior_var, mean_stride, var_stride, start, n, True, BLOCK
+        )
+    tl.store(partial + program, total)
