@@ -267,17 +267,38 @@ def test_small_draws_are_made_once_for_all_batches(
     assert sum(made) == 12
 
 
-def test_a_model_that_changed_is_drawn_anew() -> None:
+@pytest.mark.parametrize("how", ["in place", "exchanged", "moved"])
+def test_a_model_that_changed_is_drawn_anew(how: str) -> None:
     model = converted("convolutions")
     predictor = Predictor(model, num_samples=3, seed=2)
     before = predictor(IMAGES)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.5)
+        for name, parameter in list(model.named_parameters()):
+            if how == "in place":
+                parameter.add_(0.5)
+            elif how == "exchanged":
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, nn.Parameter(parameter + 0.5))
+            else:
+                parameter.data = parameter + 0.5
     torch.testing.assert_close(
         predictor(IMAGES), predict(model, IMAGES, num_samples=3, seed=2), rtol=1e-5, atol=1e-6
     )
     assert not torch.allclose(predictor(IMAGES), before)
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+def test_in_inference_mode(batch: int) -> None:
+    model = converted("convolutions")
+    x = torch.randn(batch, 3, 8, 8)
+    expected = predict(model, x, num_samples=4, seed=1)
+    inside = Predictor(model, num_samples=4, seed=1)
+    with torch.inference_mode():
+        torch.testing.assert_close(inside(x), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(inside(x), expected, rtol=1e-5, atol=1e-6)
+        made_inside = Predictor(model, num_samples=4, seed=1)
+        made_inside(x)
+    torch.testing.assert_close(made_inside(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_loop_over_draws_uses_memory_again() -> None:

@@ -30,7 +30,9 @@ def predict(
     """Run ``model`` with ``num_samples`` draws of its weights.
 
     The model runs in ``eval()`` mode, whatever its present one, which it has again afterwards:
-    dropout is off, BatchNorm uses its running statistics. No gradient is recorded.
+    dropout is off, BatchNorm uses its running statistics. No gradient is recorded. Where several
+    draws at once are faster (small networks or CUDA, small batches, no hooks), the model is called
+    once for all of them, which agrees with a loop of ``one_draw`` within rounding.
 
     With the estimators ``local`` and ``flipout`` each example of a batch has weights of its own in
     each of the K draws: the answers for one example are distributed as with ``weight``, or nearly

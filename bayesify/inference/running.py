@@ -56,7 +56,6 @@ class Draws:
 
     def _look(self) -> None:
         model, found = self.model, bayesian_sites(self.model)
-        self.version = _version(found)
         self.keys = distinct_keys(found)
         self.modules = modules_of(model)
         # sharded weights are drawn by the modules that read them, compiled models draw themselves,
@@ -73,9 +72,9 @@ class Draws:
         ]
         self.whole = [site for site, fits in zip(found, suited, strict=True) if fits]
         self.others = [site for site, fits in zip(found, suited, strict=True) if not fits]
-        self.repeated = (
-            None if self.plain else grouped.Repeated([self._item(s) for s in self.whole])
-        )
+        self.version = _version([*self.whole, *self.others])
+        items = [self._item(site) for site in self.whole]
+        self.repeated = None if self.plain else grouped.Repeated(items)
         self.bytes = sum(site.mean.numel() * site.mean.element_size() for site in found)
         self.keep = self.keeping and self.num_samples * self.bytes <= KEPT_BYTES
         self.kept: list[Tensor] | None = None
@@ -142,7 +141,7 @@ class Draws:
         if batch is None or len(batch) > MOST_EXAMPLES or self.num_samples == 1:
             return 1
         sites = (*self.whole, *self.others)
-        if any(type(s.mean) is not nn.Parameter or s.mean.device != batch.device for s in sites):
+        if any(not _is_plain(s.mean) or s.mean.device != batch.device for s in sites):
             return 1
         if any(map(_has_hooks, self.model.modules())):
             return 1  # a hook would see all draws at once
@@ -203,8 +202,17 @@ class Draws:
         return outputs
 
 
-def _version(found: Sequence[Site]) -> set[tuple[int, int]]:
-    return {(id(tensor), tensor._version) for site in found for tensor in (site.mean, site.raw)}
+def _version(found: Sequence[Site]) -> list[tuple[int, int, int]]:
+    """What tells that a tensor of the posterior was changed, exchanged or moved."""
+    tensors = [tensor for site in found for tensor in (site.mean, site.raw)]
+    return [
+        (id(t), 0 if t.is_inference() else t._version, t.data_ptr() if _is_plain(t) else 0)
+        for t in tensors
+    ]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is nn.Parameter
 
 
 class _LeftBehind(RuntimeError):
