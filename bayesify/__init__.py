@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .export import export_onnx as export_onnx
     from .export import export_safetensors as export_safetensors
     from .export import export_torch as export_torch
+    from .export import to_program as to_program
     from .inference import calibrate_ as calibrate_
     from .inference import predict as predict
     from .inference import recompute_batchnorm_ as recompute_batchnorm_
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .priors import LivePrior as LivePrior
     from .priors import ScaleMixturePrior as ScaleMixturePrior
     from .pruning import keep_pruned_ as keep_pruned_
+    from .pruning import latency as latency
     from .pruning import multiply_adds as multiply_adds
     from .pruning import prune_ as prune_
     from .pruning import prune_n_of_m_ as prune_n_of_m_
@@ -67,14 +69,14 @@ _HOMES = {
     "convert": "to_bbb to_bbb_ to_deterministic",
     "errors": "ArgumentError BayesifyError CheckpointError DataError ModelError NoMatchError "
     "NoMatchWarning UnsupportedModuleError",
-    "export": "Ensemble ensemble export_onnx export_safetensors export_torch",
+    "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "inference": "calibrate_ predict recompute_batchnorm_",
     "models": "create_model",
     "objective": "elbo_loss kl_divergence kl_schedule",
     "optim": "check_optimizer param_groups",
     "posterior": "posterior_stats posteriors set_prior_ stddev",
     "priors": "GaussianPrior LivePrior ScaleMixturePrior",
-    "pruning": "keep_pruned_ multiply_adds prune_ prune_n_of_m_ prune_units_ sparsity "
+    "pruning": "keep_pruned_ latency multiply_adds prune_ prune_n_of_m_ prune_units_ sparsity "
     "sparsity_schedule",
     "rewriter.variants": "generated_code rungs",
     "scope": "at_mean draws one_draw sampled",

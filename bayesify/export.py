@@ -22,6 +22,7 @@ from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
 from .inference import main_output
 from .kernels.noise import fold
 from .posterior import bayesian_sites
+from .pruning.shrinking import shrink_
 from .rewriter import caches
 from .scope import as_seed, draws
 from .storage import check_target, replacing
@@ -112,6 +113,90 @@ def ensemble(
     return Ensemble(members, per_draw=per_draw).eval()
 
 
+def to_program(
+    model: nn.Module,
+    *inputs: Any,
+    num_samples: int | None = None,
+    seed: int = 0,
+    per_draw: bool = False,
+    shrink: bool = False,
+) -> ExportedProgram:
+    """Export the means, or K draws, as a program that runs without the model's code.
+
+    Before it is returned, it has given what the model gives, at another batch size than that of
+    ``inputs``.
+
+    Args:
+        model: A converted model; it is left as it is.
+        *inputs: Positional arguments of the model as an example; the first dimension of each
+            tensor is the batch.
+        num_samples: None exports the means, with the output of the model. A number K exports
+            :func:`ensemble`.
+        seed: As in :func:`ensemble`.
+        per_draw: As in :func:`ensemble`.
+        shrink: Leave out the channels that are pruned as a whole, and what reads them, where the
+            next layer allows it.
+
+    Returns:
+        The program, for any batch size; ``.module()`` runs it.
+
+    Raises:
+        ArgumentError: An argument has a value that cannot work.
+        UnsupportedModuleError: ``model`` has no posterior, or cannot be exported.
+
+    >>> import torch, bayesify
+    >>> layers = torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+    >>> model = bayesify.to_bbb(torch.nn.Sequential(*layers))
+    >>> model = bayesify.prune_units_(model, 0.5)
+    >>> program = to_program(model, torch.ones(2, 3), shrink=True)
+    >>> [tuple(p.shape) for p in program.parameters()]
+    [(4, 3), (4,), (2, 4), (2,)]
+    """
+    bayesian_sites(model)
+    if per_draw and num_samples is None:
+        raise ArgumentError("per_draw belongs to an ensemble: give num_samples.")
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if not tensors or any(t.dim() == 0 or t.shape[0] != tensors[0].shape[0] for t in tensors):
+        raise ArgumentError(
+            "An export needs example inputs of the model: tensors whose first dimension is the "
+            f"batch, got shapes {[tuple(t.shape) for t in tensors]}."
+        )
+    if tensors[0].shape[0] == 0:
+        raise ArgumentError("An export needs an example of the model's input, the batch is empty.")
+    module: nn.Module
+    if num_samples is None:
+        module = to_deterministic(model).eval().requires_grad_(False)
+        caches.drop(module)
+    else:
+        module = ensemble(model, num_samples, seed=seed, per_draw=per_draw)
+    # torch.export takes a batch of 1 for a constant
+    example = _each(inputs, lambda t: torch.cat([t, t[:1]]) if len(t) == 1 else t)
+    batch = Dim("batch", min=1)
+    shapes = pytree.tree_map(lambda v: {0: batch} if isinstance(v, Tensor) else None, example)
+    # A model may keep results of a call: those of the trace must not serve the comparison.
+    traced = copy.deepcopy(module)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own
+            # an ensemble takes *inputs, which are one argument to torch.export
+            given = (shapes,) if isinstance(module, Ensemble) else shapes
+            program = torch.export.export(traced, example, dynamic_shapes=given)
+            if shrink:
+                graph_module = program.module()
+                if shrink_(graph_module):
+                    program = torch.export.export(graph_module, example, dynamic_shapes=shapes)
+    except Exception as error:  # the tracer raises what the model raises
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} cannot be exported as a program of any batch size "
+            f"({_reason(error)}). The format safetensors works for every model."
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    _compare(model, program, module, example)
+    program.example_inputs = None  # the user's data, which the file would hold
+    return program
+
+
 def export_safetensors(
     model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False
 ) -> None:
@@ -142,23 +227,20 @@ def export_torch(
     num_samples: int | None = None,
     seed: int = 0,
     per_draw: bool = False,
+    shrink: bool = False,
     info: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a program of ``torch.export``: it runs without bayesify and the model's code.
-
-    ``torch.export.load(path).module()`` runs it, at any batch size. Before it is written it has
-    given what the model gives, at another batch size than that of ``inputs``.
+    """Write the program of :func:`to_program`; ``torch.export.load(path).module()`` runs it.
 
     Args:
-        model: A converted model; it is left as it is.
+        model: As in :func:`to_program`.
         path: The file to write, by convention ``.pt2``.
-        *inputs: Positional arguments of the model as an example; the first dimension of each
-            tensor is the batch.
-        num_samples: None exports the means, with the output of the model. A number K exports
-            :func:`ensemble`.
-        seed: As in :func:`ensemble`.
-        per_draw: As in :func:`ensemble`.
+        *inputs: As in :func:`to_program`.
+        num_samples: As in :func:`to_program`.
+        seed: As in :func:`to_program`.
+        per_draw: As in :func:`to_program`.
+        shrink: As in :func:`to_program`.
         info: Anything that JSON can hold; it stands in the file as ``bayesify.json``.
         overwrite: Replace a file that exists.
 
@@ -169,7 +251,9 @@ def export_torch(
     """
     check_target(path, overwrite=overwrite)
     text = _info(info)
-    program = _program(model, inputs, num_samples, seed, per_draw)
+    program = to_program(
+        model, *inputs, num_samples=num_samples, seed=seed, per_draw=per_draw, shrink=shrink
+    )
     with replacing(path, overwrite=overwrite) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file, extra_files={INFO: text})
 
@@ -181,10 +265,11 @@ def export_onnx(
     num_samples: int | None = None,
     seed: int = 0,
     per_draw: bool = False,
+    shrink: bool = False,
     info: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an ONNX file by way of the program of :func:`export_torch`.
+    """Write the program of :func:`to_program` as ONNX.
 
     Its outputs are ``output``, or for an ensemble ``probabilities`` (and ``per_draw``); its first
     dimension is free.
@@ -196,6 +281,7 @@ def export_onnx(
         num_samples: As in :func:`export_torch`.
         seed: As in :func:`export_torch`.
         per_draw: As in :func:`export_torch`.
+        shrink: As in :func:`export_torch`.
         info: As in :func:`export_torch`; it stands in the metadata of the file as ``bayesify``.
         overwrite: As in :func:`export_torch`.
 
@@ -213,7 +299,9 @@ def export_onnx(
         )
     check_target(path, overwrite=overwrite)
     text = _info(info)
-    program = _program(model, inputs, num_samples, seed, per_draw)
+    program = to_program(
+        model, *inputs, num_samples=num_samples, seed=seed, per_draw=per_draw, shrink=shrink
+    )
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     if size >= _ONNX_LIMIT:
         raise UnsupportedModuleError(
@@ -240,55 +328,6 @@ def export_onnx(
     written.model.metadata_props["bayesify"] = text
     with replacing(path, overwrite=overwrite) as temporary:
         written.save(temporary, external_data=False)
-
-
-def _program(
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    num_samples: int | None,
-    seed: int,
-    per_draw: bool,
-) -> ExportedProgram:
-    """The exported program of the means or of an ensemble, once it has been seen to be right."""
-    bayesian_sites(model)
-    if per_draw and num_samples is None:
-        raise ArgumentError("per_draw belongs to an ensemble: give num_samples.")
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    if not tensors or any(t.dim() == 0 or t.shape[0] != tensors[0].shape[0] for t in tensors):
-        raise ArgumentError(
-            "An export needs example inputs of the model: tensors whose first dimension is the "
-            f"batch, got shapes {[tuple(t.shape) for t in tensors]}."
-        )
-    if tensors[0].shape[0] == 0:
-        raise ArgumentError("An export needs an example of the model's input, the batch is empty.")
-    module: nn.Module
-    if num_samples is None:
-        module = to_deterministic(model).eval().requires_grad_(False)
-        caches.drop(module)
-    else:
-        module = ensemble(model, num_samples, seed=seed, per_draw=per_draw)
-    # torch.export takes a batch of 1 for a constant
-    example = _each(inputs, lambda t: torch.cat([t, t[:1]]) if len(t) == 1 else t)
-    batch = Dim("batch", min=1)
-    shapes = pytree.tree_map(lambda v: {0: batch} if isinstance(v, Tensor) else None, example)
-    # A model may keep results of a call: those of the trace must not serve the comparison.
-    traced = copy.deepcopy(module)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own
-            if isinstance(module, Ensemble):
-                shapes = (shapes,)  # of *inputs, one argument
-            program = torch.export.export(traced, example, dynamic_shapes=shapes)
-    except Exception as error:  # the tracer raises what the model raises
-        raise UnsupportedModuleError(
-            f"{type(model).__name__} cannot be exported as a program of any batch size "
-            f"({_reason(error)}). The format safetensors works for every model."
-        ) from error
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
-    _compare(model, program, module, example)
-    program.example_inputs = None  # the user's data, which the file would hold
-    return program
 
 
 def _compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -353,10 +354,29 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("export", file, "--out", "again", "--force", "--quiet").stdout == ""
 
 
+def test_the_command_leaves_out_what_is_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("convert", "test_vit", "--num-classes", 5, "--quiet")
+    run("prune", "test_vit.bbb.safetensors", "--unit", "channels", "--sparsity", 0.5,
+        "--only", "re:.*mlp.fc1.*")  # fmt: skip
+    file = "test_vit.pruned.bbb.safetensors"
+    options = ("--format", "torch", "--shrink", "--measure", "--out", "b")
+    shown = run("export", file, *options).stdout
+    after, before = re.findall(r"image ([\d,]+) instead of ([\d,]+); a batch of 8 takes", shown)[0]
+    assert int(after.replace(",", "")) < int(before.replace(",", ""))
+    x = torch.randn(3, 3, 160, 160)
+    expected = bayesify.load(file)(x)
+    torch.testing.assert_close(run_program(Path("b"), x), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--ensemble", 2], "take --format torch or onnx"),
+        (["--shrink"], "take --format torch or onnx"),
+        (["--format", "torch", "--measure"], "give --shrink too"),
         (["--format", "torch", "--per-draw"], "--per-draw belongs to --ensemble"),
     ],
 )

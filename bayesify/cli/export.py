@@ -13,6 +13,7 @@ from .options import Debug, File, Force, Json, ModelName, Quiet, Seed, resolve_d
 if TYPE_CHECKING:
     from .checkpoint import Opened
 
+_BATCH = 8  # images, of --measure
 SUFFIX = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 
 
@@ -37,6 +38,20 @@ def export(
     ] = None,
     per_draw: Annotated[
         bool, typer.Option("--per-draw", help="With --ensemble: the probabilities of each draw.")
+    ] = False,
+    shrink: Annotated[
+        bool,
+        typer.Option(
+            "--shrink",
+            help="Leave out of a program the channels that bayesify prune has pruned as a whole.",
+        ),
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="With --shrink: multiply-adds and latency here, with and without it.",
+        ),
     ] = False,
     out: Annotated[
         Path | None,
@@ -71,27 +86,65 @@ def export(
             )
         if per_draw and ensemble is None:
             raise ArgumentError("--per-draw belongs to --ensemble K.")
+        if shrink and format == "safetensors":
+            raise ArgumentError(
+                "--shrink changes shapes, which the original model has none for: take --format "
+                "torch or onnx."
+            )
+        if measure and not shrink:
+            raise ArgumentError("--measure compares with and without --shrink: give --shrink too.")
         target = out or Path(default_name(file, format, ensemble))
         storage.check_target(target, overwrite=force)
         opened = open_model(file, model, resolve_device("cpu"))
+        measured: dict[str, Any] = {}
         if format == "safetensors":
             export_safetensors(opened.model, target, overwrite=force)
         else:
             write = export_torch if format == "torch" else export_onnx
+            asked: dict[str, Any] = {"num_samples": ensemble, "seed": seed, "per_draw": per_draw}
             with render.status(f"Exporting to {target}..."):
                 write(
-                    opened.model, target, torch.zeros(2, *opened.input.size),
-                    num_samples=ensemble, seed=seed, per_draw=per_draw,
-                    info=described(opened, ensemble, seed), overwrite=force,
+                    opened.model, target, torch.zeros(2, *opened.input.size), **asked,
+                    shrink=shrink, info=described(opened, ensemble, seed), overwrite=force,
                 )  # fmt: skip
+            if measure:
+                with render.status("Measuring..."):
+                    measured = _measured(opened, asked)
         size = target.stat().st_size
         if json:
-            about = {"file": str(target), "format": format, "bytes": size}
+            about = {"file": str(target), "format": format, "bytes": size, **measured}
             render.as_json({**about, "draws": ensemble, "seed": None if ensemble is None else seed})
         elif not quiet:
             what = "the posterior means" if ensemble is None else f"{ensemble} draws (seed {seed})"
             render.text(f"Wrote {target}: {what}, {size / 2**20:.2f} MiB.")
+            if measured:
+                before, after = measured["whole"], measured["shrunk"]
+                render.text(
+                    f"Multiply-adds of an image {after['multiply_adds']:,} instead of "
+                    f"{before['multiply_adds']:,}; a batch of {_BATCH} takes "
+                    f"{after['milliseconds']:.3g} ms here instead of {before['milliseconds']:.3g} "
+                    "(torch, CPU, median)."
+                )
             render.text("\n".join(usage(opened, target, format)))
+
+
+def _measured(opened: Opened, asked: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Multiply-adds of an image and latency of a batch, of the whole program and the shrunk one."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ..export import to_program
+    from ..pruning import latency
+
+    images = torch.randn(_BATCH, *opened.input.size)
+    found = {}
+    for name, shrink in (("whole", False), ("shrunk", True)):
+        run = to_program(opened.model, images, **asked, shrink=shrink).module()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run(images)
+        operations = counter.get_total_flops() // (2 * _BATCH)
+        found[name] = {"multiply_adds": operations, "milliseconds": 1e3 * latency(run, images)}
+    return found
 
 
 def default_name(file: Path, format: str, ensemble: int | None) -> str:

@@ -15,6 +15,7 @@ from .holding import keep_pruned_ as keep_pruned_
 from .statistics import MultiplyAdds as MultiplyAdds
 from .statistics import Sparsity as Sparsity
 from .statistics import SparsityRow as SparsityRow
+from .statistics import latency as latency
 from .statistics import multiply_adds as multiply_adds
 from .statistics import sparsity as sparsity
 from .units import prune_units_ as prune_units_

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import ArgumentError
 from ..posterior import Site, bayesian_sites, pruned_elements, sites
 from ..scope import at_mean
 from .elements import LAYERS
@@ -160,6 +163,30 @@ def multiply_adds(model: nn.Module, *inputs: Tensor) -> MultiplyAdds:
             saved += own * (1.0 - _live(model, module))
     dense = counter.get_total_flops()
     return MultiplyAdds(dense // 2, round((dense - saved) / 2))
+
+
+def latency(call: Callable[..., object], *inputs: Tensor, seconds: float = 1.0) -> float:
+    """Measure how long one call takes on this machine, without gradients.
+
+    Args:
+        call: A model or a program.
+        *inputs: Arguments of the call, on the device where it runs.
+        seconds: How long is measured, above 0, after a warm-up.
+
+    Returns:
+        The median, in seconds.
+
+    Raises:
+        ArgumentError: ``seconds`` is not above 0.
+    """
+    if not seconds > 0:
+        raise ArgumentError(f"latency: seconds must be above 0, got {seconds!r}.")
+    timer = Timer(
+        "call(*inputs)", globals={"call": call, "inputs": inputs},
+        num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    with torch.no_grad():
+        return float(timer.blocked_autorange(min_run_time=seconds).median)
 
 
 def _live(model: nn.Module, module: nn.Module) -> float:
