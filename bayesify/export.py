@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .convert import to_deterministic
@@ -314,6 +315,9 @@ def export_onnx(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of onnxscript's, on its own future
+            if any(_is_odd_attention(node) for node in program.graph.nodes):
+                with sdpa_kernel(SDPBackend.MATH):
+                    program = program.run_decompositions()
             written = torch.onnx.export(
                 program, dynamo=True, verbose=False,
                 output_names=names if len(program.graph_signature.user_outputs) == len(names)
@@ -328,6 +332,12 @@ def export_onnx(
     written.model.metadata_props["bayesify"] = text
     with replacing(path, overwrite=overwrite) as temporary:
         written.save(temporary, external_data=False)
+
+
+def _is_odd_attention(node: torch.fx.Node) -> bool:
+    """Attention over other than four dimensions, which ONNX takes as matmul and softmax alone."""
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    return node.target is attention and node.meta["val"].dim() != 4
 
 
 def _compare(

@@ -260,6 +260,25 @@ def test_onnx(tmp_path: Path) -> None:
     torch.testing.assert_close(mean, logits.softmax(-1).mean(0))
 
 
+class Windows(nn.Module):
+    """Attention within groups of tokens, as NesT and Twins have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(3, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.project(x).unflatten(1, (2, 4)).unflatten(-1, (2, 3)).transpose(2, 3)
+        return nn.functional.scaled_dot_product_attention(q, q, q).flatten(1)
+
+
+@NEEDS_ONNX
+def test_onnx_of_attention_over_five_dimensions(tmp_path: Path) -> None:
+    model, x = bayesify.to_bbb(Windows()).eval(), torch.randn(5, 8, 3)
+    bayesify.export_onnx(model, tmp_path / "a.onnx", x[:2])
+    torch.testing.assert_close(session(tmp_path / "a.onnx", x)[0], model(x))
+
+
 def test_onnx_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"onnx and onnxscript: pip install 'bayesify\[onnx\]'"):

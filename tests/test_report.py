@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import itertools
 import os
 import re
@@ -248,6 +250,30 @@ def test_the_pruning_curve(model: nn.Module, report: Report) -> None:
     for row, other in zip(found, expected, strict=True):
         assert (row["prediction"], row["accuracy"]) == (other.prediction, other.accuracy)
         assert row["nll"] == pytest.approx(other.nll, rel=1e-6)
+
+
+def test_pictures(report: Report) -> None:
+    """Small images are kept to the pixel, large ones made small."""
+    cases = [
+        ((1, 28, 28), (28, 28), "png"),
+        ((3, 30, 90), (90, 30), "png"),
+        ((3, 600, 300), (112, 224), "jpeg"),
+        ((1, 500, 500), (224, 224), "jpeg"),
+    ]
+    pixels = [torch.randint(256, shape, dtype=torch.uint8) for shape, _, _ in cases]
+    shown = tuple(
+        replace(report.surest[0], index=1000 + i, image=image) for i, image in enumerate(pixels)
+    )
+    found = list(Reader(render(replace(report, surest=shown, curve=()))).named("img"))
+    for i, ((_, size, kind), stored) in enumerate(zip(cases, pixels, strict=True)):
+        source = next(image["src"] for image in found if f"Image {1000 + i}," in image["alt"])
+        head, _, content = source.partition(",")
+        assert head == f"data:image/{kind};base64"
+        with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+            assert image.size == size
+            if kind == "png":
+                read = torch.from_numpy(np.array(image)).reshape(*stored.shape[1:], -1)
+                assert torch.equal(read.movedim(-1, 0), stored)
 
 
 @pytest.mark.parametrize(
