@@ -78,7 +78,8 @@ def picture() -> None:
                 both.paste(half, (column * WIDTH, 0))
         browser.close()
     both = both.resize((1600, 1600 * HEIGHT // (2 * WIDTH)), Image.Resampling.LANCZOS)
-    both.save(PICTURE, optimize=True)
+    few = both.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.save(PICTURE, optimize=True)
 
 
 if __name__ == "__main__":

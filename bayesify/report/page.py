@@ -318,7 +318,7 @@ def _picture(example: Example) -> tuple[str, int, int, bool]:
 
     pixels = example.image.movedim(0, -1).numpy()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    small = max(image.size) <= 96
+    small = max(image.size) <= 64
     image.thumbnail((_SIDE, _SIDE))
     kinds = {}
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):

@@ -210,10 +210,10 @@ def _weights(figure: Any, report: Report) -> None:
                 markersize=7,
                 markeredgewidth=1.6,
             )
-        axes.set(xlim=(0.4, len(layers) + 0.6), ylim=(edges[low] - 0.1, edges[high] + 0.1))
-        axes.set_ylabel(name)
-        axes.yaxis.set_major_locator(_ticker().MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{10.0**value:.10g}")
+        bottom, top = math.floor(edges[low]), math.ceil(edges[high])
+        axes.set(xlim=(0.4, len(layers) + 0.6), ylim=(bottom - 0.05, top + 0.05), ylabel=name)
+        axes.set_yticks(range(bottom, top + 1, 1 + (top - bottom) // 6))  # whole decades
+        axes.yaxis.set_major_formatter(lambda value, _: f"{10.0**value:g}")
         axes.grid(axis="x", visible=False)
     axes.axhline(0.0, color=WRONG, linewidth=1.1, linestyle="--")
     axes.xaxis.set_major_locator(_ticker().MaxNLocator(12, integer=True, min_n_ticks=1))
