@@ -117,9 +117,11 @@ def test_the_table_is_that_of_evaluate(model: nn.Module, report: Report) -> None
     for found, expected in zip(report.rows, rows, strict=True):
         assert found.draws == expected.num_samples
         assert found.temperature == expected.temperature
-        assert found.intervals == expected.intervals
-        for name, value in found.values.items():
-            assert value == pytest.approx(getattr(expected, name), rel=1e-12)
+        assert (found.intervals is None) == (expected.intervals is None)
+        for name, interval in (expected.intervals or {}).items():
+            assert (found.intervals or {})[name] == pytest.approx(interval, rel=1e-6)
+        for name, value in found.values.items():  # draws run one by one or together: rounding
+            assert value == pytest.approx(getattr(expected, name), rel=1e-6)
     assert float(report.information.mean()) == pytest.approx(rows[-1].mutual_information)
     assert 0.4 < report.rows[-1].values["accuracy"] < 0.99, "the cases below need mistakes"
 
