@@ -239,7 +239,10 @@ def main() -> None:
     choices.add_argument("--relative-std", type=float, default=Setup.relative_std)
     choices.add_argument("--prior-std", type=float, default=Setup.prior_std)
     choices.add_argument("--draws-per-step", type=int, default=Setup.draws_per_step)
-    choices.add_argument("--freeze-batchnorm", action="store_true")
+    choices.add_argument(
+        "--freeze-batchnorm", action=argparse.BooleanOptionalAction,
+        default=Setup.freeze_batchnorm,
+    )  # fmt: skip
     options = parser.parse_args()
     if options.table:
         posterior_table.write(options.out)

@@ -41,12 +41,12 @@ class Setup:
     samples: int = 30
     members: int = 5
     augment: Any = "rand-augment"
-    lr: float = 1e-3
-    logvar_lr: float = 0.02
-    relative_std: float = 0.05
+    lr: float = 2e-4
+    logvar_lr: float = 0.005
+    relative_std: float = 0.03
     prior_std: float = 0.1
     draws_per_step: int = 1
-    freeze_batchnorm: bool = False
+    freeze_batchnorm: bool = True
     num_data: int = 50_000
     """N of the KL and of IVON, whatever part of the images a trial run sees."""
     laplace_examples: int = 5000
