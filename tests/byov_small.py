@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +57,25 @@ def small_run(folder: Path, **changes: Any) -> RunConfig:
         stop_on_collapse=False,
     )
     return replace(run, **changes)
+
+
+def started(
+    config: BYOVConfig, run: RunConfig, environment: Mapping[str, str]
+) -> ForkServerProcess:
+    """A process that trains, going on from a checkpoint if there is one.
+
+    It comes out of a server that has imported torch and timm, which take seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["recipes.byov.train", "timm"])
+    process = context.Process(target=_train, args=(config, run, dict(environment)))
+    process.start()
+    return process
+
+
+def _train(config: BYOVConfig, run: RunConfig, environment: dict[str, str]) -> None:
+    from recipes.byov.train import train
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    train(config, run, resume=True)

@@ -1,57 +1,34 @@
 """Several processes against one process that does the same work."""
 
-import json
-import os
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from byov_small import CONFIG, small_run
+from byov_small import CONFIG, small_run, started
 from recipes.byov import checkpoint, train
 from recipes.byov.config import BYOVConfig, RunConfig
 
-ROOT = Path(__file__).parents[1]
 
-RANK = """
-import json, sys
-from recipes.byov.config import BYOVConfig, RunConfig
-from recipes.byov.train import train
-config, run = json.loads(sys.argv[1])
-train(BYOVConfig.from_json(config), RunConfig(**run))
-"""
-
-
-def in_processes(count: int, code: str, argument: Any) -> None:
-    """Run ``code`` as torchrun would, in processes that find each other by the environment."""
+def in_processes(count: int, config: BYOVConfig, run: RunConfig) -> None:
+    """Train as torchrun would, in processes that find each other by the environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-c", code, json.dumps(argument)]
-    started = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}
-        )
-        for r in range(count)
+    ranks = [
+        started(config, run, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)
     ]
     try:
-        assert [process.wait(timeout=240) for process in started] == [0] * count
+        for process in ranks:
+            process.join(timeout=240)
+        assert [process.exitcode for process in ranks] == [0] * count
     finally:
-        for process in started:
+        for process in ranks:
             process.kill()
-
-
-def plain(run: RunConfig) -> dict[str, Any]:
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()
-    }
 
 
 def final(run: RunConfig) -> dict[str, torch.Tensor]:
@@ -64,7 +41,7 @@ def compared(tmp_path: Path, config: BYOVConfig) -> None:
     alone = small_run(tmp_path, out=tmp_path / "alone", accumulate=2)
     train.train(config, alone)
     two = small_run(tmp_path, out=tmp_path / "two")
-    in_processes(2, RANK, [config.to_json(), plain(two)])
+    in_processes(2, config, two)
     left, right = final(alone), final(two)
     weights = [name for name in left if name.startswith(("/student/", "/teacher/"))]
     assert len(weights) > 20
@@ -99,7 +76,7 @@ def test_synchronised_batchnorm_at_the_means_is_one_batch(tmp_path: Path) -> Non
     whole = small_run(tmp_path, out=tmp_path / "whole", device="cuda")
     train.train(config, whole)
     two = small_run(tmp_path, out=tmp_path / "two", device="cuda")
-    in_processes(2, RANK, [config.to_json(), plain(two)])
+    in_processes(2, config, two)
     for name, value in final(two).items():
         if name.startswith("/student/"):
             torch.testing.assert_close(value, final(whole)[name], rtol=1e-2, atol=1e-4, msg=name)

@@ -1,12 +1,9 @@
 """The loop: what it logs, how it goes on after a stop, what ends it."""
 
-import json
 import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +15,12 @@ from safetensors.torch import load_file
 
 import bayesify
 from bayesify import ArgumentError, BayesifyError, CheckpointError
-from byov_small import CONFIG, small_run
+from byov_small import CONFIG, small_run, started
 from recipes.byov import checkpoint, train
 from recipes.byov.config import HeadNorm, PredictorName, RunConfig
 from recipes.byov.journal import read_log
 from recipes.byov.model import build_student, convert_
 from recipes.byov.train import Progress, Watcher
-
-ROOT = Path(__file__).parents[1]
 
 
 def steps_of(run: RunConfig) -> list[dict[str, Any]]:
@@ -130,37 +125,25 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(
             assert file.read_bytes() == (broken.out / file.name).read_bytes()
 
 
-KILLED = """
-import json, sys
-from pathlib import Path
-from recipes.byov.config import BYOVConfig, RunConfig
-from recipes.byov.train import train
-config, run = json.loads(sys.argv[1])
-train(BYOVConfig.from_json(config), RunConfig(**run), resume=True)
-"""
-
-
 def kill_and_resume(tmp_path: Path, kills: int) -> None:
     config = replace(CONFIG, epochs=3 + 2 * kills)
     whole = small_run(tmp_path, out=tmp_path / "whole")
     train.train(config, whole)
     broken = small_run(tmp_path, out=tmp_path / "broken")
-    run = {"data": broken.data, "out": str(broken.out), "device": "cpu", "log_every": 1,
-           "monitor_images": 8, "stop_on_collapse": False}  # fmt: skip
-    command = [sys.executable, "-c", KILLED, json.dumps([config.to_json(), run])]
-    dice = random.Random(kills)
-    log, done = broken.out / "log.jsonl", 0
+    dice, log, done = random.Random(kills), broken.out / "log.jsonl", 0
     for _ in range(kills):
-        started = subprocess.Popen(command, cwd=ROOT)
-        goal = done + dice.randint(1, 5)
-        while started.poll() is None:  # at a random moment after some steps
+        process = started(config, broken, {})
+        goal = done + dice.randint(1, 4)
+        while process.is_alive():  # at a random moment after some steps
             if log.exists() and len(log.read_text().splitlines()) > goal:
                 time.sleep(dice.random() * 0.05)
-                started.kill()
-                started.wait()
-        assert started.returncode in (-signal.SIGKILL, 0)
+                process.kill()
+                process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run was over before its time"
         done = len(log.read_text().splitlines())
-    subprocess.run(command, cwd=ROOT, check=True)
+    last = started(config, broken, {})
+    last.join()
+    assert last.exitcode == 0
     assert_same(final_state(whole), final_state(broken))
     assert steps_of(whole) == steps_of(broken)
     assert not list(broken.out.glob("**/.*"))

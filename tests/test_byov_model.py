@@ -1,0 +1,108 @@
+"""Heads, initial weights and what becomes Bayesian."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bayesify
+from byov_small import CONFIG
+from recipes.byov.model import (
+    MLP,
+    StandardisedLinear,
+    Student,
+    batch_optimal,
+    build_student,
+    convert_,
+)
+
+
+def test_standardised_weights_have_mean_0_and_keep_the_variance() -> None:
+    layer = StandardisedLinear(400, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(7.0).add_(2.0)
+    used = layer(torch.eye(400)).T
+    torch.testing.assert_close(used.mean(dim=1), torch.zeros(3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(used.var(dim=1, correction=0), torch.full((3,), 1 / 400))
+
+
+def test_batch_optimal_predictor_is_ridge_regression() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(40, 6, generator=generator, requires_grad=True)
+    t = torch.randn(40, 6, generator=generator)
+    predicted = batch_optimal(z, t)
+    a, b = z.detach().double().numpy(), t.double().numpy()
+    b = b / np.linalg.norm(b, axis=1, keepdims=True)
+    ridge = 1e-3 * np.mean(np.diag(a.T @ a))
+    stacked = np.vstack([a, np.sqrt(ridge) * np.eye(6)])
+    weight, *_ = np.linalg.lstsq(stacked, np.vstack([b, np.zeros((6, 6))]), rcond=None)
+    np.testing.assert_allclose(predicted.detach().numpy(), a @ weight, atol=1e-5)
+    predicted.sum().backward()
+    assert z.grad is not None
+    np.testing.assert_allclose(z.grad.numpy(), np.tile(weight.sum(axis=1), (40, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"),
+    [
+        ("batch", nn.BatchNorm1d),
+        ("group", nn.GroupNorm),
+        ("layer", nn.LayerNorm),
+        ("none", nn.Identity),
+    ],
+)
+def test_heads_are_those_of_byol(norm: Any, kind: type[nn.Module]) -> None:
+    head = MLP(12, 64, 8, norm, 0.02)
+    assert [type(layer) for layer in head][1:3] == [kind, nn.ReLU]
+    assert head(torch.randn(5, 12)).shape == (5, 8)
+
+
+def test_means_start_as_the_paper_says() -> None:
+    config = replace(
+        CONFIG, encoder_args={"patch_size": 14, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    )
+    model = build_student(config, 2)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and parameter.numel() > 1000:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+        elif name.endswith("bias"):
+            assert parameter.eq(0).all(), name
+        elif parameter.ndim == 1:
+            assert parameter.eq(1).all(), name
+    for posterior in bayesify.posteriors(convert_(model, config)):
+        assert posterior.logvar.eq(-10).all()
+
+
+@pytest.mark.parametrize(
+    ("conversion", "left_out"),
+    [("full", ()), ("no-conv", ("patch_embed",)), ("no-layernorm", ("norm",)),
+     ("linear-only", ("patch_embed", "norm", "token", "pos_embed", "or.1."))],
+)  # fmt: skip
+def test_presets_of_table_1(conversion: Any, left_out: tuple[str, ...]) -> None:
+    config = replace(CONFIG, conversion=conversion)
+    model = build_student(config, 2)
+    names = [name for name, _ in model.named_parameters()]
+    bayesian = {p.name for p in bayesify.posteriors(convert_(model, config))}
+    assert bayesian == {n for n in names if not any(part in n for part in left_out)}
+
+
+def test_one_draw_serves_both_views_and_each_call_draws_anew() -> None:
+    config = replace(CONFIG, head_norm="none", logvar_init=-4.0)
+    model = convert_(build_student(config, 2), config).train()
+    assert isinstance(model, Student)
+    view = torch.randn(4, 1, 28, 28)
+    first, second = model(view, view)
+    assert torch.equal(first.prediction, second.prediction)
+    assert not torch.equal(first.prediction, model(view, view)[0].prediction)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "recipes.byov.resnet:cifar_resnet18"])
+def test_resnets_are_encoders_too(encoder: str) -> None:
+    config = replace(CONFIG, encoder=encoder, encoder_args={}, image_size=32)
+    with torch.device("meta"):
+        model = convert_(build_student(config, 2), config)
+        first, _ = model(torch.zeros(2, 1, 32, 32), torch.zeros(2, 1, 32, 32))
+        assert first.features.shape == (2, 512)
