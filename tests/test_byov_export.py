@@ -49,6 +49,7 @@ def test_timm_loads_the_means_bit_for_bit(
     model = eval(call, {"timm": timm}).eval()
     with torch.no_grad():
         assert torch.equal(model(IMAGES), kept[name](IMAGES))
+    assert "'" not in call  # the command line prints it between these
     assert call.startswith('timm.create_model("vit_tiny_patch16_224", num_classes=0, in_chans=1')
 
 

@@ -233,6 +233,18 @@ def test_accumulation_with_checkpointed_activations_is_the_same_run(tmp_path: Pa
     assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_step_on_cuda_has_the_loss_of_the_cpu(tmp_path: Path, compiled: bool) -> None:
+    config = replace(CONFIG, prior="teacher", logvar_init=-20.0)  # other devices draw other noise
+    losses = []
+    for device, fast in (("cpu", False), ("cuda", compiled)):
+        run = small_run(tmp_path, out=tmp_path / device, device=device, compile=fast, amp=fast)
+        train.train(config, run)
+        losses.append(steps_of(run)[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05 if compiled else 1e-3)
+
+
 def test_nan_ends_the_run_with_step_cause_and_checkpoint(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     config = replace(CONFIG, lr=1e30, warmup_epochs=0.0)

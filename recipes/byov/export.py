@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,11 @@ def timm_call(config: BYOVConfig, path: Path) -> str:
     if config.patch is not None:
         arguments["img_size"] = config.image_size
     arguments |= config.encoder_args
-    shown = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    # double quotes, so that it can stand between single ones in a shell
+    shown = "".join(
+        f", {name}={json.dumps(value) if isinstance(value, str) else repr(value)}"
+        for name, value in arguments.items()
+    )
     return f'timm.create_model("{config.encoder}"{shown}, checkpoint_path="{path}")'
 
 
