@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from recipes.byov.config import BYOVConfig, RunConfig
+from recipes.byov.train import Progress, Watcher, train
 
 CONFIG = BYOVConfig(
     encoder="vit_tiny_patch16_224",
@@ -74,8 +76,16 @@ def started(
 
 
 def _train(config: BYOVConfig, run: RunConfig, environment: dict[str, str]) -> None:
-    from recipes.byov.train import train
-
     os.environ.update(environment)
     torch.set_num_threads(1)
     train(config, run, resume=True)
+
+
+def stop_at(step: int) -> Watcher:
+    """Sends this process the signal that a scheduler sends."""
+
+    def on_step(progress: Progress) -> None:
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return Watcher(on_step=on_step)

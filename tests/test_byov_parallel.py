@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from byov_small import CONFIG, small_run, started
+from byov_small import CONFIG, small_run, started, stop_at
 from recipes.byov import checkpoint, train
 from recipes.byov.config import BYOVConfig, RunConfig
 
@@ -37,21 +37,22 @@ def final(run: RunConfig) -> dict[str, torch.Tensor]:
     return load_file(newest)
 
 
-def compared(tmp_path: Path, config: BYOVConfig) -> None:
+@pytest.mark.parametrize("alone_first", [0, 2])
+def test_two_processes_are_one_that_accumulates(tmp_path: Path, alone_first: int) -> None:
+    """From the start, or going on with what one process has begun."""
+    config = replace(CONFIG, head_norm="layer", prior="teacher", clip_norm=1.0, epochs=2)
     alone = small_run(tmp_path, out=tmp_path / "alone", accumulate=2)
     train.train(config, alone)
     two = small_run(tmp_path, out=tmp_path / "two")
+    if alone_first:
+        begun = replace(two, accumulate=2)
+        assert train.train(config, begun, watcher=stop_at(alone_first)).step == alone_first
     in_processes(2, config, two)
     left, right = final(alone), final(two)
     weights = [name for name in left if name.startswith(("/student/", "/teacher/"))]
     assert len(weights) > 20
     for name in weights:
         torch.testing.assert_close(right[name], left[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_two_processes_are_one_that_accumulates(tmp_path: Path) -> None:
-    config = replace(CONFIG, head_norm="layer", prior="teacher", clip_norm=1.0, epochs=2)
-    compared(tmp_path, config)
 
 
 def test_the_draw_of_each_process_is_its_own(tmp_path: Path) -> None:

@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 
 import bayesify
 from bayesify import ArgumentError, BayesifyError, CheckpointError
-from byov_small import CONFIG, small_run, started
+from byov_small import CONFIG, small_run, started, stop_at
 from recipes.byov import checkpoint, train
 from recipes.byov.config import HeadNorm, PredictorName, RunConfig
 from recipes.byov.journal import read_log
 from recipes.byov.model import build_student, convert_
-from recipes.byov.train import Progress, Watcher
 
 
 def steps_of(run: RunConfig) -> list[dict[str, Any]]:
@@ -40,16 +39,6 @@ def final_state(run: RunConfig) -> dict[str, torch.Tensor]:
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
-def stop_at(step: int) -> Watcher:
-    """Sends this process the signal that a scheduler sends."""
-
-    def on_step(progress: Progress) -> None:
-        if progress.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return Watcher(on_step=on_step)
 
 
 def test_log_holds_what_is_to_be_watched(tmp_path: Path) -> None:
