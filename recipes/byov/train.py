@@ -427,10 +427,7 @@ def _parallel(model: nn.Module, run: RunConfig, world: World) -> nn.Module:
     """What is called in a step: the model, compiled or inside DistributedDataParallel."""
     called: Any = torch.compile(model) if run.compile else model
     if world.size > 1:
-        # Statistics of BatchNorm are either the same everywhere or meant to be a process's own.
-        called = nn.parallel.DistributedDataParallel(
-            called, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        called = nn.parallel.DistributedDataParallel(called, gradient_as_bucket_view=True)
     return called  # type: ignore[no-any-return]
 
 
