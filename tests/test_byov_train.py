@@ -20,6 +20,7 @@ from recipes.byov import checkpoint, train
 from recipes.byov.config import HeadNorm, PredictorName, RunConfig
 from recipes.byov.journal import read_log
 from recipes.byov.model import build_student, convert_
+from recipes.byov.stopping import interruptible
 
 
 def steps_of(run: RunConfig) -> list[dict[str, Any]]:
@@ -275,7 +276,7 @@ def test_keys_differ_in_seed_step_and_index() -> None:
 
 def test_signals_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with train.interruptible() as asked:
+    with interruptible() as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked()
         with pytest.raises(KeyboardInterrupt):

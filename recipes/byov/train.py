@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +46,8 @@ from .objective import byol_loss, negatives_loss
 from .optimizer import lr_factor, make_optimizer, set_lr
 from .parallel import World, joined
 from .probe import OnlineProbe
+from .stopping import COLLAPSED, check_finite, collapse_message, interruptible
 from .teacher import TauSchedule, Teacher, set_prior_of
-
-COLLAPSED = 3
-"""Alarms in a row, one a log line, that end a run."""
 
 MONITORED = 50_000
 """Training images in which the kNN of a running training is measured, at most."""
@@ -258,7 +255,7 @@ def _train(
         norm = _clip(model, config.clip_norm, wanted=logged)
         pending.append((step, parts["loss"] + norm * 0.0))
         if world.device.type == "cpu" or logged:
-            _check_finite(pending, world, newest, optimizer)
+            check_finite(pending, newest, optimizer)
             pending.clear()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -297,7 +294,7 @@ def _train(
             journal.add("step", done, values)
             watcher.on_step(Progress(done, steps, epoch, values))
             if run.stop_on_collapse and world.any(alarms >= COLLAPSED):
-                raise BayesifyError(_collapse_message(config, done, values, newest))
+                raise BayesifyError(collapse_message(config, done, values, newest))
 
         epoch_ends = done % steps_per_epoch == 0
         finished = epoch + 1
@@ -320,7 +317,7 @@ def _train(
         due = epoch_ends and finished % run.checkpoint_every == 0
         stopped = world.any(stop_asked())
         if due or done == steps or stopped or best["step"] == done:
-            _check_finite(pending, world, newest, optimizer)
+            check_finite(pending, newest, optimizer)
             pending.clear()
             newest = save(done)
         if stopped and done < steps:
@@ -353,32 +350,6 @@ def key_of(seed: int, step: int, index: int) -> int:
     """The seed of all that is random in one micro-batch of one step, in [0, 2**63)."""
     digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM and Ctrl-C in this block instead of dying of them; a second one ends it all.
-
-    Outside the main thread, where Python allows no handler, the block is an ordinary one.
-    """
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                before[number] = signal.signal(number, note)
-            except ValueError:  # not the main thread
-                break
-        yield lambda: bool(asked)
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
 
 
 def _steps_per_epoch(source: Source, config: BYOVConfig, run: RunConfig, world: World) -> int:
@@ -508,45 +479,6 @@ def _clip(model: nn.Module, most: float, *, wanted: bool) -> Tensor:
     if wanted:
         return nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     return torch.zeros((), device=trained[0].device)
-
-
-def _check_finite(
-    pending: list[tuple[int, Tensor]],
-    world: World,
-    newest: Path | None,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    if not pending or bool(torch.isfinite(torch.stack([v for _, v in pending])).all()):
-        return
-    step = next(step for step, value in pending if not bool(torch.isfinite(value)))
-    rates = {group["name"]: group["peak_lr"] for group in optimizer.param_groups}
-    raise BayesifyError(
-        f"The loss or its gradient is not finite at step {step + 1:,}. Likely cause: a learning "
-        f"rate that is too high (peak {max(rates.values()):.3g}); lower lr or logvar_lr_ratio, "
-        f"lengthen warmup_epochs, or set clip_norm. {_good(newest)}"
-    )
-
-
-def _collapse_message(
-    config: BYOVConfig, step: int, values: dict[str, float], newest: Path | None
-) -> str:
-    if config.predictor == "none":
-        cause = "there is no predictor, without which BYOL collapses"
-    elif config.head_norm == "none" and config.head_init == "default":
-        cause = "heads without a norm need head_init 'modified'"
-    elif config.tau_base < 0.9:
-        cause = f"tau_base ({config.tau_base}) lets the teacher follow too fast"
-    else:
-        cause = "lr is too high, or warmup_epochs too short"
-    return (
-        f"The embeddings have collapsed at step {step:,}: standard deviation x sqrt(d) is "
-        f"{values['std']:.3f} (1 is healthy), effective rank {values['effective_rank']:.1f}. "
-        f"Likely cause: {cause}. {_good(newest)} stop_on_collapse=False goes on all the same."
-    )
-
-
-def _good(newest: Path | None) -> str:
-    return f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
 
 
 def _monitor(
