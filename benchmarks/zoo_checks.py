@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,8 @@ from bayesify.posterior import sites
 from reference import Probe, check, clear_caches, outputs
 
 BATCHES = (1, 3)
-LARGE = 150_000_000
-"""Parameters above which a model is not compared in numbers unless one with fewer layers can be."""
+LARGE = 300_000_000
+"""Parameters above which a model is not compared in numbers: it needs 50 bytes for each."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 SHALLOW: tuple[dict[str, Any], ...] = (
@@ -35,6 +36,35 @@ SHALLOW: tuple[dict[str, Any], ...] = (
     {"num_layers": 2}, {"depths": (1, 1, 1)}, {"depths": (1, 2, 1)},
 )  # fmt: skip
 """Arguments that make a model of the same modules with fewer layers."""
+
+NARROW: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "regnety_1280": (
+        "w0=56, wa=20.1, group_size=8",
+        lambda: timm.models.regnet.RegNet(
+            timm.models.regnet.RegNetCfg(
+                w0=56, wa=20.1, wm=2.52, group_size=8, depth=27, se_ratio=0.25
+            )
+        ),
+    ),
+    "torchvision:regnet_y_128gf": (
+        "w_0=56, w_a=20.1, group_width=8",
+        lambda: torchvision.models.RegNet(
+            torchvision.models.regnet.BlockParams.from_init_params(
+                depth=27, w_0=56, w_a=20.1, w_m=2.52, group_width=8, se_ratio=0.25
+            ),
+            norm_layer=partial(nn.BatchNorm2d, eps=1e-5, momentum=0.1),
+        ),
+    ),
+    "torchvision:vit_h_14": (
+        "num_heads=4, hidden_dim=64, mlp_dim=128",
+        lambda: torchvision.models.VisionTransformer(224, 14, 32, 4, 64, 128),
+    ),
+    "torchvision:vit_l_16": (
+        "num_heads=4, hidden_dim=64, mlp_dim=128",
+        lambda: torchvision.models.VisionTransformer(224, 16, 24, 4, 64, 128),
+    ),
+}
+"""Large models whose layers have names: none can be left out, a narrow one stands for the model."""
 
 
 def names() -> list[str]:
@@ -91,12 +121,17 @@ def build(name: str, **options: Any) -> nn.Module:
 
 
 def build_on_meta(name: str, **options: Any) -> nn.Module:
-    """Without memory; what cannot be built there is built on the CPU and moved."""
+    """A model without memory for its parameters."""
+    return on_meta(partial(build, name, **options))
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """What ``make`` builds, without memory; what cannot be built there is built and moved."""
     try:
         with torch.device("meta"):
-            return build(name, **options)
+            return make()
     except Exception:
-        return build(name, **options).to("meta")
+        return make().to("meta")
 
 
 # -- inputs ----------------------------------------------------------------------------------
@@ -315,9 +350,8 @@ def runs_at(name: str, model: nn.Module, size: int) -> bool:
     return True
 
 
-def sizes(name: str, options: dict[str, Any]) -> tuple[int, int | None]:
+def sizes(name: str, outline: nn.Module) -> tuple[int, int | None]:
     """The smallest size of image that the model takes, and another one if there is any."""
-    outline = build_on_meta(name, **options)
     native = native_size(name, outline)
     if detects(name):
         return native, None if name.startswith("torchvision:ssd") else native + 32
@@ -340,13 +374,56 @@ def _find_boxes(name: str, model: nn.Module, size: int) -> None:
         norm.momentum = momentum
 
 
-def _same_modules(name: str, options: dict[str, Any], wanted: str) -> bool:
-    """Whether a model with these options has the same modules, and runs."""
-    try:
-        outline = build_on_meta(name, **options)
-    except Exception:
-        return False
-    return signature(outline) == wanted and runs_at(name, outline, native_size(name, outline))
+def _leave_out_layers(model: nn.Module) -> None:
+    """Keep the first two of each run of equal layers in a sequence."""
+    for module in model.modules():
+        names = list(module._modules)
+        if not isinstance(module, nn.Sequential | nn.ModuleList) or not all(
+            name.isdigit() for name in names
+        ):
+            continue
+        kept: list[nn.Module] = []
+        kinds: list[Any] = []
+        for child in module._modules.values():
+            shapes = [tuple(p.shape) for p in child.parameters()]
+            kinds.append((signature(child), shapes))
+            if not shapes or len(kinds) < 3 or kinds[-3:].count(kinds[-1]) < 3:
+                kept.append(child)
+        if len(kept) < len(names):
+            module._modules.clear()
+            module._modules.update({str(i): child for i, child in enumerate(kept)})
+
+
+def _fewer_layers(name: str) -> nn.Module:
+    model = build(name)
+    _leave_out_layers(model)
+    return model
+
+
+def _small(name: str) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
+    """A model with all kinds of modules of a large one, but fewer or narrower, and how it differs.
+
+    The model itself where there is no such one.
+    """
+    whole = build_on_meta(name)
+    kind, size = signature(whole), native_size(name, whole)
+
+    def stands(outline: nn.Module) -> bool:
+        return signature(outline) == kind and runs_at(name, outline, size)
+
+    if name in NARROW:
+        how, narrow = NARROW[name]
+        if stands(on_meta(narrow)):
+            return narrow, {"narrow": how}
+    for options in SHALLOW:
+        with contextlib.suppress(Exception):  # a model without these arguments
+            if stands(build_on_meta(name, **options)):
+                return partial(build, name, **options), options
+    count = sum(p.numel() for p in whole.parameters())
+    _leave_out_layers(whole)
+    if sum(p.numel() for p in whole.parameters()) < count and stands(whole):
+        return partial(_fewer_layers, name), {"layers": "two of each run of equal ones"}
+    return partial(build, name), {}
 
 
 def numeric(name: str, shallow: bool) -> dict[str, Any]:
@@ -354,18 +431,16 @@ def numeric(name: str, shallow: bool) -> dict[str, Any]:
 
     Args:
         name: The model.
-        shallow: Build it with fewer layers, where such a one has the same signature.
+        shallow: Take a smaller model with the same modules, where there is one.
     """
-    options: dict[str, Any] = {}
-    if shallow:
-        whole = build_on_meta(name)
-        alike = (o for o in SHALLOW if _same_modules(name, o, signature(whole)))
-        options = next(alike, {})
-        if not options and sum(p.numel() for p in whole.parameters()) > LARGE:
-            return {"problems": ["too large for this machine, and no smaller one of its kind"]}
-    size, other = sizes(name, options)
-    model = build(name, **options)
-    parameters = sum(p.numel() for p in model.parameters())
+    make, options = _small(name) if shallow else (partial(build, name), {})
+    outline = on_meta(make)
+    parameters = sum(p.numel() for p in outline.parameters())
+    if parameters > LARGE:
+        return {"problems": ["too large for this machine, and no smaller one of its kind"]}
+    size, other = sizes(name, outline)
+    torch.manual_seed(0)
+    model = make()
     others = [] if other is None else [inputs(name, model, 2, other, "cpu")]
     batch = 1 if name.startswith("torchvision:mvit") else 3  # 16 whole frames an example
     report = check(
