@@ -359,11 +359,6 @@ def _problems(c: BYOVConfig) -> list[str]:
         f"prior {c.prior!r} needs a teacher: objective 'supervised' has none.",
     )
     want(
-        not (c.bayesian and c.weight_decay),
-        "weight_decay must be 0 with a posterior: the KL already pulls the means (choice 20 of the "
-        "README). It belongs to conversion='none'.",
-    )
-    want(
         c.predictor != "none" or c.predictor_lr_ratio == 1.0,
         "predictor_lr_ratio has no use with predictor 'none'.",
     )

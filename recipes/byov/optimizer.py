@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,13 @@ def make_optimizer(model: nn.Module, config: BYOVConfig) -> torch.optim.Optimize
         model: The student, converted or not.
         config: Of the run.
     """
+    if config.bayesian and config.weight_decay:
+        warnings.warn(
+            f"weight_decay {config.weight_decay:g} on the means of a posterior: the KL already "
+            "pulls them, and the paper removed it (appendix C). Log variances are not decayed.",
+            UserWarning,
+            stacklevel=2,
+        )
     groups = list(_groups(model, config))
     optimizer: torch.optim.Optimizer
     if config.optimizer == "lars":
