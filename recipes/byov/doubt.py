@@ -144,7 +144,11 @@ def draws_needed(
 
 
 def averages(pool: Tensor, settings: DoubtSettings) -> dict[str, Any]:
-    """Mean and spread of averages of K of the pool's draws (P, N), each averaged over the images."""
+    """Mean and spread of averages of K of the pool's draws (P, N), over the images.
+
+    The mean is that over the images; the spread the root of their mean variance, which few groups
+    do not bias.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     pool = pool.double()
     rows = []
@@ -158,8 +162,8 @@ def averages(pool: Tensor, settings: DoubtSettings) -> dict[str, Any]:
             {
                 "k": k,
                 "mean": float(found.mean.mean()),
-                "std": float(found.std.mean()),
-                "disjoint": float(groups.std(dim=0).mean()),
+                "std": float(found.std.square().mean().sqrt()),
+                "disjoint": float(groups.var(dim=0).mean().sqrt()),
             }
         )
     return {"rows": rows, "slope": slope(rows, "std"), "disjoint_slope": slope(rows, "disjoint")}

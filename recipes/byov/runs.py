@@ -230,7 +230,8 @@ def stored(
             return known
     made = {"measurement": name, "run": run.facts(), "settings": wanted, "numbers": measure()}
     write_json(path, made)
-    return made
+    kept: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return kept
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -264,6 +265,8 @@ def device_name(device: torch.device) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, torch.Tensor):

@@ -1,0 +1,199 @@
+"""Results of many runs side by side: families of seeds, estimates, differences in points."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bayesify import ArgumentError
+
+from .config import BYOVConfig
+from .runs import family, label
+
+HIGHER = ("top1", "top5", "resolution")
+"""Metrics of which more is better; less is better of the others."""
+
+ENOUGH = 3
+"""Seeds below which there is no claim."""
+
+# Quantiles 0.975 of Student's t by degrees of freedom; the last one serves for more.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds, half of its 95 % interval (None below two seeds), and the seeds' number."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    @property
+    def text(self) -> str:
+        """``1.23 ± 0.45 (n 3)``."""
+        spread = "" if self.half is None else f" ± {self.half:.2f}"
+        return f"{self.mean:.2f}{spread} (n {self.n})"
+
+
+def estimate(values: Iterable[float | None]) -> Estimate | None:
+    """Mean and Student's 95 % interval; None of no values."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    n = len(known)
+    half = None
+    if n > 1:
+        half = _T[min(n - 2, len(_T) - 1)] * statistics.stdev(known) / math.sqrt(n)
+    return Estimate(statistics.fmean(known), half, n)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of one run.
+
+    Args:
+        config: What was trained.
+        facts: As :meth:`recipes.byov.runs.Run.facts` has them.
+        log: Its log's lines; empty where only results are at hand.
+        results: Measurements by their names, each with ``settings`` and ``numbers``.
+    """
+
+    config: BYOVConfig
+    facts: dict[str, Any]
+    log: list[dict[str, Any]]
+    results: dict[str, dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return self.config.seed
+
+    def numbers(self, name: str) -> dict[str, Any] | None:
+        """A measurement's numbers; None if it was not made."""
+        found = self.results.get(name)
+        return None if found is None else found["numbers"]
+
+    def row(self, prediction: str, protocol: str = "linear") -> dict[str, Any] | None:
+        """The metrics of one way to predict."""
+        rows = (self.numbers(f"eval-{protocol}") or {"rows": []})["rows"]
+        return next((r for r in rows if r["prediction"] == prediction), None)
+
+
+def read_card(folder: Path) -> Card:
+    """The results that lie in the folder of a run.
+
+    Raises:
+        ArgumentError: There are none.
+    """
+    from .journal import read_log
+
+    results = {}
+    for path in sorted((folder / "results").glob("*.json")):
+        value = json.loads(path.read_text("utf-8"))
+        results[value["measurement"]] = value
+    if not results:
+        raise ArgumentError(
+            f"{folder} holds no results: measure it with `bayesify recipe byov eval {folder}`."
+        )
+    facts = next(iter(results.values()))["run"]
+    log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+    return card_of(facts, log, results)
+
+
+def card_of(
+    facts: dict[str, Any], log: list[dict[str, Any]], results: dict[str, dict[str, Any]]
+) -> Card:
+    """A card from its parts; what this version does not know of a config is left out."""
+    known = {f.name for f in fields(BYOVConfig)}
+    config = BYOVConfig.from_json({k: v for k, v in facts["config"].items() if k in known})
+    return Card(config, facts, log, results)
+
+
+def families(cards: Sequence[Card]) -> dict[str, list[Card]]:
+    """Runs that differ in their seed alone, by a name that no other family has."""
+    groups: dict[str, list[Card]] = {}
+    for card in cards:
+        groups.setdefault(family(card.config), []).append(card)
+    named: dict[str, list[str]] = {}
+    for key, members in groups.items():
+        named.setdefault(label(members[0].config), []).append(key)
+    found = {}
+    for name, keys in named.items():
+        configs = [groups[key][0].config.to_json() for key in keys]
+        differing = [f for f in configs[0] if f != "seed" and len({str(c[f]) for c in configs}) > 1]
+        for key, config in zip(keys, configs, strict=True):
+            more = ", ".join(f"{f} {config[f]}" for f in differing)
+            found[f"{name}, {more}" if more else name] = groups[key]
+    return found
+
+
+def points(ours: float, reference: float, metric: str) -> float:
+    """A difference in percentage points, plus being better."""
+    difference = 100 * (ours - reference)
+    return difference if metric in HIGHER else -difference
+
+
+def against(
+    mine: Sequence[Card],
+    reference: Sequence[Card],
+    of: Callable[[Card], float | None],
+    reference_of: Callable[[Card], float | None],
+    metric: str,
+) -> Estimate | None:
+    """A metric of a family against that of another: paired by seed where they share seeds."""
+    other = {c.seed: reference_of(c) for c in reference}
+    known = [v for v in other.values() if v is not None]
+    if not known:
+        return None
+    shared = {c.seed for c in mine} & {seed for seed, v in other.items() if v is not None}
+    found: list[float | None] = []
+    for card in mine:
+        value = of(card)
+        if value is None or (shared and card.seed not in shared):
+            continue
+        base = other[card.seed] if shared else statistics.fmean(known)
+        found.append(None if base is None else points(value, base, metric))
+    return estimate(found)
+
+
+def select(cards: Sequence[Card], **wanted: Any) -> list[Card]:
+    """Cards whose configs have these values."""
+    return [c for c in cards if all(getattr(c.config, k) == v for k, v in wanted.items())]
+
+
+def baselines(cards: Sequence[Card]) -> dict[str, list[Card]]:
+    """Deterministic BYOL: as its recipe has it, with weight decay, and without, as BYOV."""
+    plain = [c for c in select(cards, conversion="none", objective="byol") if _untouched(c.config)]
+    decayed = [c for c in plain if c.config.weight_decay > 0]
+    free = [c for c in plain if c.config.weight_decay == 0]
+    return {"BYOL": decayed or free, "BYOL, no weight decay": free}
+
+
+def paper_like(cards: Sequence[Card], **wanted: Any) -> list[Card]:
+    """BYOV as the paper has it: annealed beta, all else untouched, save for what is wanted."""
+    usual = {"objective": "byol", "conversion": "full", "beta_start": 0.0, "beta_end": 1.0,
+             "prior": "zero", "weight_decay": 0.0}  # fmt: skip
+    return [c for c in select(cards, **(usual | wanted)) if _untouched(c.config)]
+
+
+def _untouched(config: BYOVConfig) -> bool:
+    """No ablation of BYOL or of the loss."""
+    return (
+        config.predictor == "mlp"
+        and config.predictor_lr_ratio == 1.0
+        and config.head_norm == "batch"
+        and not config.negatives_weight
+        and config.augmentation_strength == 1.0
+        and config.estimator == "weight"
+        and not config.freeze_patch_embed
+    )
+
+
+def stamp(cards: Iterable[Card]) -> str | None:
+    """What is written over a figure whose posterior did not move far enough."""
+    still = [c for c in cards if c.config.bayesian and not c.facts["converged"]]
+    return "posterior not converged" if still else None

@@ -1,0 +1,284 @@
+"""The paper's claims as numbers, ours beside them, and whether they agree.
+
+A claim of a sign agrees where our interval lies on its side of 0, disagrees where it lies on the
+other, and is undecided between. Nothing is said of fewer than three seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .assemble import PRIORS, fig1b, fig3, fig4shift, fig5, fig7
+from .cards import (
+    ENOUGH,
+    Card,
+    Estimate,
+    against,
+    baselines,
+    estimate,
+    paper_like,
+)
+from .evaluate import AVERAGE, MEANS, SCALED
+
+Verdict = Literal["agrees", "disagrees", "undecided", "n < 3", "not converged", "not run"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of the paper.
+
+    Args:
+        where: In the paper.
+        text: What is said, as a difference that is above 0 if it holds.
+        paper: The paper's number; None where it gives a picture or a word.
+        unit: Of both numbers.
+        ours: From the runs at hand; None where they do not allow it.
+        posterior: Whether it means nothing without a posterior that moved.
+        low: Bounds between which our interval must lie, for a claim that is no sign.
+        high: Likewise.
+    """
+
+    where: str
+    text: str
+    paper: float | None
+    unit: str
+    ours: Callable[[Sequence[Card]], Estimate | None]
+    posterior: bool = False
+    low: float = 0.0
+    high: float = float("inf")
+
+
+def _metric(prediction: str, metric: str) -> Callable[[Card], float | None]:
+    def read(card: Card) -> float | None:
+        row = card.row(prediction)
+        return None if row is None else row[metric]
+
+    return read
+
+
+def _over_byol(
+    metric: str, *, prediction: str = MEANS, control: str = "BYOL", base: str = MEANS, **wanted: Any
+) -> Callable[[Sequence[Card]], Estimate | None]:
+    def ours(cards: Sequence[Card]) -> Estimate | None:
+        return against(
+            paper_like(cards, **wanted), baselines(cards)[control], _metric(prediction, metric),
+            _metric(base, metric), metric,
+        )  # fmt: skip
+
+    return ours
+
+
+def _between(
+    metric: str, one: dict[str, Any], other: dict[str, Any], prediction: str = MEANS
+) -> Callable[[Sequence[Card]], Estimate | None]:
+    def ours(cards: Sequence[Card]) -> Estimate | None:
+        read = _metric(prediction, metric)
+        return against(paper_like(cards, **one), paper_like(cards, **other), read, read, metric)
+
+    return ours
+
+
+def _average_gain(cards: Sequence[Card]) -> Estimate | None:
+    """What the MC average gains in top-1 at beta_end 0.3, else at 1."""
+    group = paper_like(cards, beta_end=0.3) or paper_like(cards)
+    return against(group, group, _metric(AVERAGE, "top1"), _metric(MEANS, "top1"), "top1")
+
+
+def _rank_correlation(cards: Sequence[Card]) -> Estimate | None:
+    found = fig1b(cards)
+    return None if found is None else found["spearman"]
+
+
+def _snr_alike(cards: Sequence[Card]) -> Estimate | None:
+    """By how much more the priors' sigmas are apart than their SNRs, in natural logarithms."""
+    seeds = sorted({c.seed for c in paper_like(cards)})
+    found = []
+    for seed in seeds:
+        trajectories = fig3([c for c in cards if c.seed == seed])
+        for pair in [] if trajectories is None else trajectories["apart"]:
+            if pair["pair"] == [PRIORS["zero"], PRIORS["teacher"]] and pair["sigma"] is not None:
+                found.append(pair["sigma"] - (pair["snr"] or 0.0))
+    return estimate(found)
+
+
+def _heads_below(cards: Sequence[Card]) -> Estimate | None:
+    """Median SNR of the encoder's matrices over that of projector and predictor, as a log."""
+    found = []
+    for card in paper_like(cards):
+        trajectories = fig3([card])
+        if trajectories is None:
+            continue
+        ends = next(iter(trajectories["columns"].values()))["heads_low"]
+        heads = [ends[p] for p in ("projector", "predictor") if ends[p]]
+        if ends["encoder"] and heads:
+            found.append(math.log(ends["encoder"] / statistics.fmean(heads)))
+    return estimate(found)
+
+
+def _pruning(over: str, key: str, prior: str = "zero") -> Callable[[Sequence[Card]], Estimate | None]:
+    def ours(cards: Sequence[Card]) -> Estimate | None:
+        found = []
+        for card in paper_like(cards, prior=prior):
+            gaps = (card.numbers("prune") or {"gaps": []})["gaps"]
+            found += [g[key] for g in gaps if (g["over"], g["scope"]) == (over, "tensor")]
+        return estimate(found)
+
+    return ours
+
+
+def _shift(kind: str, metric: str, sign: float = 1.0) -> Callable[[Sequence[Card]], Estimate | None]:
+    def ours(cards: Sequence[Card]) -> Estimate | None:
+        found = fig4shift(cards)
+        for row in [] if found is None else found["rows"]:
+            if (row["kind"], row["metric"]) == (kind, metric) and row["delta"] is not None:
+                mean, half, n = row["delta"]
+                return Estimate(sign * mean, half, n)
+        return None
+
+    return ours
+
+
+def _slope(cards: Sequence[Card]) -> Estimate | None:
+    found = fig5(cards)
+    if found is None:
+        return None
+    seeds = sorted({s["seed"] for s in found["slopes"]})
+    return estimate(
+        statistics.fmean(
+            s["disjoint_slope"] for s in found["slopes"]
+            if s["seed"] == seed and s["disjoint_slope"] is not None
+        )
+        for seed in seeds
+    )  # fmt: skip
+
+
+def _latent(what: str, part: str = "encoder") -> Callable[[Sequence[Card]], Estimate | None]:
+    def ours(cards: Sequence[Card]) -> Estimate | None:
+        found = fig7(cards)
+        if found is None:
+            return None
+        rows = [r for r in found["summary"] if r["form"] == "unit"]
+        if what == "together":
+            pairs: dict[int, list[float]] = {}
+            for row in rows:
+                if "pair" in row and row["spearman"] is not None:
+                    pairs.setdefault(row["seed"], []).append(row["spearman"])
+            return estimate(min(values) for values in pairs.values())
+        parts = [r for r in rows if r.get("part") == part]
+        if what == "rise":
+            return estimate(None if r["rise"] is None else r["rise"] - 1 for r in parts)
+        return estimate(
+            r["relative_spread"][0] - r["relative_spread"][-1] for r in parts
+            if r["relative_spread"][0] is not None and r["relative_spread"][-1] is not None
+        )  # fmt: skip
+
+    return ours
+
+
+def _fully_best(cards: Sequence[Card]) -> Estimate | None:
+    """Top-1 of the fully Bayesian model less that of the best partial one, means of the seeds."""
+    partial = []
+    for conversion in ("no-conv", "linear-only", "no-layernorm"):
+        for prior in PRIORS:
+            group = paper_like(cards, conversion=conversion, prior=prior)
+            value = estimate(_metric(MEANS, "top1")(c) for c in group)
+            if value is not None:
+                partial.append((value.mean, group))
+    if not partial:
+        return None
+    best = max(partial, key=lambda pair: pair[0])[1]
+    read = _metric(MEANS, "top1")
+    return against(paper_like(cards), best, read, read, "top1")
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim("Fig. 2", "top-1 over BYOL, N(0, I), at the means", -0.40, "points",
+          _over_byol("top1"), low=-1.0, high=1.0),
+    Claim("Fig. 2", "top-5 over BYOL", -0.22, "points", _over_byol("top5"), low=-1.0, high=1.0),
+    Claim("Fig. 2, abstract", "ECE better than BYOL's", 2.83, "points", _over_byol("ece"), True),
+    Claim("control", "ECE better than that of BYOL without weight decay", None, "points",
+          _over_byol("ece", control="BYOL, no weight decay"), True),
+    Claim("control", "ECE better than that of temperature-scaled BYOL", None, "points",
+          _over_byol("ece", base=SCALED), True),
+    Claim("Fig. 2, abstract", "Brier reliability better (\"Brier\" in the abstract)", 1.03,
+          "points", _over_byol("reliability"), True),
+    Claim("control", "Brier score better than BYOL's", None, "points", _over_byol("brier"), True),
+    Claim("Fig. 2", "Brier resolution over BYOL", -0.57, "points", _over_byol("resolution"),
+          low=float("-inf"), high=0.0),
+    Claim("4.1", "MC average over the means, top-1, N(0, I), beta_end 0.3", 0.34, "points",
+          _average_gain, True),
+    Claim("4.1", "N(0, I) over N(mu_T, Sigma_T), top-1", None, "points",
+          _between("top1", {}, {"prior": "teacher"})),
+    Claim("4.1", "N(0, I) near N(mu_T, I), top-1", None, "points",
+          _between("top1", {}, {"prior": "teacher-mean"}), low=-1.0, high=1.0),
+    Claim("Fig. 1b", "rank correlation of BYOV's std with supervised BBB's", None, "Spearman",
+          _rank_correlation, True),
+    Claim("Fig. 3", "priors further apart in sigma than in SNR", None, "log ratio",
+          _snr_alike, True),
+    Claim("Fig. 6, E", "SNR of the heads below that of the encoder", None, "log ratio",
+          _heads_below, True),
+    Claim("Fig. 4 left", "SNR pruning over magnitude at equal sparsity, 50 to 90 %", 12.0,
+          "points", _pruning("magnitude", "points"), True),
+    Claim("Fig. 4 left", "SNR pruning sparser than magnitude before it loses a point", 25.0,
+          "points", _pruning("magnitude", "sparser"), True),
+    Claim("control", "SNR pruning over SNR with sigma shuffled in each tensor", None, "points",
+          _pruning("SNR, sigma shuffled", "points"), True),
+    Claim("abstract", "ECE better under salt and pepper", 2.4, "points",
+          _shift("salt and pepper", "ece"), True),
+    Claim("abstract", "reliability better under salt and pepper", 1.2, "points",
+          _shift("salt and pepper", "reliability"), True),
+    Claim("4.3", "ECE worse under shear", None, "points", _shift("shear", "ece", -1.0), True),
+    Claim("4.3", "ECE worse under Gaussian noise", None, "points",
+          _shift("gaussian noise", "ece", -1.0), True),
+    Claim("Fig. 5", "exponent of K in the std of the average (-1/2 by independence)", -0.5, "",
+          _slope, low=-0.56, high=-0.44),
+    Claim("Fig. 7", "variance behind the encoder rises with noise", None, "relative",
+          _latent("rise"), True),
+    Claim("Fig. 7", "its relative spread over images shrinks", None, "relative",
+          _latent("shrink"), True),
+    Claim("Fig. 7", "variances of the three parts go together", None, "least Spearman",
+          _latent("together"), True),
+    Claim("Table 1", "fully Bayesian over the best partial model, top-1", 1.34, "points",
+          _fully_best),
+    Claim("Table 1", "beta 0 -> 1 over 1 -> 1, linear-only, N(0, I), top-1", 1.02, "points",
+          _between("top1", {"conversion": "linear-only"},
+                   {"conversion": "linear-only", "beta_start": 1.0})),
+    Claim("App. C", "no weight decay over weight decay, BYOV, top-1", None, "points",
+          _between("top1", {}, {"weight_decay": 0.05})),
+)  # fmt: skip
+
+
+def judge(claim: Claim, cards: Sequence[Card]) -> tuple[Estimate | None, Verdict]:
+    """Our number and what it says of the claim."""
+    found = claim.ours(cards)
+    if found is None:
+        return None, "not run"
+    moved = [c for c in paper_like(cards) if not c.facts["converged"]]
+    if claim.posterior and moved:
+        return found, "not converged"
+    if found.n < ENOUGH or found.half is None:
+        return found, "n < 3"
+    low, high = found.mean - found.half, found.mean + found.half
+    if claim.low <= low and high <= claim.high:
+        return found, "agrees"
+    if high < claim.low or low > claim.high:
+        return found, "disagrees"
+    return found, "undecided"
+
+
+def comparison(cards: Sequence[Card]) -> list[dict[str, Any]]:
+    """Every claim with both numbers: what page and documentation show."""
+    rows = []
+    for claim in CLAIMS:
+        found, verdict = judge(claim, cards)
+        rows.append(
+            {
+                "where": claim.where, "claim": claim.text, "unit": claim.unit,
+                "paper": claim.paper, "ours": found, "verdict": verdict,
+            }
+        )  # fmt: skip
+    return rows
