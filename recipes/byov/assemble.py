@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -63,7 +64,8 @@ def rank(values: Tensor) -> Tensor:
     """Ranks from 1, the mean of their places for equal values."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
-    return (ends - (counts.double() - 1) / 2)[inverse]
+    ranks: Tensor = (ends - (counts.double() - 1) / 2)[inverse]
+    return ranks
 
 
 def _pearson(a: Tensor, b: Tensor) -> float | None:
@@ -77,9 +79,7 @@ def fig1b(cards: Sequence[Card]) -> Numbers | None:
     twins = [c for c in select(cards, objective="supervised") if c.config.bayesian]
     twin_of = {c.seed: c for c in twins if c.numbers("spread")}
     pairs = [
-        (c, twin_of[c.seed])
-        for c in paper_like(cards)
-        if c.numbers("spread") and c.seed in twin_of
+        (c, twin_of[c.seed]) for c in paper_like(cards) if c.numbers("spread") and c.seed in twin_of
     ]
     if not pairs:
         return None
@@ -159,7 +159,7 @@ def stability(cards: Sequence[Card]) -> Numbers | None:
                 continue
             limit = 3 * statistics.median(norms)
             losses = [s["loss"] for s in steps]
-            jumps = [abs(b - a) for a, b in zip(losses, losses[1:], strict=False)]
+            jumps = [abs(b - a) for a, b in itertools.pairwise(losses)]
             curves.append(
                 {
                     "run": name, "seed": card.seed, "step": [s["step"] for s in steps],
@@ -259,15 +259,22 @@ def heads_low(layers: dict[str, Any]) -> dict[str, float | None]:
     return {part: statistics.median(v) if v else None for part, v in ends.items()}
 
 
+def ordered(cards: Sequence[Card]) -> list[tuple[str, list[Card]]]:
+    """Families: BYOL, then BYOV by prior, then all else."""
+    first = [id(c) for group in baselines(cards).values() for c in group]
+    first += [id(c) for prior in PRIORS for c in paper_like(cards, prior=prior)]
+
+    def place(item: tuple[str, list[Card]]) -> int:
+        here = id(item[1][0])
+        return first.index(here) if here in first else len(first)
+
+    return sorted(families(cards).items(), key=place)
+
+
 def fig4(cards: Sequence[Card]) -> Numbers | None:
     """Top-1 over sparsity: criteria side by side, one panel a prior, BYOL's magnitude in each."""
     panels = []
-    usual = {id(c) for prior in PRIORS for c in paper_like(cards, prior=prior)}
-    order = sorted(
-        families(cards).items(),
-        key=lambda item: (id(item[1][0]) not in usual, [*PRIORS].index(item[1][0].config.prior)),
-    )
-    for name, group in order:
+    for name, group in ordered(cards):
         members = [c for c in group if c.numbers("prune") and c.config.bayesian]
         if members and members[0].config.objective == "byol":
             panels.append(
@@ -326,7 +333,7 @@ def _mean_gaps(cards: Sequence[Card]) -> list[dict[str, Any]]:
         ]
         found.append(
             {"over": shape["over"], "scope": shape["scope"],
-             **{k: estimate(g[k] for g in same) for k in ("points", "area", "sparser")}}
+             **{k: estimate(g[k] for g in same) for k in ("points", "middle", "area", "sparser")}}
         )  # fmt: skip
     return found
 
@@ -392,7 +399,7 @@ def fig7(cards: Sequence[Card]) -> Numbers | None:
     known = [c for c in paper_like(cards) if c.numbers("latents")]
     if not known:
         return None
-    summary = []
+    summary: list[dict[str, Any]] = []
     for card in known:
         levels = card.results["latents"]["numbers"]["levels"]
         for form in ("raw", "unit"):
@@ -457,7 +464,7 @@ def table1(cards: Sequence[Card]) -> Numbers:
 def overview(cards: Sequence[Card]) -> list[dict[str, Any]]:
     """Every family with its metrics in percent at the means, by the MC average, and controls."""
     rows = []
-    for name, group in families(cards).items():
+    for name, group in ordered(cards):
         for prediction in (MEANS, AVERAGE, SCALED, TEACHER):
             values: dict[str, Any] = {
                 metric: estimate(

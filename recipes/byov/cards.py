@@ -26,7 +26,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, half of its 95 % interval (None below two seeds), and the seeds' number."""
+    """A mean over n seeds and half of its 95 % interval, None of a single seed."""
 
     mean: float
     half: float | None
@@ -167,7 +167,7 @@ def select(cards: Sequence[Card], **wanted: Any) -> list[Card]:
 
 def baselines(cards: Sequence[Card]) -> dict[str, list[Card]]:
     """Deterministic BYOL: as its recipe has it, with weight decay, and without, as BYOV."""
-    plain = [c for c in select(cards, conversion="none", objective="byol") if _untouched(c.config)]
+    plain = _usual(cards, select(cards, conversion="none", objective="byol"))
     decayed = [c for c in plain if c.config.weight_decay > 0]
     free = [c for c in plain if c.config.weight_decay == 0]
     return {"BYOL": decayed or free, "BYOL, no weight decay": free}
@@ -175,22 +175,26 @@ def baselines(cards: Sequence[Card]) -> dict[str, list[Card]]:
 
 def paper_like(cards: Sequence[Card], **wanted: Any) -> list[Card]:
     """BYOV as the paper has it: annealed beta, all else untouched, save for what is wanted."""
-    usual = {"objective": "byol", "conversion": "full", "beta_start": 0.0, "beta_end": 1.0,
+    paper = {"objective": "byol", "conversion": "full", "beta_start": 0.0, "beta_end": 1.0,
              "prior": "zero", "weight_decay": 0.0}  # fmt: skip
-    return [c for c in select(cards, **(usual | wanted)) if _untouched(c.config)]
+    return _usual(cards, select(cards, **(paper | wanted)))
 
 
-def _untouched(config: BYOVConfig) -> bool:
-    """No ablation of BYOL or of the loss."""
-    return (
-        config.predictor == "mlp"
-        and config.predictor_lr_ratio == 1.0
-        and config.head_norm == "batch"
-        and not config.negatives_weight
-        and config.augmentation_strength == 1.0
-        and config.estimator == "weight"
-        and not config.freeze_patch_embed
-    )
+# What the table of priors and betas varies; all else makes a run an ablation.
+_VARIED = {"seed", "objective", "conversion", "prior", "beta_start", "beta_end", "beta_shape",
+           "weight_decay"}  # fmt: skip
+
+
+def _usual(cards: Sequence[Card], of: Sequence[Card]) -> list[Card]:
+    """Those that are no ablation: in every other field they have what most of the cards have."""
+    kept = list(of)
+    for f in fields(BYOVConfig):
+        if f.name in _VARIED or not cards:
+            continue
+        values = [json.dumps(c.config.to_json()[f.name]) for c in cards]
+        usual = statistics.mode(values)
+        kept = [c for c in kept if json.dumps(c.config.to_json()[f.name]) == usual]
+    return kept
 
 
 def stamp(cards: Iterable[Card]) -> str | None:

@@ -12,6 +12,7 @@ import typer
 
 from bayesify.cli.guard import INTERRUPTED, guard
 
+from .commands import mount
 from .config import PRESETS, BYOVConfig, Preset, RunConfig, described
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _with_options(function: Any) -> Any:
 
 
 app.command("train")(_with_options(train))
+mount(app)
 
 
 @app.command("presets")

@@ -2,7 +2,7 @@
 
 torchvision's own functions where it has one. The paper names shear, Gaussian and salt-and-pepper
 noise and no strengths: those here follow Hendrycks and Dietterich (2019, arXiv:1903.12261) where
-they have the kind, and are chosen where they have not. Numbers on them are not numbers on ImageNet-C.
+they have the kind, and are chosen where they have not. Numbers on them are none on ImageNet-C.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ def _salt_and_pepper(pixels: Tensor, share: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (len(pixels), 1, *pixels.shape[2:])
     chance = torch.rand(shape, generator=generator).to(pixels.device)
-    return torch.where(
-        chance < share / 2, 0.0, torch.where(chance > 1 - share / 2, 1.0, pixels)
-    )
+    return torch.where(chance < share / 2, 0.0, torch.where(chance > 1 - share / 2, 1.0, pixels))
 
 
-def _affine(pixels: Tensor, *, angle: float = 0.0, shift: float = 0.0, shear: float = 0.0) -> Tensor:
+def _affine(
+    pixels: Tensor, *, angle: float = 0.0, shift: float = 0.0, shear: float = 0.0
+) -> Tensor:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 

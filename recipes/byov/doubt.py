@@ -1,4 +1,4 @@
-"""What the doubt of a run looks like: figures 1b, 4 (centre, right), 5 and 7, measured on one run."""
+"""The doubt of one run: what figures 1b, 4 (centre and right), 5 and 7 are made of."""
 
 from __future__ import annotations
 
@@ -210,7 +210,9 @@ def latent_variance(
         for noise in settings.noises:
             told(f"noise {noise:g}")
             drawn = (
-                outputs(few, read, change=noisy(noise, settings.seed), draw=seed_of(settings.seed, m))
+                outputs(
+                    few, read, change=noisy(noise, settings.seed), draw=seed_of(settings.seed, m)
+                )
                 for m in range(settings.latent_draws)
             )
             each = moments(drawn).std.square().split(widths, dim=1)
@@ -239,5 +241,3 @@ def corruption(kind: str, severity: int, seed: int) -> Change:
 def noisy(std: float, seed: int) -> Change:
     """Gaussian noise alone, cut off at black and white."""
     return lambda pixels, number: gaussian_noise(pixels, std, seed + number).clamp(0, 1)
-
-

@@ -120,7 +120,9 @@ def metrics_of(probs: Tensor, labels: Tensor) -> dict[str, float]:
     }  # fmt: skip
 
 
-def frozen_head(run: Run, settings: EvalSettings = EvalSettings()) -> tuple[nn.Module, dict[str, Any]]:
+def frozen_head(
+    run: Run, settings: EvalSettings = EvalSettings()
+) -> tuple[nn.Module, dict[str, Any]]:
     """The classifier of all measurements of a run: trained once, kept in ``results``.
 
     The supervised twin has its own. It is on the run's device.

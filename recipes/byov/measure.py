@@ -81,12 +81,12 @@ def thinned(source: Source, most: int) -> Source:
         here = rows.to(source.train.images.device)
         kept: Any = InMemory(source.train.images[here], source.train.labels[here])
     else:
-        kept = _Rows(source.train, rows.tolist())
+        kept = Rows(source.train, rows.tolist())
     return replace(source, train=kept)
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Some of many images."""
 
     images: Images

@@ -21,7 +21,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
     "#1a1a1a", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7",
 )  # fmt: skip
 GREY = "#8c8c8c"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -74,17 +74,18 @@ def draw(name: str, numbers: Numbers, folder: Path) -> list[Path]:
     except ImportError as error:
         raise ArgumentError("Figures need matplotlib: pip install 'bayesify[report]'.") from error
     written = []
-    with rc_context(_STYLE):
+    with rc_context(rc=_STYLE):
         figure = Figure(layout="constrained")
         DRAWN[name](figure, numbers)
         if numbers.get("stamp"):
             figure.text(0.5, 0.5, numbers["stamp"].upper(), color=RED, alpha=0.22, fontsize=26,
-                        rotation=18, ha="center", va="center", weight="bold", zorder=50)  # fmt: skip
-        for ending, options in ((".png", {"dpi": 160}), (".svg", {})):
+                        rotation=18, ha="center", va="center", weight="bold",
+                        zorder=50)  # fmt: skip
+        for ending in (".png", ".svg"):
             path = folder / f"{name}{ending}"
             nothing = {"Date": None} if ending == ".svg" else {}
             with replacing(path, overwrite=True) as temporary:
-                figure.savefig(temporary, format=ending[1:], metadata=nothing, **options)
+                figure.savefig(temporary, format=ending[1:], dpi=160, metadata=nothing)
             written.append(path)
     return written
 
@@ -174,7 +175,8 @@ def _fig2(figure: Any, numbers: Numbers) -> None:
                 axes.errorbar(x, [r["delta"].mean for r in rows], half, color=colour,
                               linestyle=line, linewidth=1.3, marker=marker, markersize=5.5,
                               markerfacecolor=colour if filled else "white", capsize=2.5,
-                              elinewidth=0.9, label=f"{_PRIOR_NAME[prior]}, {prediction}")  # fmt: skip
+                              elinewidth=0.9,
+                              label=f"{_PRIOR_NAME[prior]}, {prediction}")  # fmt: skip
         axes.set(title=_METRIC_TITLE[metric], xlim=(-0.4, len(betas) - 0.6))
         axes.set_xticks(range(len(betas)), [f"{b:g}" for b in betas])
         axes.set_xlabel(r"$\beta_{end}$")
@@ -281,10 +283,10 @@ def _fig4(figure: Any, numbers: Numbers) -> None:
                       fontsize=9, weight="bold")  # fmt: skip
         axes.set_xlabel("pruned in each tensor, %")
         axes.set_xlim(-2, 100)
-    for axes in grid[len(panels):]:
+    for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    for line in range(lines):
-        grid[line * columns].set_ylabel("top-1 of the frozen probe, %")
+    for row in range(lines):
+        grid[row * columns].set_ylabel("top-1 of the frozen probe, %")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 1 + columns))
 
@@ -368,7 +370,8 @@ def _fig7(figure: Any, numbers: Numbers) -> None:
     for axes, (one, other) in zip(panels, ((0, 1), (0, 2), (1, 2)), strict=False):
         for lev in levels:
             axes.scatter(lev["unit"][PARTS[one]], lev["unit"][PARTS[other]], s=5, alpha=0.5,
-                         color=colours(scale(lev["noise"])), linewidths=0, rasterized=True)  # fmt: skip
+                         color=colours(scale(lev["noise"])), linewidths=0,
+                         rasterized=True)  # fmt: skip
         axes.set(xlabel=f"variance, {PARTS[one]}", ylabel=f"variance, {PARTS[other]}")
         axes.locator_params(nbins=5)
         axes.ticklabel_format(style="sci", scilimits=(-2, 2), useMathText=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -106,8 +106,8 @@ class Moments:
     """Mean and variance over draws of tensors of one shape, kept as they come (Welford)."""
 
     count: int = 0
-    mean: Tensor = torch.zeros(())
-    squares: Tensor = torch.zeros(())
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, value: Tensor) -> None:
         """Take one more draw."""

@@ -8,6 +8,7 @@ the tensor's typical sigma, which ranks as magnitude does where each tensor give
 from __future__ import annotations
 
 import copy
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from .runs import Run, logvar_spread, stored
 Scope = Literal["tensor", "global"]
 
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_HEAD = EvalSettings()
 _LOSS = 0.01  # of top-1, for "the sparsity that costs a point"
 
 
@@ -84,7 +86,9 @@ def scores_of(encoder: nn.Module, criterion: str, *, seed: int = 0) -> dict[str,
     of = CRITERIA[criterion]
     with torch.no_grad():
         return {
-            p.name: of(p.mean.float(), (p.logvar.float() / 2).exp(), seed + zlib.crc32(p.name.encode()))
+            p.name: of(
+                p.mean.float(), (p.logvar.float() / 2).exp(), seed + zlib.crc32(p.name.encode())
+            )
             for p in posteriors(encoder)
         }  # fmt: skip
 
@@ -141,7 +145,7 @@ def prune_curves(
     sparsities: Sequence[float] = SPARSITIES,
     scopes: Sequence[Scope] = ("tensor",),
     seed: int = 0,
-    settings: EvalSettings = EvalSettings(),
+    settings: EvalSettings = _HEAD,
     told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Every criterion that a run allows; writes ``results/prune.json`` in its folder.
@@ -186,8 +190,9 @@ def gaps(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What SNR gains over each other criterion of its scope, down and across.
 
     ``points``: largest difference in top-1 between 50 and 90 % sparsity, in percentage points, and
-    where; ``area``: mean difference over the sparsities; ``sparser``: how much sparser SNR gets
-    before it loses a point of top-1.
+    where: a maximum, which noise alone lifts above 0; ``middle``: mean difference there, which
+    noise does not; ``area``: mean difference over all sparsities; ``sparser``: how much sparser SNR
+    gets before it loses a point of top-1.
     """
     found = []
     for reference in curves:
@@ -206,7 +211,8 @@ def gaps(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append(
                 {
                     "scope": reference["scope"], "over": other["criterion"], "points": points,
-                    "at": at, "area": sum(p for _, p in away) / len(away),
+                    "at": at, "middle": sum(p for _, p in middle) / len(middle),
+                    "area": sum(p for _, p in away) / len(away),
                     "sparser": 100 * (bearable(mine) - bearable(other["points"])),
                 }
             )  # fmt: skip
@@ -216,7 +222,7 @@ def gaps(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def bearable(points: Sequence[dict[str, float]], loss: float = _LOSS) -> float:
     """The sparsity at which a curve first falls ``loss`` below its start, between its points."""
     floor = points[0]["top1"] - loss
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         if after["top1"] < floor:
             way = (before["top1"] - floor) / (before["top1"] - after["top1"])
             return before["sparsity"] + way * (after["sparsity"] - before["sparsity"])

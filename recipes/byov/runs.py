@@ -24,7 +24,7 @@ from .config import BYOVConfig, RunConfig
 from .data import Source
 from .health import posterior_health
 from .journal import read_log
-from .measure import refresh_batchnorm_
+from .measure import Reading, Rows, refresh_batchnorm_
 from .model import Student, build_student, convert_
 from .parallel import joined
 from .sources import Images
@@ -135,30 +135,14 @@ def open_run(folder: Path, *, data: str | None = None, device: str = "auto") -> 
     model.load_state_dict(saved["student"])
     model.to(here).eval()
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in _encoder(model).modules()):
-        refresh_batchnorm_(model, source, here)
+        refresh_batchnorm_(model, source, Reading(here))
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     steps = next((line["steps"] for line in log if line["kind"] == "start"), saved["step"])
-    return Run(
-        folder, config, spec, model.eval(), teacher, source, here, saved["step"], steps, log
-    )
+    return Run(folder, config, spec, model.eval(), teacher, source, here, saved["step"], steps, log)
 
 
 def _encoder(model: nn.Module) -> nn.Module:
     return model.encoder if isinstance(model, Student) else model
-
-
-@dataclass(frozen=True, eq=False)
-class _Some:
-    """Some images of a split."""
-
-    images: Images
-    rows: list[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.images.read(self.rows[index])
 
 
 def limited(run: Run, count: int) -> Run:
@@ -171,7 +155,7 @@ def limited(run: Run, count: int) -> Run:
         here = rows.to(images.images.device)
         some: Images = InMemory(images.images[here], images.labels[here])
     else:
-        some = _Some(images, rows.tolist())
+        some = Rows(images, rows.tolist())
     return replace(run, source=replace(run.source, test=some))
 
 

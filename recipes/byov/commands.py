@@ -1,0 +1,243 @@
+"""``bayesify recipe byov eval | prune | figures``. Nothing here imports torch at its top."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from bayesify.cli.guard import guard
+
+if TYPE_CHECKING:
+    from .evaluate import EvalSettings
+
+Folders = Annotated[
+    list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders that train wrote.")
+]
+Data = Annotated[
+    str | None, typer.Option(metavar="DATA", help="The runs' data set, where it lies now.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes what there is.")]
+Draws = Annotated[
+    int,
+    typer.Option("--num-samples", "-k", min=0, help="Draws of the MC average; 0 leaves it out."),
+]
+Epochs = Annotated[int, typer.Option(min=1, help="Of the linear classifier.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of draws, classifiers and what is held out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("eval")(evaluate)
+    app.command("prune")(prune)
+    app.command("figures")(figures)
+
+
+def evaluate(
+    folders: Folders,
+    protocol: Annotated[
+        Literal["linear", "knn", "semi", "finetune"],
+        typer.Option(help="linear: all labels; semi: 1 and 10 % of them; finetune: all trained."),
+    ] = "linear",
+    data: Data = None,
+    ood: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Images of other classes, to be told from the test's."),
+    ] = None,
+    num_samples: Draws = 30,
+    epochs: Epochs = 80,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure runs on frozen features: accuracy, calibration, Brier score and its parts.
+
+    Writes results/eval-PROTOCOL.json into each folder. Percent, NLL in nats.
+    """
+    with guard(debug):
+        from bayesify.cli import render
+
+        from .data import open_source
+        from .evaluate import evaluate as measure
+        from .runs import open_run
+
+        settings = _settings(num_samples, seed, epochs)
+        made = []
+        for folder in folders:
+            with render.status(f"{folder}"):
+                run = open_run(folder, data=data, device=device)
+                strangers = None
+                if ood is not None:
+                    strangers = open_source(
+                        ood, image_size=run.config.image_size, channels=run.source.channels,
+                        mean=run.source.mean, std=run.source.std,
+                    )  # fmt: skip
+                made.append(measure(run, protocol, settings, strangers=strangers))
+            if not json:
+                _show(folder, made[-1])
+        if json:
+            render.as_json(made)
+
+
+_COLUMNS = ("top1", "top5", "ece", "brier", "reliability", "resolution", "residual")
+
+
+def _show(folder: Path, made: dict[str, Any]) -> None:
+    """The metrics of a run, within 80 columns."""
+    from bayesify.cli import render
+
+    facts = made["run"]
+    moved = "" if facts["logvar_spread"] is None else f", std(logvar) {facts['logvar_spread']:.2f}"
+    render.text(
+        f"{folder}: {facts['run']}, seed {facts['seed']}, step {facts['step']:,} of "
+        f"{facts['steps']:,}{moved}, {facts['test_images']:,} test images"
+    )
+    render.table(
+        ("", "top-1", "top-5", "ECE", "Brier", "rel.", "res.", "resid.", "NLL"),
+        [
+            (row["prediction"], *(f"{100 * row[k]:.2f}" for k in _COLUMNS), f"{row['nll']:.3f}")
+            for row in made["numbers"]["rows"]
+        ],
+    )
+    for row in made["numbers"].get("strangers", ()):
+        render.text(
+            f"strangers by {row['score']}, {row['prediction']}: AUROC {row['auroc']:.3f}, "
+            f"FPR95 {row['fpr95']:.1%} ({row['images']:,} images)"
+        )
+    if not facts["converged"]:
+        render.note(
+            "posterior not converged: std(logvar) within tensors is below 0.3, so that SNR ranks "
+            "weights as magnitude does. Train longer or raise logvar_lr_ratio."
+        )
+    render.text("")
+
+
+def prune(
+    folders: Folders,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(help="Rising shares from 0 on. Repeatable; by default 0 to 95 %."),
+    ] = None,
+    scope: Annotated[
+        Literal["tensor", "global", "both"],
+        typer.Option(help="The share of each tensor, as in the paper, or of all together."),
+    ] = "tensor",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of fig4.png, fig4.svg and fig4.json.")
+    ] = Path("byov-figures"),
+    data: Data = None,
+    epochs: Epochs = 80,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prune encoders by every criterion under one frozen classifier, without retraining.
+
+    Give a run of BYOL too, for its magnitude. Writes results/prune.json into each folder.
+    """
+    with guard(debug):
+        from bayesify.cli import render
+
+        from .cards import read_card
+        from .figures import FIGURES, publish
+        from .pruning import SPARSITIES, prune_curves
+        from .runs import open_run
+
+        scopes: Any = ("tensor", "global") if scope == "both" else (scope,)
+        made = []
+        for folder in folders:
+            with render.progress(f"{folder}") as bar:
+                run = open_run(folder, data=data, device=device)
+                made.append(
+                    prune_curves(
+                        run, sparsities=sparsity or SPARSITIES, scopes=scopes, seed=seed,
+                        settings=_settings(0, seed, epochs), told=bar.say,
+                    )
+                )  # fmt: skip
+            if not json:
+                _show_curves(folder, made[-1])
+        wanted = [f for f in FIGURES if f.name == "fig4"]
+        publish([read_card(folder) for folder in folders], out, wanted, lambda line: None)
+        if json:
+            render.as_json(made)
+        else:
+            render.text(f"Figure: {out / 'fig4.png'}")
+
+
+def _show_curves(folder: Path, made: dict[str, Any]) -> None:
+    from bayesify.cli import render
+
+    curves = made["numbers"]["curves"]
+    for scope in dict.fromkeys(c["scope"] for c in curves):
+        shown = [c for c in curves if c["scope"] == scope]
+        render.text(f"{folder}: top-1 in %, pruned per {scope}")
+        shares = [p["sparsity"] for p in shown[0]["points"]]
+        render.table(
+            ("pruned", *(f"{s:.0%}" for s in shares)),
+            [(c["criterion"], *(f"{100 * p['top1']:.1f}" for p in c["points"])) for c in shown],
+        )
+    facts = made["run"]
+    if not facts["converged"]:
+        render.note("posterior not converged: this supports no claim on SNR.")
+    render.text("")
+
+
+def figures(
+    folders: Folders,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A figure, such as fig4 or table1. Repeatable.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every figure: the default.")] = False,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Draw from the results at hand; measure nothing.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the figures and index.html.")
+    ] = Path("byov-figures"),
+    num_samples: Draws = 30,
+    spread_draws: Annotated[int, typer.Option(min=2, help="Draws of figure 1b.")] = 1000,
+    pool: Annotated[int, typer.Option(min=2, help="Draws that figure 5 samples from.")] = 1000,
+    most: Annotated[int, typer.Option(min=2, help="Largest K of figure 5.")] = 50,
+    latent_draws: Annotated[int, typer.Option(min=2, help="Draws of figure 7.")] = 50,
+    images: Annotated[
+        int, typer.Option(min=0, help="Test images of figures 4, 5 and 7; 0 is all.")
+    ] = 0,
+    data: Data = None,
+    epochs: Epochs = 80,
+    seed: Seed = 0,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure what is missing and make the paper's figures from any runs: PNG, SVG, JSON, HTML."""
+    with guard(debug):
+        from bayesify import ArgumentError
+        from bayesify.cli import render
+
+        from .doubt import DoubtSettings
+        from .figures import make
+
+        if everything and only:
+            raise ArgumentError("--all and --only exclude each other.")
+        doubt = DoubtSettings(
+            spread_draws=spread_draws, pool=pool, most=most, latent_draws=latent_draws,
+            images=images, seed=seed,
+        )  # fmt: skip
+        with render.progress("Figures") as bar:
+            page = make(
+                folders, out, only=only or (), data=data, device=device,
+                head=_settings(num_samples, seed, epochs), doubt=doubt, measured=measured,
+                told=bar.say,
+            )  # fmt: skip
+        render.text(f"{page}")
+
+
+def _settings(num_samples: int, seed: int, epochs: int) -> EvalSettings:
+    from .evaluate import EvalSettings
+
+    return replace(EvalSettings(), num_samples=num_samples, seed=seed, epochs=epochs)
