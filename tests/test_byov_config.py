@@ -24,7 +24,7 @@ from recipes.byov.model import Student, build_student, convert_
         ({"warmup_epochs": 3.0}, "warmup_epochs"),
         ({"image_size": 30}, "image_size"),
         ({"beta_shape": "constant"}, "beta_shape"),
-        ({"weight_decay": 0.1}, "weight_decay"),
+        ({"weight_decay": -0.1}, "weight_decay"),
         ({"channels": 2}, "channels"),
         ({"conversion": "some"}, "conversion"),
         ({"prior": "teacher", "objective": "supervised"}, "prior"),

@@ -121,13 +121,18 @@ def families(cards: Sequence[Card]) -> dict[str, list[Card]]:
     named: dict[str, list[str]] = {}
     for key, members in groups.items():
         named.setdefault(label(members[0].config), []).append(key)
+    usual = _usual_values(cards)
     found = {}
     for name, keys in named.items():
         configs = [groups[key][0].config.to_json() for key in keys]
         differing = [f for f in configs[0] if f != "seed" and len({str(c[f]) for c in configs}) > 1]
         for key, config in zip(keys, configs, strict=True):
-            more = ", ".join(f"{f} {config[f]}" for f in differing)
-            found[f"{name}, {more}" if more else name] = groups[key]
+            odd = [f for f in differing if json.dumps(config[f]) != usual[f]]
+            more = ", ".join(f"{f} {config[f]}" for f in odd)
+            full = f"{name}, {more}" if more else name
+            if full in found:  # as unusual as another one
+                full = f"{name}, " + ", ".join(f"{f} {config[f]}" for f in differing)
+            found[full] = groups[key]
     return found
 
 
@@ -187,14 +192,21 @@ _VARIED = {"seed", "objective", "conversion", "prior", "beta_start", "beta_end",
 
 def _usual(cards: Sequence[Card], of: Sequence[Card]) -> list[Card]:
     """Those that are no ablation: in every other field they have what most of the cards have."""
-    kept = list(of)
-    for f in fields(BYOVConfig):
-        if f.name in _VARIED or not cards:
-            continue
-        values = [json.dumps(c.config.to_json()[f.name]) for c in cards]
-        usual = statistics.mode(values)
-        kept = [c for c in kept if json.dumps(c.config.to_json()[f.name]) == usual]
-    return kept
+    usual = {f: v for f, v in _usual_values(cards).items() if f not in _VARIED}
+
+    def common(card: Card) -> bool:
+        config = card.config.to_json()
+        return all(json.dumps(config[f]) == value for f, value in usual.items())
+
+    return [card for card in of if common(card)]
+
+
+def _usual_values(cards: Sequence[Card]) -> dict[str, str]:
+    """What most of the cards have in each field, as JSON."""
+    configs = [c.config.to_json() for c in cards]
+    if not configs:
+        return {}
+    return {f: statistics.mode(json.dumps(c[f]) for c in configs) for f in configs[0]}
 
 
 def stamp(cards: Iterable[Card]) -> str | None:

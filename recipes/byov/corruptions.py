@@ -7,9 +7,11 @@ they have the kind, and are chosen where they have not. Numbers on them are none
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,29 +110,38 @@ def _blur(pixels: Tensor, sigma: float) -> Tensor:
     return changed
 
 
-def _functional(name: str, *, cast: Callable[[float], float] = float) -> Callable[..., Tensor]:
+def _functional(name: str) -> Callable[..., Tensor]:
     """A function of torchvision that takes images and one number."""
 
     def apply(pixels: Tensor, strength: float) -> Tensor:
         from torchvision.transforms.v2 import functional
 
-        changed: Tensor = getattr(functional, name)(pixels, cast(strength))
+        changed: Tensor = getattr(functional, name)(pixels, strength)
         return changed
 
     return apply
 
 
-def _in_bytes(name: str) -> Callable[..., Tensor]:
-    """The same for what needs uint8, and runs on the CPU."""
+def _posterise(pixels: Tensor, bits: float) -> Tensor:
+    from torchvision.transforms.v2 import functional
 
-    def apply(pixels: Tensor, strength: float) -> Tensor:
-        from torchvision.transforms.v2 import functional
+    changed: Tensor = functional.posterize((pixels * 255).round().to(torch.uint8), int(bits))
+    return changed.float() / 255
 
-        stored = (pixels * 255).round().to(torch.uint8).cpu()
-        changed: Tensor = getattr(functional, name)(stored, int(strength))
-        return changed.to(pixels.device).float() / 255
 
-    return apply
+def _jpeg(pixels: Tensor, quality: float) -> Tensor:
+    """By Pillow: torchvision gives up its own encoder."""
+    from PIL import Image
+
+    stored = (pixels * 255).round().to(torch.uint8).cpu()
+    decoded = []
+    for image in stored:
+        with io.BytesIO() as file:
+            array = image[0].numpy() if len(image) == 1 else image.movedim(0, -1).numpy()
+            Image.fromarray(array).save(file, "JPEG", quality=int(quality))
+            back = torch.from_numpy(np.array(Image.open(file)))
+        decoded.append(back[None] if back.ndim == 2 else back.movedim(-1, 0))
+    return torch.stack(decoded).to(pixels.device).float() / 255
 
 
 _NOISES: dict[str, Callable[[Tensor, float, int], Tensor]] = {
@@ -147,6 +158,6 @@ _SHAPES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "hue": _functional("adjust_hue"),
     "saturation": _functional("adjust_saturation"),
     "solarise": _functional("solarize"),
-    "posterise": _in_bytes("posterize"),
-    "jpeg": _in_bytes("jpeg"),
+    "posterise": _posterise,
+    "jpeg": _jpeg,
 }

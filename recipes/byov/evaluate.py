@@ -267,13 +267,13 @@ def _semi(run: Run, settings: EvalSettings) -> dict[str, Any]:
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Rows of a share of each class, at least two of it, by a seed."""
+    """Rows of a share of each class, at least five of it, by a seed."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     kept = []
     for c in range(int(labels.max()) + 1):
         own = order[labels[order] == c]
-        kept.append(own[: max(2, round(share * len(own)))])
+        kept.append(own[: max(5, round(share * len(own)))])
     return torch.cat(kept).sort().values
 
 

@@ -86,6 +86,7 @@ def draw(name: str, numbers: Numbers, folder: Path) -> list[Path]:
             nothing = {"Date": None} if ending == ".svg" else {}
             with replacing(path, overwrite=True) as temporary:
                 figure.savefig(temporary, format=ending[1:], dpi=160, metadata=nothing)
+            figure.set_layout_engine("none")  # it is laid out, and the work is long
             written.append(path)
     return written
 

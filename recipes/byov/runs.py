@@ -26,7 +26,6 @@ from .health import posterior_health
 from .journal import read_log
 from .measure import Reading, Rows, refresh_batchnorm_
 from .model import Student, build_student, convert_
-from .parallel import joined
 from .sources import Images
 from .train import open_images
 
@@ -116,8 +115,8 @@ def open_run(folder: Path, *, data: str | None = None, device: str = "auto") -> 
     known = {f.name for f in fields(BYOVConfig)}
     config = BYOVConfig.from_json({k: v for k, v in identity.items() if k in known})
     spec = data or identity["data"]["name"]
-    with joined(device) as world, torch.random.fork_rng(devices=[]):
-        here = world.device
+    here = _device(device)
+    with torch.random.fork_rng(devices=[]):
         source = open_images(config, RunConfig(data=spec, device=device)).to(here)
         if source.test is None or not source.num_classes:
             raise ArgumentError(
@@ -139,6 +138,19 @@ def open_run(folder: Path, *, data: str | None = None, device: str = "auto") -> 
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     steps = next((line["steps"] for line in log if line["kind"] == "start"), saved["step"])
     return Run(folder, config, spec, model.eval(), teacher, source, here, saved["step"], steps, log)
+
+
+def _device(name: str) -> torch.device:
+    """One device; measurements are made by one process, also where torchrun started more."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # no driver, no such index: each another kind
+        raise ArgumentError(f"device {name!r} cannot be used here: {error}") from error
+    return device
 
 
 def _encoder(model: nn.Module) -> nn.Module:

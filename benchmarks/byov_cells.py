@@ -1,0 +1,305 @@
+"""The cells of the BYOV grid in order of importance, and how one of them is run and kept.
+
+A cell is a change of the scale's configuration, a seed, and what is measured of it. Its result is
+one JSON in `results/byov/SCALE`: facts, thinned log, measurements, and where it ran.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import machine, provenance
+
+from recipes.byov.cards import Card, card_of
+from recipes.byov.config import PRESETS, BYOVConfig, RunConfig
+from recipes.byov.doubt import DoubtSettings
+from recipes.byov.evaluate import EvalSettings, evaluate
+from recipes.byov.figures import measure
+from recipes.byov.health import collapse_alarms
+from recipes.byov.runs import open_run, write_json
+from recipes.byov.train import Watcher, train
+
+RESULTS = Path(__file__).parent / "results" / "byov"
+BYOL, BYOV = {"conversion": "none"}, {}
+_DECAY = 0.05  # of BYOL, as ViT recipes have it
+_STEPS_KEPT = 200
+_EVERYTHING = ("eval", "prune", "spread", "corrupted", "draws", "latents")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Args:
+        name: Of its files.
+        group: Where the docs show it.
+        changes: Fields of the config that differ from the scale's.
+        needs: What is measured of it.
+        source: What the paper, or the talk of BYOL's authors, says of it, in their numbers.
+    """
+
+    name: str
+    group: str
+    changes: dict[str, Any]
+    needs: tuple[str, ...] = ("eval",)
+    source: str = ""
+
+
+def _ablation(name: str, source: str, **changes: Any) -> Cell:
+    return Cell(name, "BYOL ablations", {**BYOL, "weight_decay": _DECAY, **changes}, source=source)
+
+
+CELLS: tuple[Cell, ...] = (
+    Cell("byol", "core", {**BYOL, "weight_decay": _DECAY}, ("eval", "prune", "corrupted"), "75.97"),
+    Cell("byol-no-wd", "core", {**BYOL}, ("eval", "prune", "corrupted")),
+    Cell("byov-zero", "core", {}, _EVERYTHING, "-0.4 points"),
+    Cell("supervised-bbb", "core", {"objective": "supervised"}, ("eval", "spread")),
+    Cell("byov-teacher-mean", "core", {"prior": "teacher-mean"}, ("eval", "prune")),
+    Cell("byov-teacher", "core", {"prior": "teacher"}, ("eval", "prune"), "worst of the priors"),
+    Cell("byov-zero-b0.3", "beta", {"beta_end": 0.3}, source="MC average +0.34 points"),
+    Cell("byov-zero-b0.1", "beta", {"beta_end": 0.1}),
+    Cell("byov-teacher-mean-b0.3", "beta", {"prior": "teacher-mean", "beta_end": 0.3}),
+    Cell("byov-teacher-b0.3", "beta", {"prior": "teacher", "beta_end": 0.3}),
+    Cell("no-conv-zero", "table 1", {"conversion": "no-conv"}, source="73.68"),
+    Cell("no-conv-teacher-mean", "table 1", {"conversion": "no-conv", "prior": "teacher-mean"},
+         source="73.97"),
+    Cell("no-conv-teacher", "table 1", {"conversion": "no-conv", "prior": "teacher"},
+         source="69.73"),
+    Cell("linear-only-zero", "table 1", {"conversion": "linear-only"}, source="73.62"),
+    Cell("linear-only-teacher-mean", "table 1",
+         {"conversion": "linear-only", "prior": "teacher-mean"}, source="74.23"),
+    Cell("linear-only-zero-b1-1", "table 1",
+         {"conversion": "linear-only", "beta_start": 1.0, "beta_shape": "constant"},
+         source="72.60"),
+    Cell("linear-only-teacher-mean-b1-1", "table 1",
+         {"conversion": "linear-only", "prior": "teacher-mean", "beta_start": 1.0,
+          "beta_shape": "constant"}, source="72.69"),
+    Cell("no-layernorm-zero", "table 1", {"conversion": "no-layernorm"}),
+    Cell("byov-wd", "appendix C", {"weight_decay": _DECAY}, source="interferes"),
+    Cell("byov-b1-1", "appendix C", {"beta_start": 1.0, "beta_shape": "constant"},
+         source="annealed is better"),
+    Cell("byov-logvar-6", "appendix C", {"logvar_init": -6.0}),
+    Cell("byov-flipout", "appendix B", {"estimator": "flipout"}, source="needless at large batch"),
+    Cell("byov-local", "appendix B", {"estimator": "local"}),
+    _ablation("byol-no-predictor", "collapse", predictor="none", predictor_lr_ratio=1.0),
+    _ablation("byol-no-ema", "barely learns", tau_base=0.0, tau_end=0.0),
+    _ablation("byol-tau-1", "18.8", tau_base=1.0),
+    _ablation("byol-tau-0.9", "works", tau_base=0.9),
+    _ablation("byol-tau-0.999", "works", tau_base=0.999),
+    _ablation("byol-no-bn", "0.1", head_norm="none"),
+    _ablation("byol-no-bn-better-init", "65.7", head_norm="none", head_init="modified"),
+    _ablation("byol-layernorm", "collapse (replication)", head_norm="layer"),
+    _ablation("byol-gn-ws", "73.9 of 74.3", head_norm="group"),
+    _ablation("byol-predictor-x0", "0.01, without target", tau_base=0.0, tau_end=0.0,
+              predictor_lr_ratio=0.0),
+    _ablation("byol-predictor-x1", "5.5, without target", tau_base=0.0, tau_end=0.0,
+              predictor_lr_ratio=1.0),
+    _ablation("byol-predictor-x2", "62.8, without target", tau_base=0.0, tau_end=0.0,
+              predictor_lr_ratio=2.0),
+    _ablation("byol-predictor-x10", "66.6, without target", tau_base=0.0, tau_end=0.0,
+              predictor_lr_ratio=10.0),
+    _ablation("byol-predictor-x20", "66.3, without target", tau_base=0.0, tau_end=0.0,
+              predictor_lr_ratio=20.0),
+    _ablation("byol-batch-optimal", "45, without target", tau_base=0.0, tau_end=0.0,
+              predictor="batch-optimal", predictor_lr_ratio=1.0),
+    _ablation("byol-negatives", "72.7 of 72.5", negatives_weight=1.0),
+    _ablation("byol-no-colour", "-13 points", augmentation_strength=0.0),
+    Cell("byov-augment-0.5", "augmentation", {"augmentation_strength": 0.5}, ("eval", "spread")),
+    Cell("byov-augment-1.5", "augmentation", {"augmentation_strength": 1.5}, ("eval", "spread")),
+    Cell("byov-negatives", "augmentation", {"negatives_weight": 1.0}, ("eval", "spread")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs of a grid are.
+
+    Args:
+        name: Of its folder.
+        about: One line for the docs.
+        config: What every cell starts from.
+        run: Where and how.
+        head: Of classifiers and averages.
+        doubt: Of the other measurements.
+        changes: Of single cells, where the scale needs others than the grid has.
+    """
+
+    name: str
+    about: str
+    config: BYOVConfig
+    run: RunConfig
+    head: EvalSettings
+    doubt: DoubtSettings
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+_QUIET = {"stop_on_collapse": False, "baselines": False, "eval_every": 0, "keep_last": 1}
+_DEMO, _CIFAR = PRESETS["demo"], PRESETS["cifar10-vit-tiny"]
+SCALES = {
+    "cpu": Scale(
+        "cpu",
+        "6,000 training and 2,000 test images of Fashion-MNIST, 28 x 28 grey, a ViT of two layers "
+        "and 64 dimensions, 12 epochs; the log variances learn 15 times as fast as the means, so "
+        "that the posterior moves.",
+        replace(_DEMO.config, epochs=12, logvar_lr_ratio=15.0),
+        replace(_DEMO.run, **_QUIET, checkpoint_every=3),
+        EvalSettings(num_samples=30),
+        DoubtSettings(spread_draws=100, pool=200, latent_draws=50, images=500,
+                      shifted=("shear", "salt and pepper")),
+    ),
+    "gpu": Scale(
+        "gpu",
+        "CIFAR-10, ViT-Tiny/4, batch 512, 100 epochs; the log variances learn 10 times as fast as "
+        "the means.",
+        _CIFAR.config,
+        replace(_CIFAR.run, **_QUIET, checkpoint_every=5),
+        EvalSettings(num_samples=30),
+        DoubtSettings(spread_draws=1000, pool=500, latent_draws=50, images=2000),
+    ),
+}  # fmt: skip
+
+
+def wanted(
+    only: Sequence[str] = (), seeds: int = 3, groups: Sequence[str] = ()
+) -> list[tuple[Cell, int]]:
+    """Cells with their seeds in the order they are run in: the first seed of all, then the second.
+
+    Args:
+        only: Globs on names; all if empty.
+        seeds: How many.
+        groups: Groups; all if empty.
+    """
+    kept = [
+        cell
+        for cell in CELLS
+        if (not only or any(fnmatch.fnmatch(cell.name, glob) for glob in only))
+        and (not groups or cell.group in groups)
+    ]
+    return [(cell, seed) for seed in range(seeds) for cell in kept]
+
+
+def result_of(scale: Scale, cell: Cell, seed: int) -> Path:
+    """The file of a cell's result."""
+    return RESULTS / scale.name / f"{cell.name}-s{seed}.json"
+
+
+def config_of(scale: Scale, cell: Cell, seed: int) -> BYOVConfig:
+    """What a cell trains."""
+    changes = {**cell.changes, **scale.changes.get(cell.name, {})}
+    return replace(scale.config, seed=seed, **changes)
+
+
+def run_cell(
+    scale: Scale,
+    cell: Cell,
+    seed: int,
+    *,
+    work: Path,
+    data: str | None = None,
+    device: str | None = None,
+    first: bool = True,
+    told: Callable[[str], None] = print,
+) -> bool:
+    """Train, or go on with, a cell, measure it and write its result.
+
+    Args:
+        scale: The scale.
+        cell: The cell.
+        seed: Its seed.
+        work: Folder of checkpoints, one folder a cell.
+        data: In place of the scale's.
+        device: In place of the scale's.
+        first: Whether this process is the one of several that measures.
+        told: Gets a line now and then.
+
+    Returns:
+        Whether it is finished; False if training was interrupted, to go on another time.
+    """
+    folder = work / scale.name / f"{cell.name}-s{seed}"
+    run = replace(scale.run, out=folder, **({"data": data} if data else {}))
+    if device is not None:
+        run = replace(run, device=device)
+    config = config_of(scale, cell, seed)
+    clock = folder / "seconds.json"
+    spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0
+    if not (folder / "student.safetensors").exists():
+        started = time.perf_counter()
+        told(f"{cell.name}, seed {seed}: training")
+        outcome = train(config, run, resume=True, watcher=Watcher(say=told))
+        if first:
+            spent += time.perf_counter() - started
+            write_json(clock, {"train": spent})
+        if outcome.results is None:
+            return False
+    if not first:
+        return True
+    started = time.perf_counter()
+    opened = open_run(folder, data=run.data, device=run.device)
+
+    def said(line: str) -> None:
+        told(f"{cell.name}, seed {seed}: {line}")
+
+    measure(opened, cell.needs, head=scale.head, doubt=scale.doubt, told=said)
+    if "eval" in cell.needs:
+        evaluate(opened, "knn", scale.head)
+    results = {
+        path.stem: json.loads(path.read_text("utf-8"))
+        for path in sorted((folder / "results").glob("*.json"))
+    }
+    for value in results.values():
+        del value["run"]
+    write_json(
+        result_of(scale, cell, seed),
+        {
+            "cell": cell.name,
+            "group": cell.group,
+            "seed": seed,
+            "facts": opened.facts(),
+            "collapse": collapse(opened.log),
+            "log": list(thinned(opened.log, layers=cell.group in ("core", "beta"))),
+            "results": results,
+            "seconds": {"train": spent, "measure": time.perf_counter() - started},
+            "machine": {**machine(), "device": opened.facts()["device"],
+                        "threads": torch.get_num_threads()},
+            **provenance("torch", "timm"),
+        },
+    )  # fmt: skip
+    return True
+
+
+def thinned(log: list[dict[str, Any]], *, layers: bool) -> Iterator[dict[str, Any]]:
+    """What figures 3 and 6 and the curves of the loss need of a log."""
+    steps = [line for line in log if line["kind"] == "step"]
+    stride = max(1, len(steps) // _STEPS_KEPT)
+    for line in steps[::stride]:
+        kept = ("kind", "step", "loss", "kl", "grad_norm", "std", "effective_rank",
+                "logvar_travel", "logvar_spread")  # fmt: skip
+        yield {key: line[key] for key in kept if key in line}
+    for line in log:
+        if line["kind"] == "epoch" and layers:
+            yield {key: line[key] for key in ("kind", "step", "epoch", "layers") if key in line}
+
+
+def collapse(log: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Spread and rank of the embeddings at the end, and the alarms that they raise."""
+    last = next((s for s in reversed(log) if s["kind"] == "step" and "std" in s), None)
+    if last is None:
+        return None
+    std, rank = last["std"], last["effective_rank"]
+    return {"std": std, "effective_rank": rank, "alarms": collapse_alarms(std=std, rank=rank)}
+
+
+def cards_of(scale: Scale) -> list[tuple[dict[str, Any], Card]]:
+    """Every result of a scale, and the card of it."""
+    found = []
+    for path in sorted((RESULTS / scale.name).glob("*.json")):
+        value = json.loads(path.read_text("utf-8"))
+        found.append((value, card_of(value["facts"], value["log"], value["results"])))
+    return found

@@ -1,0 +1,173 @@
+"""`docs/byov.md` and its figures, from the results of `cifar10_byov.py` and `imagenet_byov.py`.
+
+PYTHONPATH=. python benchmarks/byov_table.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from byov_cells import CELLS, RESULTS, SCALES, Scale, cards_of
+
+from bayesify.storage import replacing
+from recipes.byov.assemble import overview
+from recipes.byov.cards import ENOUGH, Card, Estimate, estimate
+from recipes.byov.claims import comparison
+from recipes.byov.evaluate import MEANS
+from recipes.byov.figures import FIGURES, publish
+from recipes.byov.page import METRICS, NOT_RUN, number, paper_number
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "byov.md"
+IMAGES = ROOT / "docs" / "images" / "byov"
+OTHERS = {
+    "imagenette": Scale(
+        "imagenette", "Imagenette at 96 px, ViT-S/16 unless the runs' table says otherwise.",
+        SCALES["gpu"].config, SCALES["gpu"].run, SCALES["gpu"].head, SCALES["gpu"].doubt,
+    ),
+    "imagenet": Scale(
+        "imagenet", "ImageNet-1k, ViT-B/16: the paper's scale.",
+        SCALES["gpu"].config, SCALES["gpu"].run, SCALES["gpu"].head, SCALES["gpu"].doubt,
+    ),
+}  # fmt: skip
+_INTRO = """# Bootstrap Your Own Variance, remade
+
+Every claim of [arXiv:2312.03213](https://arxiv.org/abs/2312.03213) that has a number or a sign,
+beside what this repository measures. The paper's numbers are on ImageNet-1k; ours are on what each
+part says. Differences are percentage points, plus being better; intervals are 95 % over seeds
+(Student's t), and fewer than {enough} seeds support no claim. BYOL and BYOV have the same linear
+probe with the same grid of learning rates, chosen on held-out training images. BYOL is shown with
+weight decay, as its recipe has it, without, as BYOV has it, and scaled by a temperature. "Not
+converged" stands where the posterior hardly moved: with a median std(logvar) within tensors below
+0.3, SNR ranks weights as magnitude does.
+
+This page is written by `python benchmarks/byov_table.py` from `benchmarks/results/byov`.
+
+## Commands
+"""
+_COMMANDS = (
+    ("CIFAR-10 on a GPU, a few cells at a time",
+     "python benchmarks/cifar10_byov.py --data DATA --minutes 9 --jobs 4"),
+    ("the same grid on a CPU",
+     "python benchmarks/cifar10_byov.py --scale cpu --minutes 60 --jobs 2"),
+    ("what is missing", "python benchmarks/cifar10_byov.py --list"),
+    ("Imagenette: BYOL, BYOV and the supervised twin",
+     "python benchmarks/imagenet_byov.py --data imagenette --path FOLDER"),
+    ("ImageNet-1k, the paper's scale",
+     "torchrun --nproc-per-node 8 benchmarks/imagenet_byov.py --data imagenet"),
+    ("one artefact of any runs", "bayesify recipe byov figures RUN_DIR... --only fig4"),
+)  # fmt: skip
+
+
+def main() -> None:
+    rows = ((what, f"`{command}`") for what, command in _COMMANDS)
+    parts = [_INTRO.format(enough=ENOUGH), *table(("what", "command"), rows)]
+    parts.append("\nWith `PYTHONPATH=.` before `python` and `torchrun`.\n")
+    for scale in (*SCALES.values(), *OTHERS.values()):
+        found = cards_of(scale)
+        parts.append(part(scale, found) if found else f"## Scale: {scale.name}\n\nNot run.\n")
+    PAGE.parent.mkdir(exist_ok=True)
+    with replacing(PAGE, overwrite=True) as temporary:
+        temporary.write_text("\n".join(parts), "utf-8")
+    print(f"{PAGE.relative_to(ROOT)} of {len(list(RESULTS.rglob('*.json')))} results")
+
+
+def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
+    """One scale: hardware, claims, tables, figures, what did not reproduce, what was not run."""
+    cards = [card for _, card in found]
+    folder = IMAGES / scale.name
+    folder.mkdir(parents=True, exist_ok=True)
+    publish(cards, folder, told=lambda line: None)
+    (folder / "index.html").unlink()  # the page is this one
+    claims = comparison(cards)
+    machines = sorted({_machine(value) for value, _ in found})
+    lines = [
+        f"## Scale: {scale.name}", "", scale.about, "",
+        f"{len(found)} results, commits {', '.join(sorted({v['commit'] for v, _ in found}))}, "
+        f"{'; '.join(machines)}.", "",
+        "### Claims", "",
+        *table(
+            ("paper", "claim", "paper's number", "ours", "n", "unit", "verdict"),
+            ((r["where"], r["claim"], paper_number(r), number(r["ours"]),
+              "" if r["ours"] is None else r["ours"].n, r["unit"], r["verdict"]) for r in claims),
+        ),
+        "", "### What did not reproduce", "", *_failures(claims),
+        "", "### Metrics", "", "In percent, NLL in nats.", "",
+        *table(
+            ("run", "prediction", "n", *(title for _, title in METRICS)),
+            ((r["run"], r["prediction"], r["top1"].n, *(number(r[k]) for k, _ in METRICS))
+             for r in overview(cards)),
+        ),
+        "", "### Cells", "", *_cells(found), "", "### Figures", "",
+    ]  # fmt: skip
+    for figure in FIGURES:
+        image = folder / f"{figure.name}.png"
+        if image.exists():
+            relative = image.relative_to(PAGE.parent)
+            lines += [f"**{figure.title}.** Paper: {figure.says}", "",
+                      f"![{figure.title}]({relative.as_posix()})", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _failures(claims: Sequence[dict[str, Any]]) -> list[str]:
+    shown = {
+        "disagrees": "The interval lies on the other side",
+        "undecided": "The interval holds both sides",
+        "not converged": "The posterior did not move far enough",
+    }
+    lines = [
+        f"- {r['claim']} ({r['where']}): {number(r['ours'])} {r['unit']}. {shown[r['verdict']]}."
+        for r in claims
+        if r["verdict"] in shown
+    ]
+    return lines or ["Nothing that was run with enough seeds."]
+
+
+def _cells(found: Sequence[tuple[dict[str, Any], Card]]) -> list[str]:
+    """Every cell of the grid: how many seeds, top-1, health, what the source says."""
+    rows = []
+    for cell in CELLS:
+        mine = [(v, c) for v, c in found if v["cell"] == cell.name]
+        top1 = estimate(_top1(card) for _, card in mine)
+        spread = estimate(c.facts["logvar_spread"] for _, c in mine)
+        embedding = estimate((v["collapse"] or {}).get("std") for v, _ in mine)
+        alarms = sum(bool((v["collapse"] or {}).get("alarms")) for v, _ in mine)
+        minutes = estimate(v["seconds"]["train"] / 60 for v, _ in mine)
+        rows.append(
+            (
+                cell.group, cell.name, len(mine) or NOT_RUN, number(top1) if top1 else "",
+                cell.source, _plain(spread), _plain(embedding),
+                "" if not mine else f"{alarms} of {len(mine)}", _plain(minutes, 1),
+            )
+        )  # fmt: skip
+    columns = ("group", "cell", "n", "top-1", "source says", "std(logvar)", "embedding std",
+               "collapse alarms", "minutes")  # fmt: skip
+    return table(columns, rows)
+
+
+def _top1(card: Card) -> float | None:
+    row = card.row(MEANS)
+    return None if row is None else 100 * row["top1"]
+
+
+def _plain(value: Estimate | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value.mean:.{digits}f}"
+
+
+def _machine(value: dict[str, Any]) -> str:
+    m = value["machine"]
+    name = m["processor"] if m["device"] == "cpu" else m["device"]
+    torch = value["versions"]["torch"]
+    return f"{name} ({m['cores']} cores, {m['threads']} threads a run), torch {torch}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return [*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)]
+
+
+if __name__ == "__main__":
+    main()

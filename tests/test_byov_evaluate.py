@@ -1,0 +1,540 @@
+"""Measurements of a run against definitions: probes, draws, pruning, augmentations, cards."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torchvision.transforms import v2
+
+import bayesify as bb
+from bayesify import ArgumentError
+from bayesify.metrics import classification_metrics
+from byov_small import CONFIG, small_run
+from recipes.byov import assemble, corruptions, doubt, evaluate, pruning, runs
+from recipes.byov.cards import Card, against, estimate, families, paper_like
+from recipes.byov.claims import CLAIMS, judge
+from recipes.byov.config import BYOVConfig
+from recipes.byov.data import eval_batches
+from recipes.byov.measure import features_of
+from recipes.byov.optimizer import make_optimizer
+from recipes.byov.predictive import Moments, classify, drawn_probs, labels_of, outputs, seed_of
+from recipes.byov.runs import Run, open_run
+from recipes.byov.train import train
+
+HEAD = evaluate.EvalSettings(num_samples=3, epochs=5)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each kind, of seconds."""
+    made = {}
+    for name, config in {
+        "byov": replace(CONFIG, logvar_lr_ratio=40.0),
+        "byol": replace(CONFIG, conversion="none"),
+        "twin": replace(CONFIG, objective="supervised"),
+    }.items():
+        run = small_run(tmp_path_factory.mktemp(name), eval_every=0)
+        train(config, run)
+        made[name] = run.out
+    return made
+
+
+@pytest.fixture
+def byov(folders: dict[str, Path]) -> Run:
+    return open_run(folders["byov"], device="cpu")
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_opens_as_it_was_exported(folders: dict[str, Path], byov: Run) -> None:
+    from safetensors.torch import load_file
+
+    student = load_file(folders["byov"] / "student.safetensors")
+    plain = bb.to_deterministic(byov.encoder).state_dict()
+    assert plain.keys() == student.keys()
+    assert all(torch.equal(plain[k], student[k]) for k in student)
+    teacher = load_file(folders["byov"] / "teacher.safetensors")
+    assert byov.teacher is not None
+    assert all(torch.equal(byov.teacher.state_dict()[k], teacher[k]) for k in teacher)
+    assert (byov.step, byov.steps) == (9, 9)
+
+
+def test_spread_is_the_median_over_matrices(byov: Run) -> None:
+    found = [
+        p.logvar.detach().std(correction=0) for p in bb.posteriors(byov.model) if p.mean.ndim > 1
+    ]
+    ordered = sorted(float(v) for v in found)
+    middle = len(ordered) // 2
+    expected = (ordered[middle] + ordered[~middle]) / 2
+    assert runs.logvar_spread(byov.model) == pytest.approx(expected)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="holds no run"):
+        open_run(tmp_path)
+
+
+def test_a_result_is_made_once_and_again_for_other_settings(byov: Run) -> None:
+    calls: list[int] = []
+
+    def made() -> dict[str, Any]:
+        calls.append(1)
+        return {"value": float("nan"), "list": torch.ones(2)}
+
+    first = runs.stored(byov, "trial", {"k": 1}, made)
+    assert runs.stored(byov, "trial", {"k": 1}, made) == first
+    assert len(calls) == 1
+    assert first["numbers"] == {"value": None, "list": [1.0, 1.0]}
+    runs.stored(byov, "trial", {"k": 2}, made)
+    assert len(calls) == 2
+    runs.result_path(byov.folder, "trial").unlink()
+
+
+def test_weight_decay_with_a_posterior_warns_and_spares_the_logvars(byov: Run) -> None:
+    config = replace(CONFIG, weight_decay=0.1)
+    with pytest.warns(UserWarning, match="appendix C"):
+        optimizer = make_optimizer(byov.model, config)
+    decayed = {g["name"]: g["weight_decay"] for g in optimizer.param_groups if g["weight_decay"]}
+    assert decayed
+    assert "logvars" not in decayed
+
+
+# -- predictions ---------------------------------------------------------------------------------
+
+
+def test_outputs_are_those_of_the_encoder_on_every_image(byov: Run) -> None:
+    found = outputs(byov, lambda x: features_of(byov.model, x))
+    images = torch.cat([x for x, _ in eval_batches(byov.source, "test", batch_size=5)])
+    with torch.no_grad():
+        assert torch.allclose(found, byov.encoder(images), atol=1e-6)
+
+
+def test_the_average_is_that_of_the_softmaxes_of_single_draws(byov: Run) -> None:
+    head, _ = evaluate.frozen_head(byov, HEAD)
+    made = evaluate.evaluate(byov, "linear", HEAD)
+    row = next(r for r in made["numbers"]["rows"] if r["prediction"] == evaluate.AVERAGE)
+    images = torch.cat([x for x, _ in eval_batches(byov.source, "test", batch_size=999)])
+    total = torch.zeros(len(images), 2, dtype=torch.float64)
+    with torch.no_grad():
+        for draw in range(HEAD.num_samples):
+            with bb.one_draw(byov.model, seed_of(HEAD.seed, draw)):
+                total += head(byov.encoder(images)).double().softmax(-1)
+    expected = classification_metrics(total / HEAD.num_samples, labels_of(byov))
+    assert row["nll"] == pytest.approx(expected["nll"], rel=1e-4)
+    assert row["top1"] == expected["accuracy"]
+
+
+def test_all_batches_of_a_draw_have_the_same_weights(
+    byov: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, _ = evaluate.frozen_head(byov, HEAD)
+    [whole] = drawn_probs(byov, head, 1)
+    monkeypatch.setattr("recipes.byov.predictive._BATCH", 3)
+    [parts] = drawn_probs(byov, head, 1)
+    assert torch.allclose(whole, parts, atol=1e-6)
+    means = outputs(byov, classify(byov, head))
+    assert not torch.allclose(whole, means, atol=1e-4)
+
+
+def test_moments_are_those_of_the_stack() -> None:
+    values = torch.randn(7, 3, 2)
+    found = Moments()
+    for value in values:
+        found.add(value)
+    assert torch.allclose(found.mean, values.double().mean(0))
+    assert torch.allclose(found.std, values.double().std(0))
+
+
+def test_every_protocol_gives_metrics(folders: dict[str, Path]) -> None:
+    run = open_run(folders["byol"], device="cpu")
+    quick = replace(HEAD, finetune_epochs=1)
+    for protocol in ("linear", "knn", "semi", "finetune"):
+        made = evaluate.evaluate(run, protocol, quick)
+        assert made["numbers"]["rows"]
+        for row in made["numbers"]["rows"]:
+            assert 0 <= row["top1"] <= row["top5"] <= 1
+            parts = 1 - 0.5 - row["resolution"] + row["reliability"] + row["residual"]
+            assert row["brier"] == pytest.approx(parts, abs=1e-6)  # two classes, equally frequent
+    names = [r["prediction"] for r in evaluate.evaluate(run, "linear", quick)["numbers"]["rows"]]
+    assert names == [evaluate.MEANS, evaluate.SCALED, evaluate.TEACHER]
+    with pytest.raises(ArgumentError, match="protocol"):
+        evaluate.evaluate(run, "zero-shot", quick)  # type: ignore[arg-type]
+
+
+def test_strangers_equal_to_the_test_images_are_not_told_apart(byov: Run) -> None:
+    made = evaluate.evaluate(byov, "linear", HEAD, strangers=byov.source)
+    assert {row["auroc"] for row in made["numbers"]["strangers"]} == {0.5}
+
+
+def test_a_share_of_the_labels_is_the_same_of_every_class() -> None:
+    labels = torch.arange(300) % 3
+    rows = evaluate.stratified(labels, 0.1, seed=0)
+    assert torch.bincount(labels[rows]).tolist() == [10, 10, 10]
+    assert not torch.equal(rows, evaluate.stratified(labels, 0.1, seed=1))
+
+
+# -- pruning -------------------------------------------------------------------------------------
+
+
+def test_shuffled_sigmas_are_the_same_ones_elsewhere() -> None:
+    std = torch.rand(20, 30)
+    moved = pruning.shuffled(std, 3)
+    assert not torch.equal(moved, std)
+    assert torch.equal(moved.flatten().sort().values, std.flatten().sort().values)
+    mean = torch.randn(20, 30)
+    assert torch.allclose(pruning.CRITERIA["SNR, sigma shuffled"](mean, std, 3), mean.abs() / moved)
+
+
+def test_scores_of_a_run_are_the_definitions(byov: Run) -> None:
+    mean = dict(byov.encoder.named_parameters())["blocks.0.attn.qkv.weight"]
+    logvar = dict(byov.encoder.named_parameters())["blocks.0.attn.qkv.weight_logvar"]
+    std = (logvar / 2).exp()
+    for name, expected in {
+        "SNR": mean.abs() / std, "magnitude": mean.abs(), "1 / sigma": 1 / std,
+        "magnitude x mean 1 / sigma": mean.abs() * (1 / std).mean(),
+    }.items():  # fmt: skip
+        found = pruning.scores_of(byov.encoder, name)["blocks.0.attn.qkv.weight"]
+        assert torch.allclose(found, expected, rtol=1e-5), name
+
+
+def _points(run: Run, criterion: str, **changes: Any) -> list[dict[str, float]]:
+    head, _ = evaluate.frozen_head(run, HEAD)
+    return pruning.curve(run, head, criterion, sparsities=(0.0, 0.5, 0.9), **changes)
+
+
+def test_snr_prunes_as_magnitude_where_sigma_is_one_number(byov: Run) -> None:
+    with torch.no_grad():
+        for name, parameter in byov.model.named_parameters():
+            if name.endswith("_logvar"):
+                parameter.fill_(-7.0)
+    for scope in ("tensor", "global"):
+        assert _points(byov, "SNR", scope=scope) == _points(byov, "magnitude", scope=scope)
+    assert _points(byov, "SNR") == _points(byov, "SNR, sigma shuffled")
+
+
+def test_a_typical_sigma_changes_nothing_within_a_tensor(byov: Run) -> None:
+    assert _points(byov, "magnitude x mean 1 / sigma") == _points(byov, "magnitude")
+    spread = {
+        name: torch.rand(()) * 9 for name, _ in byov.encoder.named_parameters()
+    }  # other tensors, other sigmas
+    with torch.no_grad():
+        for name, parameter in byov.encoder.named_parameters():
+            if name.endswith("_logvar"):
+                parameter.fill_(float(-9 + spread[name]))
+    one = _points(byov, "magnitude x mean 1 / sigma", scope="global")
+    assert one != _points(byov, "magnitude", scope="global")
+
+
+def test_pruned_weights_are_those_of_the_lowest_scores(
+    byov: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def spy(model: Any, images: Tensor) -> Tensor:
+        seen.append({k: v.clone() for k, v in model.named_parameters()})
+        return features_of(model, images)
+
+    before = {k: v.clone() for k, v in byov.encoder.named_parameters()}
+    monkeypatch.setattr(pruning, "features_of", spy)
+    _points(byov, "SNR")
+    name = "blocks.0.mlp.fc1.weight"
+    snr = before[name].abs() / (before[f"{name}_logvar"] / 2).exp()
+    zero = seen[-1][name] == 0
+    assert int(zero.sum()) == round(0.9 * zero.numel())
+    assert snr[zero].max() <= snr[~zero].min()
+    for kept in ("pos_embed", "cls_token", "norm.weight", "blocks.0.mlp.fc1.bias"):
+        assert torch.equal(seen[-1][kept], before[kept])
+    assert torch.equal(byov.encoder.get_parameter(name), before[name])  # the run itself is whole
+
+
+def test_byol_is_pruned_by_magnitude_and_at_random_alone(folders: dict[str, Path]) -> None:
+    run = open_run(folders["byol"], device="cpu")
+    made = pruning.prune_curves(run, sparsities=(0.0, 0.5), settings=HEAD)
+    assert [c["criterion"] for c in made["numbers"]["curves"]] == ["magnitude", "random"]
+    assert made["numbers"]["gaps"] == []
+    with pytest.raises(ArgumentError, match="rise from 0"):
+        pruning.prune_curves(run, sparsities=(0.5, 0.1), settings=HEAD)
+
+
+def test_gaps_of_curves_by_hand() -> None:
+    shares = (0.0, 0.5, 0.7, 0.9)
+    curves = [
+        {
+            "criterion": name, "scope": "tensor",
+            "points": [{"sparsity": s, "top1": t} for s, t in zip(shares, tops, strict=True)],
+        }
+        for name, tops in {
+            "SNR": (0.80, 0.80, 0.70, 0.40),
+            "magnitude": (0.80, 0.70, 0.50, 0.30),
+        }.items()
+    ]  # fmt: skip
+    [gap] = pruning.gaps(curves)
+    assert gap["points"] == pytest.approx(20.0)
+    assert gap["at"] == 0.7
+    assert gap["middle"] == pytest.approx((10 + 20 + 10) / 3)
+    assert gap["area"] == pytest.approx((0 + 10 + 20 + 10) / 4)
+    # a point is lost on the way: 0.5 + 0.2 * 0.01 / 0.10, and 0.5 * 0.01 / 0.10
+    assert gap["sparser"] == pytest.approx(100 * (0.52 - 0.05))
+
+
+# -- doubt ---------------------------------------------------------------------------------------
+
+
+def test_the_spread_of_independent_draws_falls_as_the_root_of_their_number() -> None:
+    pool = torch.rand(2000, 200)
+    settings = doubt.DoubtSettings(pool=2000, most=50, bootstraps=200)
+    found = doubt.averages(pool, settings)
+    assert found["slope"] == pytest.approx(-0.5, abs=0.02)
+    assert found["disjoint_slope"] == pytest.approx(-0.5, abs=0.02)
+    first = found["rows"][0]
+    assert first["disjoint"] == pytest.approx(math.sqrt(1 / 12), rel=0.02)
+    assert first["mean"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_same_draws_over_and_over_do_not_average_out() -> None:
+    pool = torch.rand(1, 300).repeat(200, 1)
+    settings = doubt.DoubtSettings(pool=200, most=20, bootstraps=20)
+    assert max(r["disjoint"] for r in doubt.averages(pool, settings)["rows"]) < 1e-12
+
+
+def test_draws_of_a_run_are_independent(byov: Run) -> None:
+    settings = doubt.DoubtSettings(pool=120, most=12, bootstraps=20, shifted=())
+    made = doubt.draws_needed(byov, settings, HEAD)
+    [curve] = made["numbers"]["curves"]
+    assert curve["disjoint_slope"] == pytest.approx(-0.5, abs=0.12)
+
+
+def test_spread_is_the_std_of_the_predicted_class(byov: Run) -> None:
+    settings = doubt.DoubtSettings(spread_draws=6)
+    numbers = doubt.spread(byov, settings, HEAD)["numbers"]
+    head, _ = evaluate.frozen_head(byov, HEAD)
+    stack = torch.stack(list(drawn_probs(byov, head, 6))).double()
+    predicted = stack.mean(0).argmax(1)
+    expected = stack.std(0).gather(1, predicted[:, None])[:, 0]
+    assert numbers["std"] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_latent_variances_are_those_of_the_draws(byov: Run) -> None:
+    settings = doubt.DoubtSettings(latent_draws=4, noises=(0.0, 0.5))
+    levels = doubt.latent_variance(byov, settings)["numbers"]["levels"]
+    images = torch.cat([x for x, _ in eval_batches(byov.source, "test", batch_size=999)])
+    kept = []
+    with torch.no_grad():
+        for m in range(4):
+            with bb.one_draw(byov.model, seed_of(0, m)):
+                kept.append(byov.model.forward_view(images))  # type: ignore[operator]
+    for part, field in (("encoder", "features"), ("projector", "projection")):
+        expected = torch.stack([getattr(b, field) for b in kept]).double().var(0).mean(1)
+        assert levels[0]["raw"][part] == pytest.approx(expected.tolist(), rel=1e-3)
+    assert [lev["noise"] for lev in levels] == [0.0, 0.5]
+    assert levels[1]["raw"] != levels[0]["raw"]
+
+
+def test_the_twin_has_no_latents(folders: dict[str, Path]) -> None:
+    with pytest.raises(ArgumentError, match="projector"):
+        doubt.latent_variance(open_run(folders["twin"], device="cpu"), doubt.DoubtSettings())
+
+
+def test_augmentations_leave_the_clean_row_as_the_evaluation_has_it(byov: Run) -> None:
+    made = doubt.corrupted(byov, doubt.DoubtSettings(), HEAD)
+    rows = made["numbers"]["rows"]
+    assert len(rows) == 1 + 5 * len(corruptions.kinds(grey=True))
+    clean = next(r for r in rows if r["kind"] == "none")["means"]
+    linear = evaluate.evaluate(byov, "linear", HEAD)["numbers"]["rows"][0]
+    assert clean["nll"] == pytest.approx(linear["nll"], rel=1e-4)
+
+
+def test_limited_takes_images_from_all_over(byov: Run) -> None:
+    few = runs.limited(byov, 4)
+    assert len(few.source.part("test")) == 4
+    assert torch.equal(labels_of(few), labels_of(byov)[torch.tensor([0, 5, 10, 15])])
+    assert runs.limited(byov, 0) is byov
+
+
+# -- corruptions ---------------------------------------------------------------------------------
+
+PIXELS = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("rotate", lambda x: v2.functional.rotate(
+            x, 24.0, interpolation=v2.InterpolationMode.BILINEAR)),
+        ("brightness", lambda x: v2.functional.adjust_brightness(x, 1.7)),
+        ("contrast", lambda x: v2.functional.adjust_contrast(x, 0.4)),
+        ("hue", lambda x: v2.functional.adjust_hue(x, 0.2)),
+        ("saturation", lambda x: v2.functional.adjust_saturation(x, 3.0)),
+        ("solarise", lambda x: v2.functional.solarize(x, 0.7)),
+        ("posterise", lambda x: v2.functional.posterize(_bytes(x), 3).float() / 255),
+    ],
+)  # fmt: skip
+def test_augmentations_are_torchvisions(kind: str, own: Any) -> None:
+    found = corruptions.corrupt(PIXELS, kind, 3)
+    # rotate turns the other way round than affine
+    expected = own(PIXELS) if kind != "rotate" else own(PIXELS.flip(-1)).flip(-1)
+    assert torch.allclose(found, expected.clamp(0, 1), atol=1e-5)
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    return (pixels * 255).round().to(torch.uint8)
+
+
+def test_jpeg_is_the_codecs_and_coarser_at_low_quality() -> None:
+    import io
+
+    from PIL import Image
+
+    flat = torch.full((1, 1, 16, 16), 100 / 255)
+    assert torch.allclose(corruptions.corrupt(flat, "jpeg", 5), flat, atol=2 / 255)
+    with io.BytesIO() as file:
+        image = v2.functional.to_pil_image(PIXELS[1])
+        image.save(file, "JPEG", quality=25)
+        expected = v2.functional.pil_to_tensor(Image.open(file)).float() / 255
+    # to_pil_image rounds down where we round to the nearest
+    assert (corruptions.corrupt(PIXELS, "jpeg", 4)[1] - expected).abs().mean() < 0.02
+
+
+def test_blur_is_scipys() -> None:
+    from scipy.ndimage import gaussian_filter
+
+    found = corruptions.corrupt(PIXELS, "blur", 5)
+    sigma = 1.4 * 24 / 32
+    expected = gaussian_filter(PIXELS.numpy(), (0, 0, sigma, sigma), mode="mirror", truncate=4)
+    assert torch.allclose(found, torch.from_numpy(expected), atol=2e-4)
+
+
+def test_noises_have_their_strength_and_seed() -> None:
+    grey = torch.full((8, 3, 64, 64), 0.5)
+    noisy = corruptions.corrupt(grey, "gaussian noise", 2, seed=4)
+    assert float((noisy - grey).std()) == pytest.approx(0.08, rel=0.02)
+    assert torch.equal(noisy, corruptions.corrupt(grey, "gaussian noise", 2, seed=4))
+    assert not torch.equal(noisy, corruptions.corrupt(grey, "gaussian noise", 2, seed=5))
+    spots = corruptions.corrupt(grey, "salt and pepper", 5, seed=4)
+    changed = spots != grey
+    assert float(changed.float().mean()) == pytest.approx(0.12, abs=0.01)
+    assert set(spots[changed].unique().tolist()) == {0.0, 1.0}
+    assert bool((changed.all(1) == changed.any(1)).all())  # all channels of a pixel
+
+
+def test_translation_moves_by_whole_pixels() -> None:
+    found = corruptions.corrupt(PIXELS, "translate", 5)
+    assert torch.allclose(found[..., 6:, 6:], PIXELS[..., :-6, :-6], atol=1e-5)
+    assert float(found[..., :5, :].abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", corruptions.STRENGTHS)
+def test_every_severity_changes_more(kind: str) -> None:
+    ramp = torch.linspace(0.05, 0.95, 24).repeat(2, 3, 24, 1)
+    ramp[:, 1] = ramp[:, 1].mT
+    ramp[:, 2] = 0.3
+    away = [
+        float((corruptions.corrupt(ramp, kind, s) - ramp).abs().mean())
+        for s in corruptions.SEVERITIES
+    ]
+    assert away[0] > 0
+    assert away == sorted(away)
+
+
+def test_unknown_corruptions_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="salt and pepper"):
+        corruptions.corrupt(PIXELS, "fog", 1)
+    with pytest.raises(ArgumentError, match="severities 1 to 5"):
+        corruptions.corrupt(PIXELS, "blur", 6)
+
+
+# -- cards and claims ----------------------------------------------------------------------------
+
+
+def _card(seed: int, top1: float, *, moved: bool = True, **changes: Any) -> Card:
+    config = replace(BYOVConfig(seed=seed), **changes)
+    row = {"prediction": evaluate.MEANS, "top1": top1, "ece": 0.10 - top1 / 100}
+    facts = {"converged": moved, "data": "d", "logvar_spread": 0.4}
+    return Card(config, facts, [], {"eval-linear": {"numbers": {"rows": [row]}}})
+
+
+def test_an_estimate_is_students() -> None:
+    values = [1.0, 2.0, 4.0, 3.5]
+    found = estimate([*values, None])
+    assert found is not None
+    low, high = stats.t.interval(0.95, 3, loc=found.mean, scale=stats.sem(values))
+    assert found.mean == pytest.approx(sum(values) / 4)
+    assert found.half == pytest.approx((high - low) / 2, rel=1e-3)
+    assert estimate([1.0]) == (1.0, None, 1)
+    assert estimate([None]) is None
+
+
+def test_differences_are_paired_by_seed_and_plus_is_better() -> None:
+    mine = [_card(s, t) for s, t in ((0, 0.50), (1, 0.70))]
+    base = [_card(s, t, conversion="none") for s, t in ((1, 0.60), (0, 0.45))]
+
+    def top1(card: Card) -> float:
+        row = card.row(evaluate.MEANS)
+        assert row is not None
+        return float(row["top1"])
+
+    found = against(mine, base, top1, top1, "top1")
+    assert found is not None
+    assert found.mean == pytest.approx(7.5)
+    worse = against(mine, base, top1, top1, "ece")  # of an error, more is worse
+    assert worse is not None
+    assert worse.mean == pytest.approx(-7.5)
+
+
+def test_families_are_seeds_of_one_config_with_names_of_their_own() -> None:
+    cards = [_card(0, 0.5), _card(1, 0.5), _card(0, 0.5, tau_base=0.9), _card(0, 0.4, beta_end=0.3)]
+    found = families(cards)
+    assert {name: len(group) for name, group in found.items()} == {
+        "BYOV N(0, I)": 2,
+        "BYOV N(0, I), tau_base 0.9": 1,
+        "BYOV N(0, I), beta 0->0.3": 1,
+    }
+    assert len(paper_like(cards)) == 2
+
+
+def test_no_claim_from_few_seeds_or_a_posterior_that_stands_still() -> None:
+    claim = next(c for c in CLAIMS if c.text == "ECE better than BYOL's")
+
+    def verdict(seeds: int, better: float, moved: bool = True) -> str:
+        cards = []
+        for seed in range(seeds):
+            cards.append(_card(seed, 0.5, conversion="none"))
+            cards.append(_card(seed, 0.5 + better + 0.001 * seed, moved=moved))
+        return judge(claim, cards)[1]
+
+    assert verdict(2, 5.0) == "n < 3"
+    assert verdict(3, 5.0) == "agrees"
+    assert verdict(3, -5.0) == "disagrees"
+    assert verdict(3, 0.0, moved=False) == "not converged"
+    assert judge(claim, [_card(0, 0.5)])[1] == "not run"
+
+
+def test_correlations_are_scipys() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(300, generator=generator).round(decimals=1)  # with ties
+    y = x + torch.randn(300, generator=generator)
+    found = assemble.correlations(x.tolist(), y.tolist())
+    assert found["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    fit = stats.linregress(x, y)
+    residual = (y - fit.slope * x - fit.intercept).double()
+    assert found["residual_skew"] == pytest.approx(stats.skew(residual), abs=1e-4)
+    expected = stats.kstest((residual / residual.std(correction=0)).numpy(), "norm").statistic
+    assert found["ks"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_results_are_json_with_what_they_depend_on(byov: Run) -> None:
+    evaluate.evaluate(byov, "linear", HEAD)
+    value = json.loads(runs.result_path(byov.folder, "eval-linear").read_text())
+    assert {"step", "steps", "seed", "logvar_travel", "logvar_spread", "commit", "device",
+            "test_images", "config"} <= value["run"].keys()  # fmt: skip
+    assert value["settings"]["num_samples"] == HEAD.num_samples

@@ -1,0 +1,182 @@
+"""Figures, page and commands: files from runs of seconds, and numbers that are in them."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from bayesify import ArgumentError
+from byov_small import CONFIG, small_run
+from recipes.byov import assemble, figures, plots
+from recipes.byov.cards import Estimate, read_card
+from recipes.byov.cli import app
+from recipes.byov.doubt import DoubtSettings
+from recipes.byov.evaluate import EvalSettings
+from recipes.byov.page import number
+from recipes.byov.train import train
+
+HEAD = EvalSettings(num_samples=2, epochs=4)
+DOUBT = DoubtSettings(
+    spread_draws=4, pool=12, most=4, bootstraps=5, latent_draws=3, noises=(0.0, 0.5), images=8,
+    shifted=("shear",),
+)  # fmt: skip
+CELLS: dict[str, dict[str, Any]] = {
+    "byol": {"conversion": "none"},
+    "zero": {"logvar_lr_ratio": 40.0},
+    "sigma": {"logvar_lr_ratio": 40.0, "prior": "teacher"},
+    "twin": {"logvar_lr_ratio": 40.0, "objective": "supervised"},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name, changes in CELLS.items():
+        run = small_run(tmp_path_factory.mktemp(name), eval_every=0)
+        train(replace(CONFIG, **{"logvar_lr_ratio": 40.0, **changes}), run)
+        made[name] = run.out
+    return made
+
+
+@pytest.fixture(scope="module")
+def made(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every figure of all runs."""
+    out = tmp_path_factory.mktemp("figures")
+    figures.make(
+        list(folders.values()), out, device="cpu", head=HEAD, doubt=DOUBT, sparsities=(0.0, 0.5)
+    )
+    return out
+
+
+def test_every_figure_is_a_picture_twice_with_its_numbers(made: Path) -> None:
+    for name in figures.NAMES:
+        value = json.loads((made / f"{name}.json").read_text())
+        assert {"title", "runs", "stamp"} <= value.keys()
+        assert {"step", "seed", "logvar_travel", "logvar_spread", "commit"} <= value["runs"][
+            0
+        ].keys()
+        if name in plots.DRAWN:
+            with Image.open(made / f"{name}.png") as image:
+                assert min(image.size) > 300
+            assert ET.parse(made / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_the_page_holds_every_figure_and_claim_and_is_alone(made: Path) -> None:
+    text = (made / "index.html").read_text()
+    for figure in figures.FIGURES:
+        assert figure.title in text
+    assert text.count("data:image/svg+xml") == len(plots.DRAWN)
+    assert "+2.83" in text  # the paper's
+    assert "n &lt; 3" in text  # one seed is no claim
+    assert "<script" not in text
+
+
+def test_what_was_not_run_is_said(folders: dict[str, Path], tmp_path: Path, made: Path) -> None:
+    figures.make([folders["byol"]], tmp_path, measured=True)
+    text = (tmp_path / "index.html").read_text()
+    assert "not run" in text
+    assert not (tmp_path / "fig4.png").exists()
+    assert number(None) == "not run"
+    assert number(Estimate(1.234, 0.5, 2)) == "1.23"
+    assert number(Estimate(1.234, 0.5, 3)) == "1.23 ± 0.50"
+
+
+def test_figures_are_the_same_files_again(
+    folders: dict[str, Path], made: Path, tmp_path: Path
+) -> None:
+    figures.make(list(folders.values()), tmp_path, only=["fig4", "fig5"], measured=True)
+    for name in ("fig4.svg", "fig5.svg", "fig4.json"):
+        assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
+
+
+def test_a_posterior_that_stands_still_is_stamped(folders: dict[str, Path], made: Path) -> None:
+    cards = [read_card(folder) for folder in folders.values()]
+    still = [replace(c, facts={**c.facts, "converged": False}) for c in cards]
+    moved = [replace(c, facts={**c.facts, "converged": True}) for c in cards]
+    for build in (assemble.fig4, assemble.fig3, assemble.fig1b):
+        found, clean = build(still), build(moved)
+        assert found is not None
+        assert clean is not None
+        assert found["stamp"] == "posterior not converged"
+        assert clean["stamp"] is None
+
+
+def test_the_stamp_is_in_the_picture(folders: dict[str, Path], tmp_path: Path, made: Path) -> None:
+    numbers = assemble.fig1b([read_card(folder) for folder in folders.values()])
+    assert numbers is not None
+    plots.draw("fig1b", {**numbers, "stamp": "posterior not converged"}, tmp_path)
+    assert "POSTERIOR NOT CONVERGED" in (tmp_path / "fig1b.svg").read_text()
+    plots.draw("fig1b", {**numbers, "stamp": None}, tmp_path)
+    assert "POSTERIOR NOT CONVERGED" not in (tmp_path / "fig1b.svg").read_text()
+
+
+def test_trajectories_are_those_of_the_log(folders: dict[str, Path], made: Path) -> None:
+    card = read_card(folders["zero"])
+    numbers = assemble.fig3([card])
+    assert numbers is not None
+    column = numbers["columns"]["N(0, I)"]
+    epochs = [line for line in card.log if line["kind"] == "epoch"]
+    assert column["epochs"] == [1, 2, 3]
+    for tensor in column["tensors"]:
+        expected = [e["layers"][tensor["name"]]["mean_snr"] for e in epochs]
+        assert tensor["mean_snr"] == expected
+    parts = {t["name"]: (t["part"], t["kind"]) for t in column["tensors"]}
+    assert parts["encoder.blocks.0.mlp.fc1.weight"] == ("encoder", "matrix")
+    assert parts["predictor.1.weight"] == ("predictor", "vector")
+
+
+def test_table_1_has_the_papers_rows_and_ours(folders: dict[str, Path], made: Path) -> None:
+    rows = assemble.table1([read_card(folder) for folder in folders.values()])["rows"]
+    assert [r["paper_top1"] for r in rows][:4] == [73.68, 73.97, 69.73, 73.62]
+    byol = next(r for r in rows if r["conversion"] == "none")
+    card = read_card(folders["byol"])
+    row = card.row("at the means")
+    assert row is not None
+    assert byol["top1"].mean == pytest.approx(100 * row["top1"])
+    assert next(r for r in rows if r["conversion"] == "no-conv")["top1"] is None
+
+
+def test_an_unknown_figure_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="fig1b, fig2"):
+        figures.make([folders["byol"]], tmp_path, only=["fig9"])
+
+
+def _run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
+
+
+def test_eval_prints_a_table_of_80_columns(folders: dict[str, Path], made: Path) -> None:
+    options = ("--num-samples", "2", "--epochs", "4", "--device", "cpu")
+    found = _run("eval", str(folders["zero"]), str(folders["byol"]), *options)
+    assert found.exit_code == 0, found.output
+    tables = [line for line in found.output.splitlines() if line.startswith(("at the", "MC", " "))]
+    assert len(tables) >= 4
+    assert max(map(len, tables)) <= 80
+    assert "MC average" in found.output
+
+
+def test_eval_as_json_is_what_lies_in_the_folder(folders: dict[str, Path], made: Path) -> None:
+    found = _run("eval", str(folders["byol"]), "--protocol", "knn", "--json", "--device", "cpu")
+    assert found.exit_code == 0, found.output
+    [value] = json.loads(found.stdout)
+    assert value == json.loads((folders["byol"] / "results" / "eval-knn.json").read_text())
+
+
+def test_prune_writes_its_figure(folders: dict[str, Path], tmp_path: Path, made: Path) -> None:
+    options = ("--sparsity", "0", "--sparsity", "0.5", "--epochs", "4", "--device", "cpu")
+    found = _run("prune", str(folders["zero"]), "--scope", "both", *options, "-o", str(tmp_path))
+    assert found.exit_code == 0, found.output
+    assert "SNR, sigma shuffled" in found.output
+    assert (tmp_path / "fig4.png").exists()
+
+
+def test_figures_refuses_two_wishes(folders: dict[str, Path]) -> None:
+    found = _run("figures", str(folders["byol"]), "--all", "--only", "fig4")
+    assert found.exit_code == 2
