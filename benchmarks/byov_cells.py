@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "byov"
 BYOL, BYOV = {"conversion": "none"}, {}
 _DECAY = 0.05  # of BYOL, as ViT recipes have it
 _STEPS_KEPT = 200
-_EVERYTHING = ("eval", "prune", "spread", "corrupted", "draws", "latents")
+_EVERYTHING = ("eval", "prune", "spread", "corrupted", "draws", "latents", "gradients")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Scale:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-_QUIET = {"stop_on_collapse": False, "baselines": False, "eval_every": 0, "keep_last": 1}
+_QUIET: Any = {"stop_on_collapse": False, "baselines": False, "eval_every": 0, "keep_last": 1}
 _DEMO, _CIFAR = PRESETS["demo"], PRESETS["cifar10-vit-tiny"]
 SCALES = {
     "cpu": Scale(
@@ -223,9 +223,9 @@ def run_cell(
         Whether it is finished; False if training was interrupted, to go on another time.
     """
     folder = work / scale.name / f"{cell.name}-s{seed}"
-    run = replace(scale.run, out=folder, **({"data": data} if data else {}))
-    if device is not None:
-        run = replace(run, device=device)
+    run = replace(
+        scale.run, out=folder, data=data or scale.run.data, device=device or scale.run.device
+    )
     config = config_of(scale, cell, seed)
     clock = folder / "seconds.json"
     spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0

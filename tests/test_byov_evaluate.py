@@ -18,7 +18,7 @@ import bayesify as bb
 from bayesify import ArgumentError
 from bayesify.metrics import classification_metrics
 from byov_small import CONFIG, small_run
-from recipes.byov import assemble, corruptions, doubt, evaluate, pruning, runs
+from recipes.byov import assemble, corruptions, doubt, evaluate, gradients, pruning, runs
 from recipes.byov.cards import Card, against, estimate, families, paper_like
 from recipes.byov.claims import CLAIMS, judge
 from recipes.byov.config import BYOVConfig
@@ -64,7 +64,8 @@ def test_a_run_opens_as_it_was_exported(folders: dict[str, Path], byov: Run) -> 
     assert all(torch.equal(plain[k], student[k]) for k in student)
     teacher = load_file(folders["byov"] / "teacher.safetensors")
     assert byov.teacher is not None
-    assert all(torch.equal(byov.teacher.state_dict()[k], teacher[k]) for k in teacher)
+    own = byov.teacher.state_dict()
+    assert all(torch.equal(own[f"encoder.{k}"], teacher[k]) for k in teacher)
     assert (byov.step, byov.steps) == (9, 9)
 
 
@@ -337,6 +338,21 @@ def test_latent_variances_are_those_of_the_draws(byov: Run) -> None:
         assert levels[0]["raw"][part] == pytest.approx(expected.tolist(), rel=1e-3)
     assert [lev["noise"] for lev in levels] == [0.0, 0.5]
     assert levels[1]["raw"] != levels[0]["raw"]
+
+
+def test_gradient_noise_is_that_of_draws_alone(byov: Run) -> None:
+    made = gradients.gradient_noise(byov, batch_sizes=(8,), draws=4)
+    rows = {r["estimator"]: r["relative"] for r in made["numbers"]["rows"]}
+    assert rows.keys() == set(gradients.ESTIMATORS)
+    assert all(value is None or value > 0 for value in rows.values())
+    with torch.no_grad():
+        for name, parameter in byov.model.named_parameters():
+            if name.endswith("_logvar"):
+                parameter.fill_(-60.0)  # no doubt, no variance
+    runs.result_path(byov.folder, "gradients").unlink()
+    still = gradients.gradient_noise(byov, batch_sizes=(8,), draws=4)["numbers"]["rows"]
+    assert max(r["relative"] for r in still) < 1e-9
+    runs.result_path(byov.folder, "gradients").unlink()
 
 
 def test_the_twin_has_no_latents(folders: dict[str, Path]) -> None:

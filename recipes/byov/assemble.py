@@ -423,6 +423,25 @@ def fig7(cards: Sequence[Card]) -> Numbers | None:
             "draws": settings["draws"], "stamp": None}  # fmt: skip
 
 
+def app_b(cards: Sequence[Card]) -> Numbers | None:
+    """Relative variance of the gradient, by estimator and batch size, mean over the seeds."""
+    known = [c for c in paper_like(cards) if c.numbers("gradients")]
+    if not known:
+        return None
+    rows = []
+    for shape in known[0].results["gradients"]["numbers"]["rows"]:
+        same = [
+            r["relative"]
+            for c in known
+            for r in c.results["gradients"]["numbers"]["rows"]
+            if (r["estimator"], r["batch"]) == (shape["estimator"], shape["batch"])
+        ]
+        rows.append({"estimator": shape["estimator"], "batch": shape["batch"],
+                     "relative": estimate(same)})  # fmt: skip
+    settings = known[0].results["gradients"]["settings"]
+    return {"rows": rows, "draws": settings["draws"], "stamp": stamp(known)}
+
+
 # The paper's table 1: conversion, prior, beta_start, top-1, top-5.
 TABLE1 = (
     ("no-conv", "zero", 0.0, 73.68, 91.43),

@@ -13,6 +13,7 @@ from . import assemble, claims, plots
 from .cards import Card, read_card
 from .doubt import DoubtSettings, corrupted, draws_needed, latent_variance, spread
 from .evaluate import EvalSettings, evaluate
+from .gradients import gradient_noise
 from .page import Section, page
 from .pruning import SPARSITIES, prune_curves
 from .runs import Run, open_run, write_json
@@ -64,6 +65,8 @@ FIGURES: tuple[Figure, ...] = (
     Figure("fig7", "Figure 7: variance under noise",
            "It rises with noise, its spread shrinks, and the three parts go together.",
            ("latents",), assemble.fig7),
+    Figure("appB", "Appendix B: variance of the gradient by estimator",
+           "Large batches negate the need for Flipout.", ("gradients",), assemble.app_b),
     Figure("table1", "Table 1: what is Bayesian",
            "A fully Bayesian model is the best of its class.", ("eval",), assemble.table1),
 )  # fmt: skip
@@ -95,6 +98,8 @@ def measure(
         corrupted(run, doubt, head, told)
     if "draws" in needs and byol and bayesian:
         draws_needed(run, doubt, head, told)
+    if "gradients" in needs and byol and bayesian:
+        gradient_noise(run, told=told)
     if "latents" in needs and byol and bayesian:
         latent_variance(run, doubt, told)
 

@@ -395,6 +395,23 @@ def _fig7(figure: Any, numbers: Numbers) -> None:
                     fontsize=9.5, weight="bold", x=0.4)  # fmt: skip
 
 
+def _app_b(figure: Any, numbers: Numbers) -> None:
+    figure.set_size_inches(4.8, 3.5)
+    axes = figure.subplots()
+    looks = {"weight": (BLUE, "o"), "local": (GREEN, "s"), "flipout": (RED, "^")}
+    for name, (colour, marker) in looks.items():
+        rows = [r for r in numbers["rows"] if r["estimator"] == name and r["relative"] is not None]
+        axes.plot([r["batch"] for r in rows], [r["relative"].mean for r in rows], color=colour,
+                  marker=marker, label=name)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="images in a batch",
+             ylabel="variance of the gradient\nover its squared mean",
+             title=f"{numbers['draws']} draws, same images")  # fmt: skip
+    sizes = sorted({r["batch"] for r in numbers["rows"]})
+    axes.set_xticks(sizes, [str(s) for s in sizes])
+    axes.minorticks_off()
+    axes.legend(title="one draw of each")
+
+
 DRAWN: dict[str, Callable[[Any, Numbers], None]] = {
     "fig1b": _fig1b,
     "fig2": _fig2,
@@ -405,5 +422,6 @@ DRAWN: dict[str, Callable[[Any, Numbers], None]] = {
     "fig5": _fig5,
     "fig6": _fig6,
     "fig7": _fig7,
+    "appB": _app_b,
 }
 """How each figure is drawn."""

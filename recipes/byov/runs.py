@@ -44,7 +44,7 @@ class Run:
         config: What was trained.
         data: Name of its data set.
         model: The student, or the supervised twin, on the device and in ``eval()``.
-        teacher: The teacher's encoder; None of the twin.
+        teacher: The teacher, a :class:`Student` without a posterior; None of the twin.
         source: Its images.
         device: Where it is measured.
         step: Optimizer steps that the newest checkpoint has seen.
@@ -129,7 +129,7 @@ def open_run(folder: Path, *, data: str | None = None, device: str = "auto") -> 
         network: Any = copy.deepcopy(plain).float()
         state = {k: v for k, v in saved["teacher"].items() if k.startswith("network.")}
         network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
-        teacher = network.encoder.to(here).eval()
+        teacher = network.to(here).eval()
     model = convert_(plain, config)
     model.load_state_dict(saved["student"])
     model.to(here).eval()
