@@ -27,7 +27,7 @@ from recipes.byov.runs import open_run, write_json
 from recipes.byov.train import Watcher, train
 
 RESULTS = Path(__file__).parent / "results" / "byov"
-BYOL, BYOV = {"conversion": "none"}, {}
+BYOL = {"conversion": "none"}
 _DECAY = 0.05  # of BYOL, as ViT recipes have it
 _STEPS_KEPT = 200
 _EVERYTHING = ("eval", "prune", "spread", "corrupted", "draws", "latents", "gradients")

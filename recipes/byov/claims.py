@@ -183,6 +183,18 @@ def _latent(what: str, part: str = "encoder") -> Callable[[Sequence[Card]], Esti
     return ours
 
 
+def _flipout(cards: Sequence[Card]) -> Estimate | None:
+    """Logarithm of the gradient's relative variance by weight draws over that by Flipout."""
+    found = []
+    for card in paper_like(cards):
+        rows = (card.numbers("gradients") or {"rows": []})["rows"]
+        largest = max((r["batch"] for r in rows), default=0)
+        ends = {r["estimator"]: r["relative"] for r in rows if r["batch"] == largest}
+        if ends.get("weight") and ends.get("flipout"):
+            found.append(math.log(ends["weight"] / ends["flipout"]))
+    return estimate(found)
+
+
 def _fully_best(cards: Sequence[Card]) -> Estimate | None:
     """Top-1 of the fully Bayesian model less that of the best partial one, means of the seeds."""
     partial = []
@@ -253,6 +265,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("Table 1", "beta 0 -> 1 over 1 -> 1, linear-only, N(0, I), top-1", 1.02, "points",
           _between("top1", {"conversion": "linear-only"},
                    {"conversion": "linear-only", "beta_start": 1.0})),
+    Claim("App. B", "Flipout lowers no variance at the largest batch measured", None, "log ratio",
+          _flipout, True, low=float("-inf"), high=math.log(1.5)),
     Claim("App. C", "no weight decay over weight decay, BYOV, top-1", None, "points",
           _between("top1", {}, {"weight_decay": 0.05})),
 )  # fmt: skip

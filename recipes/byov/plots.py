@@ -343,7 +343,8 @@ def _fig5(figure: Any, numbers: Numbers) -> None:
         k = np.array([r["k"] for r in curve["rows"]])
         mean, std = (np.array([r[key] for r in curve["rows"]]) for key in ("mean", "std"))
         left.plot(k, mean, color=colour, label=name)
-        left.fill_between(k, mean - std, mean + std, color=colour, alpha=0.1, linewidth=0)
+        if curve["kind"] == "none":
+            left.fill_between(k, mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
         right.plot(k, std, color=colour)
         right.plot(k, [r["disjoint"] for r in curve["rows"]], ".", color=colour, markersize=3)
         if colour == BLACK:
@@ -352,7 +353,7 @@ def _fig5(figure: Any, numbers: Numbers) -> None:
     left.set(ylim=(max(0.0, left.get_ylim()[0]), min(1.0, left.get_ylim()[1])))
     left.xaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel="draws K", ylabel="probability of the predicted class",
-             title="mean, ± std of one image's average")  # fmt: skip
+             title="mean; band: ± std without augmentation")  # fmt: skip
     right.set(xlabel="draws K", xscale="log", yscale="log", ylabel="std of the average",
               title="std: lines bootstrap, dots disjoint draws")  # fmt: skip
     right.legend(loc="lower left")
