@@ -151,8 +151,8 @@ SCALES = {
         replace(_DEMO.config, epochs=12, logvar_lr_ratio=15.0),
         replace(_DEMO.run, **_QUIET, checkpoint_every=3),
         EvalSettings(num_samples=30),
-        DoubtSettings(spread_draws=100, pool=200, latent_draws=50, images=500,
-                      shifted=("shear", "salt and pepper")),
+        DoubtSettings(spread_draws=100, pool=500, latent_draws=50, images=300,
+                      shifted=("salt and pepper",)),
     ),
     "gpu": Scale(
         "gpu",

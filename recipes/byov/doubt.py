@@ -164,6 +164,7 @@ def averages(pool: Tensor, settings: DoubtSettings) -> dict[str, Any]:
                 "mean": float(found.mean.mean()),
                 "std": float(found.std.square().mean().sqrt()),
                 "disjoint": float(groups.var(dim=0).mean().sqrt()),
+                "groups": len(groups),
             }
         )
     return {"rows": rows, "slope": slope(rows, "std"), "disjoint_slope": slope(rows, "disjoint")}
@@ -172,14 +173,18 @@ def averages(pool: Tensor, settings: DoubtSettings) -> dict[str, Any]:
 def slope(rows: list[dict[str, Any]], key: str) -> float | None:
     """Exponent of K in the spread, by least squares of the logarithms; -1/2 for independent draws.
 
-    None where nothing spreads.
+    A spread over few groups counts for less: by their number less one. None where nothing spreads.
     """
-    pairs = [(math.log(r["k"]), math.log(r[key])) for r in rows if r[key] > 0]
-    if len(pairs) < 2:
+    known = [
+        (math.log(r["k"]), math.log(r[key]), r["groups"] - 1 if key == "disjoint" else 1)
+        for r in rows
+        if r[key] > 0
+    ]
+    if len(known) < 2:
         return None
-    x, y = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    away = x - x.mean()
-    return float((away * y).sum() / away.square().sum())
+    x, y, weight = torch.tensor(known, dtype=torch.float64).unbind(1)
+    away = x - (weight * x).sum() / weight.sum()
+    return float((weight * away * y).sum() / (weight * away.square()).sum())
 
 
 def latent_variance(
