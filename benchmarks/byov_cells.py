@@ -52,6 +52,13 @@ class Cell:
     source: str = ""
 
 
+_RESNET = {
+    name: getattr(PRESETS["cifar10-resnet18"].config, name)
+    for name in ("encoder", "encoder_args", "optimizer", "lr", "trust_coefficient",
+                 "logvar_lr_ratio", "clip_norm")
+}  # fmt: skip
+
+
 def _ablation(name: str, source: str, **changes: Any) -> Cell:
     return Cell(name, "BYOL ablations", {**BYOL, "weight_decay": _DECAY, **changes}, source=source)
 
@@ -82,6 +89,8 @@ CELLS: tuple[Cell, ...] = (
          {"conversion": "linear-only", "prior": "teacher-mean", "beta_start": 1.0,
           "beta_shape": "constant"}, source="72.69"),
     Cell("no-layernorm-zero", "table 1", {"conversion": "no-layernorm"}),
+    Cell("byol-resnet18", "ResNet", {**BYOL, **_RESNET}, ("eval", "prune")),
+    Cell("byov-zero-resnet18", "ResNet", _RESNET, ("eval", "prune")),
     Cell("byov-wd", "appendix C", {"weight_decay": _DECAY}, source="interferes"),
     Cell("byov-b1-1", "appendix C", {"beta_start": 1.0, "beta_shape": "constant"},
          source="annealed is better"),

@@ -277,18 +277,25 @@ def fig4(cards: Sequence[Card]) -> Numbers | None:
     for name, group in ordered(cards):
         members = [c for c in group if c.numbers("prune") and c.config.bayesian]
         if members and members[0].config.objective == "byol":
+            byol = _same_encoder(cards, members[0])
             panels.append(
                 {
                     "run": name, "curves": _mean_curves(members), "gaps": _mean_gaps(members),
+                    "byol": _mean_curves(byol), "byol_seeds": len(byol),
                     "logvar_spread": estimate(c.facts["logvar_spread"] for c in members),
                     "stamp": stamp(members),
                 }
             )  # fmt: skip
-    byol = [c for c in baselines(cards)["BYOL"] if c.numbers("prune")]
     if not panels:
         return None
-    return {"panels": panels, "byol": _mean_curves(byol), "byol_seeds": len(byol),
-            "stamp": stamp([c for c in cards if c.numbers("prune")])}  # fmt: skip
+    return {"panels": panels, "stamp": stamp([c for c in cards if c.numbers("prune")])}
+
+
+def _same_encoder(cards: Sequence[Card], like: Card) -> list[Card]:
+    """Pruned runs of BYOL with the same encoder: the baseline, where that has it."""
+    found = [c for c in baselines(cards)["BYOL"] if c.config.encoder == like.config.encoder]
+    found = found or select(cards, conversion="none", objective="byol", encoder=like.config.encoder)
+    return [c for c in found if c.numbers("prune")]
 
 
 def _mean_curves(cards: Sequence[Card]) -> list[dict[str, Any]]:

@@ -128,7 +128,9 @@ def families(cards: Sequence[Card]) -> dict[str, list[Card]]:
         differing = [f for f in configs[0] if f != "seed" and len({str(c[f]) for c in configs}) > 1]
         for key, config in zip(keys, configs, strict=True):
             odd = [f for f in differing if json.dumps(config[f]) != usual[f]]
-            more = ", ".join(f"{f} {config[f]}" for f in odd)
+            if "encoder" in odd:  # which brings its own optimizer and rates
+                odd = ["encoder"]
+            more = ", ".join(f"{f} {str(config[f]).rpartition(':')[2]}" for f in odd)
             full = f"{name}, {more}" if more else name
             if full in found:  # as unusual as another one
                 full = f"{name}, " + ", ".join(f"{f} {config[f]}" for f in differing)

@@ -272,7 +272,7 @@ def _fig4(figure: Any, numbers: Numbers) -> None:
                 continue
             colour, line, marker = _PRUNE_LOOK[curve["criterion"]]
             _pruned(axes, curve, colour, line, marker, curve["criterion"])
-        for curve in numbers["byol"]:
+        for curve in panel["byol"]:
             if curve["criterion"] == "magnitude" and curve["scope"] == "tensor":
                 _pruned(axes, curve, BLACK, "--", "x", "BYOL, magnitude")
         title = _pretty(panel["run"])

@@ -131,7 +131,12 @@ def open_run(folder: Path, *, data: str | None = None, device: str = "auto") -> 
         network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
         teacher = network.to(here).eval()
     model = convert_(plain, config)
-    model.load_state_dict(saved["student"])
+    try:
+        model.load_state_dict(saved["student"])
+    except RuntimeError as error:  # the twin's classifier has the classes of its own data
+        raise ArgumentError(
+            f"{newest} does not fit {spec!r}, which has {source.num_classes} classes: {error}"
+        ) from error
     model.to(here).eval()
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in _encoder(model).modules()):
         refresh_batchnorm_(model, source, Reading(here))
