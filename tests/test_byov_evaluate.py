@@ -222,6 +222,26 @@ def test_snr_prunes_as_magnitude_where_sigma_is_one_number(byov: Run) -> None:
     assert _points(byov, "SNR") == _points(byov, "SNR, sigma shuffled")
 
 
+def test_whole_channels_go_in_the_order_of_their_mean_score(
+    byov: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    name = "blocks.0.mlp.fc1.weight"
+
+    def spy(model: Any, images: Tensor) -> Tensor:
+        seen.append(model.get_parameter(name).detach().clone())
+        return features_of(model, images)
+
+    monkeypatch.setattr(pruning, "features_of", spy)
+    _points(byov, "SNR", scope="channels")
+    mean = byov.encoder.get_parameter(name).detach()
+    snr = mean.abs() / (byov.encoder.get_parameter(f"{name}_logvar").detach() / 2).exp()
+    dead = (seen[-1] == 0).all(dim=1)
+    assert int(dead.sum()) == round(0.9 * len(mean))
+    assert torch.equal(seen[-1][~dead], mean[~dead])
+    assert snr.mean(1)[dead].max() <= snr.mean(1)[~dead].min()
+
+
 def test_a_typical_sigma_changes_nothing_within_a_tensor(byov: Run) -> None:
     assert _points(byov, "magnitude x mean 1 / sigma") == _points(byov, "magnitude")
     spread = {

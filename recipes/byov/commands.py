@@ -124,9 +124,12 @@ def prune(
         typer.Option(help="Rising shares from 0 on. Repeatable; by default 0 to 95 %."),
     ] = None,
     scope: Annotated[
-        Literal["tensor", "global", "both"],
-        typer.Option(help="The share of each tensor, as in the paper, or of all together."),
-    ] = "tensor",
+        list[str] | None,
+        typer.Option(
+            help="tensor: the share of each, as in the paper; global: of all together; channels: "
+            "whole outputs of each. Repeatable; all three by default."
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of fig4.png, fig4.svg and fig4.json.")
     ] = Path("byov-figures"),
@@ -142,14 +145,17 @@ def prune(
     Give a run of BYOL too, for its magnitude. Writes results/prune.json into each folder.
     """
     with guard(debug):
+        from bayesify import ArgumentError
         from bayesify.cli import render
 
         from .cards import read_card
         from .figures import FIGURES, publish
-        from .pruning import SPARSITIES, prune_curves
+        from .pruning import SCOPES, SPARSITIES, prune_curves
         from .runs import open_run
 
-        scopes: Any = ("tensor", "global") if scope == "both" else (scope,)
+        scopes: Any = scope or SCOPES
+        if not set(scopes) <= set(SCOPES):
+            raise ArgumentError(f"--scope must be of {', '.join(SCOPES)}, not {scopes}.")
         made = []
         for folder in folders:
             with render.progress(f"{folder}") as bar:
@@ -170,6 +176,9 @@ def prune(
             render.text(f"Figure: {out / 'fig4.png'}")
 
 
+_SHORT = {"SNR, sigma shuffled": "SNR, shuffled", "magnitude x mean 1 / sigma": "mean 1 / sigma"}
+
+
 def _show_curves(folder: Path, made: dict[str, Any]) -> None:
     from bayesify.cli import render
 
@@ -177,10 +186,12 @@ def _show_curves(folder: Path, made: dict[str, Any]) -> None:
     for scope in dict.fromkeys(c["scope"] for c in curves):
         shown = [c for c in curves if c["scope"] == scope]
         render.text(f"{folder}: top-1 in %, pruned per {scope}")
-        shares = [p["sparsity"] for p in shown[0]["points"]]
         render.table(
-            ("pruned", *(f"{s:.0%}" for s in shares)),
-            [(c["criterion"], *(f"{100 * p['top1']:.1f}" for p in c["points"])) for c in shown],
+            ("pruned", *(_SHORT.get(c["criterion"], c["criterion"]) for c in shown)),
+            [
+                (f"{row[0]['sparsity']:.0%}", *(f"{100 * p['top1']:.1f}" for p in row))
+                for row in zip(*(c["points"] for c in shown), strict=True)
+            ],
         )
     facts = made["run"]
     if not facts["converged"]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayesify import ArgumentError, posteriors, prune_, to_bbb_
+from bayesify import ArgumentError, posteriors, prune_, prune_units_, to_bbb_
 from bayesify.metrics import classification_metrics
 
 from .evaluate import EvalSettings, frozen_head
@@ -25,8 +25,9 @@ from .model import Student
 from .predictive import labels_of, outputs
 from .runs import Run, logvar_spread, stored
 
-Scope = Literal["tensor", "global"]
+Scope = Literal["tensor", "global", "channels"]
 
+SCOPES: tuple[Scope, ...] = ("tensor", "global", "channels")
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _HEAD = EvalSettings()
 _LOSS = 0.01  # of top-1, for "the sparsity that costs a point"
@@ -119,7 +120,8 @@ def curve(
         head: The classifier.
         criterion: A key of :data:`CRITERIA`.
         sparsities: Shares of the matrices' weights, rising.
-        scope: The share of each tensor, as in the paper, or of all together.
+        scope: The share of each tensor, as in the paper; of all together; or whole output channels
+            of each tensor, scored by the mean over their weights.
         seed: Of what is random in a criterion.
     """
     encoder: Any = copy.deepcopy(run.encoder)
@@ -132,7 +134,11 @@ def curve(
     labels, found = labels_of(run), []
     for sparsity in sparsities:
         if sparsity:
-            prune_(encoder, sparsity, score=lambda site: scores[site.name], scope=scope, only=only)
+            by: Any = {"score": lambda site: scores[site.name], "only": only}
+            if scope == "channels":
+                prune_units_(encoder, sparsity, unit="channels", **by)
+            else:
+                prune_(encoder, sparsity, scope=scope, **by)
         logits = outputs(run, lambda images: own(features_of(encoder, images).float()))
         measured = classification_metrics(logits.double().softmax(-1), labels)
         found.append({"sparsity": sparsity, "top1": measured["accuracy"], "nll": measured["nll"]})
@@ -143,7 +149,7 @@ def prune_curves(
     run: Run,
     *,
     sparsities: Sequence[float] = SPARSITIES,
-    scopes: Sequence[Scope] = ("tensor",),
+    scopes: Sequence[Scope] = SCOPES,
     seed: int = 0,
     settings: EvalSettings = _HEAD,
     told: Callable[[str], None] = lambda line: None,
