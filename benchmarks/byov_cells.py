@@ -24,6 +24,7 @@ from recipes.byov.evaluate import EvalSettings, evaluate
 from recipes.byov.figures import measure
 from recipes.byov.health import collapse_alarms
 from recipes.byov.runs import open_run, write_json
+from recipes.byov.strangers import open_strangers, strangers
 from recipes.byov.train import Watcher, train
 
 RESULTS = Path(__file__).parent / "results" / "byov"
@@ -213,6 +214,7 @@ def run_cell(
     work: Path,
     data: str | None = None,
     device: str | None = None,
+    ood: Sequence[str] = (),
     first: bool = True,
     told: Callable[[str], None] = print,
 ) -> bool:
@@ -225,6 +227,7 @@ def run_cell(
         work: Folder of checkpoints, one folder a cell.
         data: In place of the scale's.
         device: In place of the scale's.
+        ood: Data sets of strangers, for the cells of the core.
         first: Whether this process is the one of several that measures.
         told: Gets a line now and then.
 
@@ -258,6 +261,8 @@ def run_cell(
     measure(opened, cell.needs, head=scale.head, doubt=scale.doubt, told=said)
     if "eval" in cell.needs:
         evaluate(opened, "knn", scale.head)
+    if ood and cell.group == "core":
+        strangers(opened, [open_strangers(opened, name) for name in ood], scale.head)
     results = {
         path.stem: json.loads(path.read_text("utf-8"))
         for path in sorted((folder / "results").glob("*.json"))

@@ -33,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--scale", choices=SCALES, default="gpu")
     parser.add_argument("--data", help="in place of the scale's data set")
+    parser.add_argument("--ood", action="append", default=[], help="data set of strangers")
     parser.add_argument("--device", help="in place of the scale's")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
@@ -47,7 +48,7 @@ def main() -> None:
     if asked.cell:
         [cell] = [c for c in CELLS if c.name == asked.cell[0]]
         done = run_cell(scale, cell, int(asked.cell[1]), work=asked.work, data=asked.data,
-                        device=asked.device)  # fmt: skip
+                        device=asked.device, ood=asked.ood)  # fmt: skip
         sys.exit(0 if done else UNFINISHED)
     cells = wanted(asked.only, asked.seeds, asked.group)
     if asked.list:
@@ -101,6 +102,8 @@ def _start(
     for option in ("data", "device"):
         if getattr(asked, option):
             command += [f"--{option}", getattr(asked, option)]
+    for spec in asked.ood:
+        command += ["--ood", spec]
     threads = str(max(1, (os.cpu_count() or 1) // asked.jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     return subprocess.Popen([*command, "--cell", cell.name, str(seed)], env=environment)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -16,9 +17,18 @@ from torchvision.transforms import v2
 
 import bayesify as bb
 from bayesify import ArgumentError
-from bayesify.metrics import classification_metrics
+from bayesify.metrics import classification_metrics, entropy
 from byov_small import CONFIG, small_run
-from recipes.byov import assemble, corruptions, doubt, evaluate, gradients, pruning, runs
+from recipes.byov import (
+    assemble,
+    corruptions,
+    doubt,
+    evaluate,
+    gradients,
+    pruning,
+    runs,
+    strangers,
+)
 from recipes.byov.cards import Card, against, estimate, families, paper_like
 from recipes.byov.claims import CLAIMS, judge
 from recipes.byov.config import BYOVConfig
@@ -172,8 +182,29 @@ def test_every_protocol_gives_metrics(folders: dict[str, Path]) -> None:
 
 
 def test_strangers_equal_to_the_test_images_are_not_told_apart(byov: Run) -> None:
-    made = evaluate.evaluate(byov, "linear", HEAD, strangers=byov.source)
-    assert {row["auroc"] for row in made["numbers"]["strangers"]} == {0.5}
+    rows = strangers.strangers(byov, [byov.source], HEAD)["numbers"]["rows"]
+    assert {row["auroc"] for row in rows} == {0.5}
+    assert {row["prediction"] for row in rows} == {
+        evaluate.MEANS,
+        evaluate.SCALED,
+        evaluate.AVERAGE,
+    }
+
+
+def test_strangers_are_scored_by_the_runs_own_classifier(byov: Run, tmp_path: Path) -> None:
+    noise = torch.randint(0, 256, (20, 28, 28, 1), dtype=torch.uint8)
+    path = tmp_path / "noise.npz"
+    np.savez(path, images=noise.numpy())
+    other = strangers.open_strangers(byov, str(path))
+    assert (other.mean, other.std) == (byov.source.mean, byov.source.std)
+    rows = strangers.strangers(byov, [other], HEAD)["numbers"]["rows"]
+    row = next(r for r in rows if (r["prediction"], r["score"]) == (evaluate.MEANS, "entropy"))
+    head, _ = evaluate.frozen_head(byov, HEAD)
+    inside = entropy(outputs(byov, classify(byov, head)))
+    outside = entropy(outputs(replace(byov, source=other), classify(byov, head), "train"))
+    wins = (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside)
+    assert row["auroc"] == pytest.approx(float(wins.mean()), abs=1e-5)
+    assert row["images"] == 20
 
 
 def test_a_share_of_the_labels_is_the_same_of_every_class() -> None:
@@ -279,7 +310,7 @@ def test_pruned_weights_are_those_of_the_lowest_scores(
 
 def test_byol_is_pruned_by_magnitude_and_at_random_alone(folders: dict[str, Path]) -> None:
     run = open_run(folders["byol"], device="cpu")
-    made = pruning.prune_curves(run, sparsities=(0.0, 0.5), settings=HEAD)
+    made = pruning.prune_curves(run, sparsities=(0.0, 0.5), scopes=["tensor"], settings=HEAD)
     assert [c["criterion"] for c in made["numbers"]["curves"]] == ["magnitude", "random"]
     assert made["numbers"]["gaps"] == []
     with pytest.raises(ArgumentError, match="rise from 0"):

@@ -45,8 +45,10 @@ def evaluate(
     ] = "linear",
     data: Data = None,
     ood: Annotated[
-        str | None,
-        typer.Option(metavar="DATA", help="Images of other classes, to be told from the test's."),
+        list[str] | None,
+        typer.Option(
+            metavar="DATA", help="Images of other classes, to be told from the test's. Repeatable."
+        ),
     ] = None,
     num_samples: Draws = 30,
     epochs: Epochs = 80,
@@ -62,24 +64,22 @@ def evaluate(
     with guard(debug):
         from bayesify.cli import render
 
-        from .data import open_source
         from .evaluate import evaluate as measure
         from .runs import open_run
+        from .strangers import open_strangers, strangers
 
         settings = _settings(num_samples, seed, epochs)
         made = []
         for folder in folders:
             with render.status(f"{folder}"):
                 run = open_run(folder, data=data, device=device)
-                strangers = None
-                if ood is not None:
-                    strangers = open_source(
-                        ood, image_size=run.config.image_size, channels=run.source.channels,
-                        mean=run.source.mean, std=run.source.std,
-                    )  # fmt: skip
-                made.append(measure(run, protocol, settings, strangers=strangers))
+                made.append(measure(run, protocol, settings))
+                if ood:
+                    others = [open_strangers(run, name) for name in ood]
+                    made.append(strangers(run, others, settings))
             if not json:
-                _show(folder, made[-1])
+                _show(folder, made[-2 if ood else -1])
+                _show_strangers(made[-1] if ood else None)
         if json:
             render.as_json(made)
 
@@ -104,17 +104,26 @@ def _show(folder: Path, made: dict[str, Any]) -> None:
             for row in made["numbers"]["rows"]
         ],
     )
-    for row in made["numbers"].get("strangers", ()):
-        render.text(
-            f"strangers by {row['score']}, {row['prediction']}: AUROC {row['auroc']:.3f}, "
-            f"FPR95 {row['fpr95']:.1%} ({row['images']:,} images)"
-        )
     if not facts["converged"]:
         render.note(
             "posterior not converged: std(logvar) within tensors is below 0.3, so that SNR ranks "
             "weights as magnitude does. Train longer or raise logvar_lr_ratio."
         )
     render.text("")
+
+
+def _show_strangers(made: dict[str, Any] | None) -> None:
+    from bayesify.cli import render
+
+    if made is not None:
+        render.table(
+            ("strangers", "prediction", "score", "AUROC", "FPR95"),
+            [
+                (r["strangers"], r["prediction"], r["score"], f"{r['auroc']:.3f}",
+                 f"{r['fpr95']:.1%}")
+                for r in made["numbers"]["rows"]
+            ],
+        )  # fmt: skip
 
 
 def prune(

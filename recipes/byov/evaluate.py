@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +24,10 @@ from bayesify.metrics import (
     brier_decomposition,
     classification_metrics,
     cross_fitted_temperature,
-    entropy,
-    ood_metrics,
 )
 from bayesify.storage import replacing
 
-from .data import Source, eval_batches
+from .data import eval_batches
 from .knn import knn_scores
 from .measure import features_of
 from .model import Student
@@ -69,8 +67,6 @@ def evaluate(
     run: Run,
     protocol: Protocol = "linear",
     settings: EvalSettings = EvalSettings(),
-    *,
-    strangers: Source | None = None,
 ) -> dict[str, Any]:
     """Measure a run and write ``results/eval-PROTOCOL.json`` in its folder.
 
@@ -80,8 +76,6 @@ def evaluate(
             neighbours; ``"semi"``: a linear classifier on 1 and 10 % of the labels;
             ``"finetune"``: the whole encoder is trained on all labels.
         settings: How.
-        strangers: Images of other classes, whose detection by the largest probability and by the
-            entropy is measured with the linear protocol.
 
     Returns:
         What was written: ``numbers`` has the ``rows``, each a way to predict with its metrics.
@@ -96,10 +90,8 @@ def evaluate(
         kept["num_samples"] = settings.num_samples if run.config.bayesian else 0
     else:
         kept |= {"epochs": settings.finetune_epochs, "lr": settings.finetune_lr}
-    if strangers is not None:
-        kept["strangers"] = Path(strangers.name).name
     measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "linear": lambda: _linear(run, settings, strangers),
+        "linear": lambda: _linear(run, settings),
         "knn": lambda: _knn(run, settings),
         "semi": lambda: _semi(run, settings),
         "finetune": lambda: _finetune(run, settings),
@@ -187,7 +179,7 @@ def _row(name: str, probs: Tensor, labels: Tensor, **more: Any) -> dict[str, Any
     return {"prediction": name, **metrics_of(probs, labels), **more}
 
 
-def _linear(run: Run, settings: EvalSettings, strangers: Source | None) -> dict[str, Any]:
+def _linear(run: Run, settings: EvalSettings) -> dict[str, Any]:
     head, info = frozen_head(run, settings)
     labels = labels_of(run)
     means = outputs(run, classify(run, head))
@@ -198,7 +190,6 @@ def _linear(run: Run, settings: EvalSettings, strangers: Source | None) -> dict[
         _row(SCALED, scaled.probs, labels, temperature=temperature),
     ]
     k = settings.num_samples if run.config.bayesian else 0
-    average = None
     if k:
         average = moments(drawn_probs(run, head, k, seed=settings.seed)).mean
         rows.append(_row(AVERAGE, average, labels, draws=k))
@@ -207,35 +198,7 @@ def _linear(run: Run, settings: EvalSettings, strangers: Source | None) -> dict[
         x, _ = features_and_labels(run, run.teacher, "test")
         probs = _probs(found.classifier, x)
         rows.append(_row(TEACHER, probs, labels, lr=found.lr))
-    numbers: dict[str, Any] = {"rows": rows, "classifier": info}
-    if strangers is not None:
-        numbers["strangers"] = _strangers(run, head, means, average, strangers, settings)
-    return numbers
-
-
-def _strangers(
-    run: Run, head: nn.Module, means: Tensor, average: Tensor | None, other: Source, s: EvalSettings
-) -> list[dict[str, Any]]:
-    """How well images of other classes are told from the test images."""
-    split: Any = "train" if other.test is None else "test"
-    there = replace(run, source=other.to(run.device))
-    found = [(MEANS, means, outputs(there, classify(run, head), split))]
-    if average is not None:
-        drawn = drawn_probs(there, head, s.num_samples, seed=s.seed, split=split)
-        found.append((AVERAGE, average, moments(drawn).mean))
-    rows = []
-    for name, inside, outside in found:
-        scores: dict[str, Callable[[Tensor], Tensor]] = {
-            "1 - largest probability": lambda p: 1 - p.max(dim=1).values,
-            "entropy": entropy,
-        }
-        for score, of in scores.items():
-            values = ood_metrics(of(inside), of(outside))
-            rows.append(
-                {"prediction": name, "score": score, "images": len(outside),
-                 "auroc": values["auroc"], "fpr95": values["fpr95"]}
-            )  # fmt: skip
-    return rows
+    return {"rows": rows, "classifier": info}
 
 
 def _knn(run: Run, settings: EvalSettings) -> dict[str, Any]:
