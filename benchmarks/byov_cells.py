@@ -121,6 +121,9 @@ CELLS: tuple[Cell, ...] = (
               predictor="batch-optimal", predictor_lr_ratio=1.0),
     _ablation("byol-negatives", "72.7 of 72.5", negatives_weight=1.0),
     _ablation("byol-no-colour", "-13 points", augmentation_strength=0.0),
+    *(_ablation(f"byol-batch-{size}", "stable from 256 to 4096", batch_size=size)
+      for size in (64, 128, 256, 1024)),
+    Cell("byov-augment-0", "augmentation", {"augmentation_strength": 0.0}, ("eval", "spread")),
     Cell("byov-augment-0.5", "augmentation", {"augmentation_strength": 0.5}, ("eval", "spread")),
     Cell("byov-augment-1.5", "augmentation", {"augmentation_strength": 1.5}, ("eval", "spread")),
     Cell("byov-negatives", "augmentation", {"negatives_weight": 1.0}, ("eval", "spread")),

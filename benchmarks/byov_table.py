@@ -12,7 +12,7 @@ from typing import Any
 from byov_cells import CELLS, RESULTS, SCALES, Scale, cards_of
 
 from bayesify.storage import replacing
-from recipes.byov.assemble import overview
+from recipes.byov.assemble import correlations, overview
 from recipes.byov.cards import ENOUGH, Card, Estimate, estimate
 from recipes.byov.claims import comparison
 from recipes.byov.evaluate import MEANS
@@ -100,7 +100,8 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
             ((r["run"], r["prediction"], r["top1"].n, *(number(r[k]) for k, _ in METRICS))
              for r in overview(cards)),
         ),
-        "", "### Cells", "", *_cells(found), "", "### Figures", "",
+        "", "### Cells", "", *_cells(found), "", "### Strangers", "", "In percent.", "",
+        *_strangers(found), "", "### Figures", "",
     ]  # fmt: skip
     for figure in FIGURES:
         image = folder / f"{figure.name}.png"
@@ -134,15 +135,17 @@ def _cells(found: Sequence[tuple[dict[str, Any], Card]]) -> list[str]:
         spread = estimate(c.facts["logvar_spread"] for _, c in mine)
         embedding = estimate((v["collapse"] or {}).get("std") for v, _ in mine)
         alarms = sum(bool((v["collapse"] or {}).get("alarms")) for v, _ in mine)
+        ranks = estimate(_rank_correlation(card, found) for _, card in mine)
         minutes = estimate(v["seconds"]["train"] / 60 for v, _ in mine)
         rows.append(
             (
                 cell.group, cell.name, len(mine) or NOT_RUN, number(top1) if top1 else "",
-                cell.source, _plain(spread), _plain(embedding),
+                cell.source, _plain(spread), _plain(ranks), _plain(embedding),
                 "" if not mine else f"{alarms} of {len(mine)}", _plain(minutes, 1),
             )
         )  # fmt: skip
-    columns = ("group", "cell", "n", "top-1", "source says", "std(logvar)", "embedding std",
+    columns = ("group", "cell", "n", "top-1", "source says", "std(logvar)", "rank with twin",
+               "embedding std",
                "collapse alarms", "minutes")  # fmt: skip
     return table(columns, rows)
 
@@ -150,6 +153,34 @@ def _cells(found: Sequence[tuple[dict[str, Any], Card]]) -> list[str]:
 def _top1(card: Card) -> float | None:
     row = card.row(MEANS)
     return None if row is None else 100 * row["top1"]
+
+
+def _rank_correlation(card: Card, found: Sequence[tuple[dict[str, Any], Card]]) -> float | None:
+    """Spearman's correlation of the predictive std with that of the twin of the same seed."""
+    twins = [c for v, c in found if v["cell"] == "supervised-bbb" and c.seed == card.seed]
+    mine = card.numbers("spread")
+    if not twins or mine is None or twins[0] is card:
+        return None
+    return correlations(twins[0].results["spread"]["numbers"]["std"], mine["std"])["spearman"]
+
+
+def _strangers(found: Sequence[tuple[dict[str, Any], Card]]) -> list[str]:
+    """AUROC and FPR95 of each core cell, mean over the seeds."""
+    rows = []
+    for cell in CELLS:
+        measured = [c.numbers("strangers") for v, c in found if v["cell"] == cell.name]
+        known = [m["rows"] for m in measured if m is not None]
+        for shape in known[0] if known else ():
+            keys = ("strangers", "prediction", "score")
+            same = [r for group in known for r in group if all(r[k] == shape[k] for k in keys)]
+            rows.append(
+                (cell.name, *(shape[k] for k in keys), len(same),
+                 number(estimate(100 * r["auroc"] for r in same)),
+                 number(estimate(100 * r["fpr95"] for r in same)))
+            )  # fmt: skip
+    if not rows:
+        return [NOT_RUN]
+    return table(("cell", "strangers", "prediction", "score", "n", "AUROC", "FPR95"), rows)
 
 
 def _plain(value: Estimate | None, digits: int = 2) -> str:
