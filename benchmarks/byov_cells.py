@@ -23,6 +23,7 @@ from recipes.byov.doubt import DoubtSettings
 from recipes.byov.evaluate import EvalSettings, evaluate
 from recipes.byov.figures import measure
 from recipes.byov.health import collapse_alarms
+from recipes.byov.pruning import SCOPES, Scope
 from recipes.byov.runs import open_run, write_json
 from recipes.byov.strangers import open_strangers, strangers
 from recipes.byov.train import Watcher, train
@@ -141,6 +142,7 @@ class Scale:
         run: Where and how.
         head: Of classifiers and averages.
         doubt: Of the other measurements.
+        scopes: Of pruning.
         changes: Of single cells, where the scale needs others than the grid has.
     """
 
@@ -150,6 +152,7 @@ class Scale:
     run: RunConfig
     head: EvalSettings
     doubt: DoubtSettings
+    scopes: tuple[Scope, ...] = SCOPES
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -256,12 +259,14 @@ def run_cell(
     if not first:
         return True
     started = time.perf_counter()
-    opened = open_run(folder, data=run.data, device=run.device)
+    opened = open_run(folder, data=run.data, device=run.device, workers=run.workers)
 
     def said(line: str) -> None:
         told(f"{cell.name}, seed {seed}: {line}")
 
-    measure(opened, cell.needs, head=scale.head, doubt=scale.doubt, told=said)
+    measure(
+        opened, cell.needs, head=scale.head, doubt=scale.doubt, scopes=scale.scopes, told=said
+    )  # fmt: skip
     if "eval" in cell.needs:
         evaluate(opened, "knn", scale.head)
     if ood and cell.group == "core":

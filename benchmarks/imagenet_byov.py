@@ -27,6 +27,7 @@ from byov_cells import CELLS, Scale, result_of, run_cell
 from recipes.byov.config import PRESETS
 from recipes.byov.doubt import DoubtSettings
 from recipes.byov.evaluate import EvalSettings
+from recipes.byov.pruning import SCOPES
 
 _CHAIN = ("byol", "byov-zero", "supervised-bbb")
 _KEPT = {"stop_on_collapse": False, "eval_every": 0, "keep_last": 1, "baselines": False}
@@ -57,8 +58,9 @@ def scale_of(asked: argparse.Namespace) -> Scale:
         amp=not cpu, compile=not cpu, device="cpu" if cpu else "cuda", log_every=5 if cpu else 50,
         checkpoint_every=max(1, config.epochs // 20), **_KEPT,
     )  # fmt: skip
-    short = DoubtSettings(spread_draws=asked.draws, pool=100, most=50, images=1000)
-    return Scale(name, about, config, run, EvalSettings(num_samples=min(30, asked.draws)), short)
+    doubt = DoubtSettings(spread_draws=asked.draws, pruned_images=500 if cpu else 0)
+    head = EvalSettings(num_samples=min(30, asked.draws))
+    return Scale(name, about, config, run, head, doubt, ("tensor",) if cpu else SCOPES)
 
 
 def main() -> None:

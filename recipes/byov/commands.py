@@ -20,6 +20,7 @@ Data = Annotated[
     str | None, typer.Option(metavar="DATA", help="The runs' data set, where it lies now.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes what there is.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read training images.")]
 Draws = Annotated[
     int,
     typer.Option("--num-samples", "-k", min=0, help="Draws of the MC average; 0 leaves it out."),
@@ -54,6 +55,7 @@ def evaluate(
     epochs: Epochs = 80,
     seed: Seed = 0,
     device: Device = "auto",
+    workers: Workers = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -72,7 +74,7 @@ def evaluate(
         made = []
         for folder in folders:
             with render.status(f"{folder}"):
-                run = open_run(folder, data=data, device=device)
+                run = open_run(folder, data=data, device=device, workers=workers)
                 made.append(measure(run, protocol, settings))
                 if ood:
                     others = [open_strangers(run, name) for name in ood]
@@ -146,6 +148,7 @@ def prune(
     epochs: Epochs = 80,
     seed: Seed = 0,
     device: Device = "auto",
+    workers: Workers = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -168,7 +171,7 @@ def prune(
         made = []
         for folder in folders:
             with render.progress(f"{folder}") as bar:
-                run = open_run(folder, data=data, device=device)
+                run = open_run(folder, data=data, device=device, workers=workers)
                 made.append(
                     prune_curves(
                         run, sparsities=sparsity or SPARSITIES, scopes=scopes, seed=seed,
@@ -232,6 +235,7 @@ def figures(
     epochs: Epochs = 80,
     seed: Seed = 0,
     device: Device = "auto",
+    workers: Workers = 0,
     debug: Debug = False,
 ) -> None:
     """Measure what is missing and make the paper's figures from any runs: PNG, SVG, JSON, HTML."""
@@ -250,7 +254,7 @@ def figures(
         )  # fmt: skip
         with render.progress("Figures") as bar:
             page = make(
-                folders, out, only=only or (), data=data, device=device,
+                folders, out, only=only or (), data=data, device=device, workers=workers,
                 head=_settings(num_samples, seed, epochs), doubt=doubt, measured=measured,
                 told=bar.say,
             )  # fmt: skip

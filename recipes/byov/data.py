@@ -182,9 +182,9 @@ def open_source(
     grey = min(found, count) == 1
     source = replace(source, channels=count, mean=usual_mean, std=usual_std, grey=grey)
     if resident or isinstance(train, InMemory):
-        source = replace(source, train=_resident(source, "train"))
+        source = replace(source, train=in_memory(source, "train"))
         if test is not None:
-            source = replace(source, test=_resident(source, "test"))
+            source = replace(source, test=in_memory(source, "test"))
     if mean is None and isinstance(source.train, InMemory):
         mean, std = mean_and_std(source.train.images)
     if mean is not None and std is not None:
@@ -466,7 +466,7 @@ def _channels_of(source: Source) -> int:
     return max(source.stored("train", place)[0].shape[0] for place in places)
 
 
-def _resident(source: Source, split: Literal["train", "test"]) -> InMemory:
+def in_memory(source: Source, split: Literal["train", "test"]) -> InMemory:
     """All images of a split as one tensor."""
     images = source.part(split)
     if isinstance(images, InMemory):

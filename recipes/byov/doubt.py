@@ -35,7 +35,8 @@ class DoubtSettings:
         bootstraps: Samples of each K in figure 5. Paper: 50
         latent_draws: M of figure 7. Paper: 50
         corrupted_draws: K of figure 4, centre and right; 0 measures at the means alone. Assumed
-        images: Test images of figures 4, 5 and 7; 0 is all. Paper: all
+        images: Test images of figures 4 (centre, right), 5 and 7; 0 is all. Paper: all
+        pruned_images: Test images of figure 4, left; 0 is all. Paper: all
         noises: Standard deviations of figure 7's noise, of pixels in [0, 1]. Assumed
         shifted: Augmentations of figure 5 beside none, at severity 3. Paper names none
         seed: Of all of it.
@@ -48,6 +49,7 @@ class DoubtSettings:
     latent_draws: int = 50
     corrupted_draws: int = 0
     images: int = 0
+    pruned_images: int = 0
     noises: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
     shifted: tuple[str, ...] = ("shear", "gaussian noise", "salt and pepper", "blur", "contrast")
     seed: int = 0

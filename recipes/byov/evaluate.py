@@ -244,7 +244,7 @@ class _Labelled(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """A split with its labels, for the fit."""
 
     def __init__(self, run: Run) -> None:
-        batches = list(eval_batches(run.source, "train", batch_size=1024))
+        batches = list(eval_batches(run.source, "train", batch_size=1024, workers=run.workers))
         self.images = torch.cat([images.cpu() for images, _ in batches])
         self.labels = labels_of(run, "train")
 

@@ -15,7 +15,7 @@ from .doubt import DoubtSettings, corrupted, draws_needed, latent_variance, spre
 from .evaluate import EvalSettings, evaluate
 from .gradients import gradient_noise
 from .page import Section, page
-from .pruning import SPARSITIES, prune_curves
+from .pruning import SCOPES, SPARSITIES, Scope, prune_curves
 from .runs import Run, open_run, write_json
 
 Told = Callable[[str], None]
@@ -82,6 +82,7 @@ def measure(
     head: EvalSettings,
     doubt: DoubtSettings,
     sparsities: Sequence[float] = SPARSITIES,
+    scopes: Sequence[Scope] = SCOPES,
     told: Told = lambda line: None,
 ) -> None:
     """Make the measurements of a run that have sense for it; what lies in its folder is kept."""
@@ -90,7 +91,10 @@ def measure(
         evaluate(run, "linear", head)
     byol, bayesian = run.config.objective == "byol", run.config.bayesian
     if "prune" in needs and byol:
-        prune_curves(run, sparsities=sparsities, settings=head, told=told)
+        prune_curves(
+            run, sparsities=sparsities, scopes=scopes, images=doubt.pruned_images, settings=head,
+            told=told,
+        )  # fmt: skip
     if "spread" in needs and bayesian:
         told(f"{doubt.spread_draws} draws of every test image")
         spread(run, doubt, head)
@@ -111,6 +115,7 @@ def make(
     only: Sequence[str] = (),
     data: str | None = None,
     device: str = "auto",
+    workers: int = 0,
     head: EvalSettings = _HEAD,
     doubt: DoubtSettings = _DOUBT,
     sparsities: Sequence[float] = SPARSITIES,
@@ -125,6 +130,7 @@ def make(
         only: Names of figures; all if empty.
         data: The runs' data set, where it lies elsewhere now.
         device: To measure on.
+        workers: Processes that read training images.
         head: Of the classifier and the average.
         doubt: Of the other measurements.
         sparsities: Of figure 4.
@@ -145,7 +151,7 @@ def make(
     if not measured:
         for folder in folders:
             told(f"{folder}")
-            run = open_run(folder, data=data, device=device)
+            run = open_run(folder, data=data, device=device, workers=workers)
             measure(run, needs, head=head, doubt=doubt, sparsities=sparsities, told=told)
     return publish([read_card(folder) for folder in folders], out, wanted, told)
 

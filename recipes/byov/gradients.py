@@ -89,7 +89,15 @@ def _views(run: Run, size: int, seed: int) -> Views:
     )  # fmt: skip
     views = TwoViews(*both)
     return next(
-        train_views(source, batch_size=size, seed=seed, epoch=0, views=views, device=run.device)
+        train_views(
+            source,
+            batch_size=size,
+            seed=seed,
+            epoch=0,
+            views=views,
+            device=run.device,
+            workers=run.workers,
+        )
     )
 
 

@@ -54,7 +54,9 @@ def outputs(
     drawn = nullcontext() if draw is None else one_draw(run.model, draw)
     rows = []
     with drawn:
-        batches = eval_batches(source, split, batch_size=_BATCH, device=run.device)
+        batches = eval_batches(
+            source, split, batch_size=_BATCH, device=run.device, workers=run.workers
+        )
         for number, (images, _) in enumerate(batches):
             if change is not None:
                 pixels = change((images * std + mean).clamp(0, 1), number)
@@ -67,9 +69,11 @@ def labels_of(run: Run, split: Split = "test") -> Tensor:
     """The classes of a split, (N,), on the CPU."""
     part: Any = run.source.part(split)
     if hasattr(part, "labels"):
-        labels: Tensor = part.labels
-        return labels.cpu()
-    batches = eval_batches(run.source, split, batch_size=_BATCH)
+        return torch.as_tensor(part.labels).cpu()
+    samples = getattr(getattr(part, "source", None), "samples", None)
+    if samples is not None:  # files, which need not be read for it
+        return torch.tensor([label for _, label in samples])
+    batches = eval_batches(run.source, split, batch_size=_BATCH, workers=run.workers)
     return torch.cat([y for _, y in batches if y is not None])
 
 

@@ -23,7 +23,7 @@ from .evaluate import EvalSettings, frozen_head
 from .measure import features_of
 from .model import Student
 from .predictive import labels_of, outputs
-from .runs import Run, logvar_spread, stored
+from .runs import Run, limited, logvar_spread, stored
 
 Scope = Literal["tensor", "global", "channels"]
 
@@ -150,6 +150,7 @@ def prune_curves(
     *,
     sparsities: Sequence[float] = SPARSITIES,
     scopes: Sequence[Scope] = SCOPES,
+    images: int = 0,
     seed: int = 0,
     settings: EvalSettings = _HEAD,
     told: Callable[[str], None] = lambda line: None,
@@ -160,6 +161,7 @@ def prune_curves(
         run: The run. BYOL has magnitude and random alone: it has no sigma.
         sparsities: Rising shares in [0, 1), the first 0.
         scopes: As :func:`curve` has them.
+        images: Test images, evenly spread; 0 is all.
         seed: Of what is random in a criterion.
         settings: Of the frozen classifier.
         told: Gets a line before each curve.
@@ -173,11 +175,12 @@ def prune_curves(
 
     def measure() -> dict[str, Any]:
         head, info = frozen_head(run, settings)
+        few = limited(run, images)
         curves = []
         for scope in scopes:
             for name in names:
                 told(f"pruning by {name}, {scope}")
-                points = curve(run, head, name, sparsities=sparsities, scope=scope, seed=seed)
+                points = curve(few, head, name, sparsities=sparsities, scope=scope, seed=seed)
                 curves.append({"criterion": name, "scope": scope, "points": points})
         spread = logvar_spread(run.encoder) if run.config.bayesian else None
         return {
@@ -189,6 +192,8 @@ def prune_curves(
         }
 
     kept = {"sparsities": list(sparsities), "scopes": list(scopes), "seed": seed}
+    if images:
+        kept["images"] = images
     return stored(run, "prune", kept, measure)
 
 

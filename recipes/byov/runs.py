@@ -21,7 +21,7 @@ from bayesify.storage import replacing
 
 from . import checkpoint
 from .config import BYOVConfig, RunConfig
-from .data import Source
+from .data import Source, in_memory
 from .health import posterior_health
 from .journal import read_log
 from .measure import Reading, Rows, refresh_batchnorm_
@@ -32,6 +32,7 @@ from .train import open_images
 CONVERGED = 0.3
 """Below this median standard deviation of logvar within a tensor, SNR ranks as magnitude does."""
 
+_MEMORY = 8 * 2**30  # bytes
 _PRIORS = {"zero": "N(0, I)", "teacher-mean": "N(mu_T, I)", "teacher": "N(mu_T, Sigma_T)"}
 
 
@@ -49,6 +50,7 @@ class Run:
         device: Where it is measured.
         step: Optimizer steps that the newest checkpoint has seen.
         steps: Of the whole run.
+        workers: Processes that read images which are not in memory.
         log: Lines of its log.
     """
 
@@ -61,6 +63,7 @@ class Run:
     device: torch.device
     step: int
     steps: int
+    workers: int
     log: list[dict[str, Any]] = field(repr=False)
 
     @property
@@ -91,13 +94,17 @@ class Run:
         }
 
 
-def open_run(folder: Path, *, data: str | None = None, device: str = "auto") -> Run:
+def open_run(
+    folder: Path, *, data: str | None = None, device: str = "auto", workers: int = 0
+) -> Run:
     """Open the newest checkpoint of a run.
 
     Args:
         folder: What ``--out`` of the training was.
         data: Its data set, where it lies elsewhere now.
         device: As :class:`RunConfig` has it.
+        workers: Processes that read training images; the test images are kept in memory, for they
+            are looked at hundreds of times, unless they take more than 8 GiB.
 
     Raises:
         ArgumentError: The folder holds no run, or the data set has no test images.
@@ -123,6 +130,9 @@ def open_run(folder: Path, *, data: str | None = None, device: str = "auto") -> 
                 f"{spec!r} has no labelled test images, without which nothing can be measured; "
                 "give a data set that has with --data."
             )
+        size = len(source.test) * source.channels * source.image_size**2
+        if not isinstance(source.test, InMemory) and size <= _MEMORY:
+            source = replace(source, test=in_memory(source, "test")).to(here)
         plain = build_student(config, source.num_classes)
     teacher = None
     if saved["teacher"] is not None and isinstance(plain, Student):
@@ -139,10 +149,22 @@ def open_run(folder: Path, *, data: str | None = None, device: str = "auto") -> 
         ) from error
     model.to(here).eval()
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in _encoder(model).modules()):
-        refresh_batchnorm_(model, source, Reading(here))
+        refresh_batchnorm_(model, source, Reading(here, workers=workers))
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     steps = next((line["steps"] for line in log if line["kind"] == "start"), saved["step"])
-    return Run(folder, config, spec, model.eval(), teacher, source, here, saved["step"], steps, log)
+    return Run(
+        folder,
+        config,
+        spec,
+        model.eval(),
+        teacher,
+        source,
+        here,
+        saved["step"],
+        steps,
+        workers,
+        log,
+    )
 
 
 def _device(name: str) -> torch.device:
