@@ -27,7 +27,7 @@ from bayesify.posterior import sites
 from reference import Probe, check, clear_caches, outputs
 
 BATCHES = (1, 3)
-LARGE = 300_000_000
+LARGE = 180_000_000
 """Parameters above which a model is not compared in numbers: it needs 50 bytes for each."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -374,8 +374,8 @@ def _find_boxes(name: str, model: nn.Module, size: int) -> None:
         norm.momentum = momentum
 
 
-def _leave_out_layers(model: nn.Module) -> None:
-    """Keep the first two of each run of equal layers in a sequence."""
+def _leave_out_layers(model: nn.Module, keep: int) -> None:
+    """Keep the first ``keep`` of all equal layers in a sequence."""
     for module in model.modules():
         names = list(module._modules)
         if not isinstance(module, nn.Sequential | nn.ModuleList) or not all(
@@ -387,16 +387,16 @@ def _leave_out_layers(model: nn.Module) -> None:
         for child in module._modules.values():
             shapes = [tuple(p.shape) for p in child.parameters()]
             kinds.append((signature(child), shapes))
-            if not shapes or len(kinds) < 3 or kinds[-3:].count(kinds[-1]) < 3:
+            if not shapes or kinds.count(kinds[-1]) <= keep:
                 kept.append(child)
         if len(kept) < len(names):
             module._modules.clear()
             module._modules.update({str(i): child for i, child in enumerate(kept)})
 
 
-def _fewer_layers(name: str) -> nn.Module:
+def _fewer_layers(name: str, keep: int) -> nn.Module:
     model = build(name)
-    _leave_out_layers(model)
+    _leave_out_layers(model, keep)
     return model
 
 
@@ -420,9 +420,11 @@ def _small(name: str) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
             if stands(build_on_meta(name, **options)):
                 return partial(build, name, **options), options
     count = sum(p.numel() for p in whole.parameters())
-    _leave_out_layers(whole)
-    if sum(p.numel() for p in whole.parameters()) < count and stands(whole):
-        return partial(_fewer_layers, name), {"layers": "two of each run of equal ones"}
+    for keep in (2, 1):
+        _leave_out_layers(whole, keep)
+        left = sum(p.numel() for p in whole.parameters())
+        if left < count and left <= LARGE and stands(whole):
+            return partial(_fewer_layers, name, keep), {"layers": f"{keep} of each kind"}
     return partial(build, name), {}
 
 
