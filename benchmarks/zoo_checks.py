@@ -37,15 +37,18 @@ SHALLOW: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 """Arguments that make a model of the same modules with fewer layers."""
 
+
+def _narrow_regnety() -> nn.Module:
+    config = timm.models.regnet.RegNetCfg(
+        w0=56, wa=20.1, wm=2.52, group_size=8, depth=27, se_ratio=0.25
+    )
+    model = timm.models.regnet.RegNet(config)
+    model.pretrained_cfg = timm.get_pretrained_cfg("regnety_1280").to_dict()
+    return model
+
+
 NARROW: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-    "regnety_1280": (
-        "w0=56, wa=20.1, group_size=8",
-        lambda: timm.models.regnet.RegNet(
-            timm.models.regnet.RegNetCfg(
-                w0=56, wa=20.1, wm=2.52, group_size=8, depth=27, se_ratio=0.25
-            )
-        ),
-    ),
+    "regnety_1280": ("w0=56, wa=20.1, group_size=8", _narrow_regnety),
     "torchvision:regnet_y_128gf": (
         "w_0=56, w_a=20.1, group_width=8",
         lambda: torchvision.models.RegNet(
