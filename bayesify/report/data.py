@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from .. import __version__
 from ..data import ImageData, loader
 from ..errors import ArgumentError
-from ..inference import main_output, predict
+from ..inference import Predictor, main_output
 from ..metrics import (
     ClassificationMetrics,
     Examples,
@@ -266,6 +266,7 @@ class _Run:
         self.model = model.to(self.device)
         self.config, self.workers, self.batch_size = config, workers, batch_size
         self.drawn: dict[str, Any] = {"num_samples": num_samples, "seed": seed}
+        self.predictor = Predictor(model, **self.drawn, reduce="probabilities")
         self.amp, self.on_step = amp, on_step
 
     def told(self, what: str, done: int, total: int) -> None:
@@ -293,7 +294,7 @@ class _Run:
         with torch.autocast(kind, torch.bfloat16, enabled=self.amp):
             with at_mean(self.model):
                 logits = main_output(self.model(inputs))
-            return logits, predict(self.model, inputs, **self.drawn, reduce="probabilities")
+            return logits, self.predictor(inputs)
 
     def examples(self, data: ImageData, indices: Sequence[int]) -> tuple[Example, ...]:
         """Each image again, with the spread of its classes over the draws."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..inference import predict
+from ..inference import Predictor
 from ..kernels.noise import fold
 from ..posterior import is_bayesian
 from ..scope import one_draw
@@ -34,6 +34,8 @@ def held_out_loss(
     """
     bayesian = is_bayesian(model)
     model.eval()
+    if bayesian:
+        predictor = Predictor(model, num_samples=DRAWS, seed=seed, reduce="probabilities")
     total, count = 0.0, 0
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for inputs, targets in map(pair, batches):
@@ -41,7 +43,7 @@ def held_out_loss(
             if not bayesian:
                 value = loss(model(inputs), targets)
             elif loss is F.cross_entropy:
-                drawn = predict(model, inputs, num_samples=DRAWS, seed=seed, reduce="probabilities")
+                drawn = predictor(inputs)
                 tiny = torch.finfo(drawn.mean.dtype).tiny
                 value = F.nll_loss(drawn.mean.clamp_min(tiny).log(), targets)
             else:
