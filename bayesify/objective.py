@@ -14,7 +14,7 @@ from . import gaussian
 from .errors import ArgumentError
 from .kernels import grouped
 from .kernels.noise import noise
-from .posterior import Site, bayesian_sites, gaussian_prior
+from .posterior import Site, bayesian_sites, gaussian_prior, whole
 from .priors import ScaleMixturePrior
 from .rewriter.outside import ACTIVE
 from .rewriter.values import TraceFailure
@@ -64,6 +64,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
     with torch._C.DisableTorchFunction():
         seed: Tensor | None = None
         terms = []
+        partial: dict[Any, list[Tensor]] = {}  # FSDP2: sums over the shards of this process
         hanging: list[tuple[grouped.Hook, Tensor | float, Tensor | float]] = []
         for site in found:
             if isinstance(site.slot.prior, ScaleMixturePrior):
@@ -78,10 +79,14 @@ def kl_divergence(model: nn.Module) -> Tensor:
                     site.slot.drawn = None
                     continue
                 term = _closed_term(site, prior)
-            # FSDP2: the sum of a sharded tensor is a partial one until it is gathered
-            terms.append(term.full_tensor() if hasattr(term, "full_tensor") else term)
+            mesh = _mesh(site.mean)
+            if mesh is None:
+                terms.append(term)
+            else:
+                partial.setdefault(mesh, []).append(term)
         if hanging:
             terms.append(grouped.gaussian_kl(hanging))
+        terms += [_over_processes(torch.stack(each).sum(), *mesh) for mesh, each in partial.items()]
         device = found[0].mean.device
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in terms) else torch.float32
         return torch.stack([t.to(device, dtype) for t in terms]).sum()
@@ -313,11 +318,12 @@ def _closed_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
 
 
 def _closed_term(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> Tensor:
-    raw, pruned = _wide(site.raw, site.mean), site.pruned
+    mean, raw = _shard(site.mean), _shard(_wide(site.raw, site.mean))
+    pruned = None if site.pruned is None else _shard(_beside(site.pruned, site.mean))
     if pruned is not None:
         raw = raw.masked_fill(pruned, 0.0)  # at a sigma of 0 its logarithm has no gradient
     logvar = gaussian.logvar_from_raw(raw, site.slot.parameterization)
-    return gaussian.kl_divergence(site.mean, logvar, *prior, pruned=pruned)
+    return gaussian.kl_divergence(mean, logvar, *map(_shard, prior), pruned=pruned)
 
 
 def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.Hook | None:
@@ -333,11 +339,12 @@ def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.H
 
 
 def _drawn_term(site: Site, prior: ScaleMixturePrior, seed: Tensor) -> Tensor:
-    mean, std, pruned = site.mean, _wide(site.std, site.mean), site.pruned
+    full = site.mean
+    mean, std = _shard(full), _shard(_wide(site.std, full))
+    pruned = None if site.pruned is None else _shard(_beside(site.pruned, full))
     if pruned is not None:
         std = std.masked_fill(pruned, 1.0)
-    epsilon = _beside(noise(seed, site.slot.key, mean.shape, std.dtype, mean.device), mean)
-    assert isinstance(epsilon, Tensor)
+    epsilon = _shard(_beside(noise(seed, site.slot.key, full.shape, std.dtype, full.device), full))
     # From the noise itself: (w - mean) / std would lose it where w has been rounded to bfloat16.
     log_q = gaussian.log_density(epsilon, 0.0, 1.0) - torch.log(std)
     value = gaussian.draw(mean.to(std.dtype), std, epsilon)
@@ -349,13 +356,37 @@ def _wide(tensor: Tensor, mean: Tensor) -> Tensor:
     return tensor.double() if mean.dtype == torch.float64 else tensor.float()
 
 
+def _mesh(mean: Tensor) -> tuple[Any, tuple[Any, ...]] | None:
+    """Where FSDP2 has sharded a tensor: the mesh and the placements; None if it has not."""
+    sharded: Any = mean
+    return (sharded.device_mesh, sharded.placements) if hasattr(mean, "placements") else None
+
+
+def _shard(value: Any) -> Any:
+    """The part of this process. An operation on a whole DTensor may give a gradient that is placed
+    in another way than its parameter, where a dimension has fewer rows than there are processes.
+    """
+    return value.to_local() if hasattr(value, "placements") else value
+
+
+def _over_processes(part: Tensor, mesh: Any, placements: tuple[Any, ...]) -> Tensor:
+    """The sum of what every process has of its shards."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    summed = [Partial() if placement.is_shard() else placement for placement in placements]
+    full: Tensor = DTensor.from_local(part, mesh, summed, run_check=False).full_tensor()
+    return full
+
+
 def _beside(value: Tensor | float, mean: Tensor) -> Tensor | float:
     """``value`` on the device of ``mean``, and sharded as it is under FSDP2."""
     if not isinstance(value, Tensor):
         return value
     value = value.to(mean.device)
     sharded: Any = mean
-    if not hasattr(mean, "placements") or hasattr(value, "placements") or value.dim() == 0:
+    if not hasattr(mean, "placements"):
+        return whole(value)  # FSDP2 leaves the root's parameters whole after a forward
+    if hasattr(value, "placements") or value.dim() == 0:
         return value
     from torch.distributed.tensor import distribute_tensor
 

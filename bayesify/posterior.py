@@ -247,7 +247,7 @@ def posterior_stats(model: nn.Module) -> dict[str, dict[str, float]]:
 
 def tensor_stats(mean: Tensor, std: Tensor) -> dict[str, float]:
     """What :func:`posterior_stats` says of one tensor."""
-    std = std.float()
+    mean, std = whole(mean), whole(std).float()
     snr = gaussian.signal_to_noise(mean.float(), std)
     return {
         "elements": mean.numel(),
@@ -258,13 +258,21 @@ def tensor_stats(mean: Tensor, std: Tensor) -> dict[str, float]:
     }
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor``, gathered where FSDP2 has sharded it; then every process must call it."""
+    sharded: Any = tensor
+    gathered: Tensor = sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
 def root_mean_square(tensor: Tensor) -> float:
     """Root mean square in float64; zero if empty, not finite if an element is not."""
     if tensor.numel() == 0:
         return 0.0
+    tensor = whole(tensor.detach())
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     # pieces that stay in the cache: a float64 copy of a large tensor costs ten times as much
-    for piece in tensor.detach().reshape(-1).split(1 << 17):
+    for piece in tensor.reshape(-1).split(1 << 17):
         double = piece.double()
         total += torch.dot(double, double)
     return math.sqrt(total.item() / tensor.numel())

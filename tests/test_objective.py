@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import os
 import pickle
@@ -634,15 +635,16 @@ def _shard_and_compare(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    teacher = {"weight": torch.arange(15.0).view(5, 3), "bias": torch.ones(5)}
+    teacher = {"weight": torch.zeros(0), "bias": torch.zeros(0)}
     priors: list[Callable[[], Prior]] = [
         lambda: GaussianPrior(0.5, "initial"),
         lambda: MIXTURE,
         lambda: LivePrior(lambda name: (teacher[name], 2.0)),
     ]
-    for prior in priors:
+    for prior, rows in itertools.product(priors, (5, 1)):  # with one row a process has nothing
         torch.manual_seed(0)
-        model = bayesify.to_bbb(nn.Linear(3, 5), prior=prior(), logvar=-3.0)
+        teacher |= {"weight": torch.arange(3.0 * rows).view(rows, 3), "bias": torch.ones(rows)}
+        model = bayesify.to_bbb(nn.Linear(3, rows), prior=prior(), logvar=-3.0)
         whole: dict[str, Any] = {}
         for sharded in (False, True):
             if sharded:
@@ -655,6 +657,9 @@ def _shard_and_compare(rank: int, folder: str) -> None:
             for name, parameter in model.named_parameters():
                 grad: Any = parameter.grad
                 found[name] = grad.full_tensor() if sharded else grad.clone()
+                if sharded:
+                    placed: Any = parameter
+                    assert grad.placements == placed.placements
             if sharded:
                 assert hasattr(next(model.parameters()), "placements")
                 torch.testing.assert_close(found, whole)
