@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from byov_small import CONFIG, small_run, started, stop_at
-from recipes.byov import checkpoint, train
+from recipes.byov import checkpoint, step, train
 from recipes.byov.config import BYOVConfig, RunConfig
 
 
@@ -37,15 +37,17 @@ def final(run: RunConfig) -> dict[str, torch.Tensor]:
     return load_file(newest)
 
 
-@pytest.mark.parametrize("alone_first", [0, 2])
-def test_two_processes_are_one_that_accumulates(tmp_path: Path, alone_first: int) -> None:
-    """From the start, or going on with what one process has begun."""
+@pytest.mark.parametrize(("shard", "alone_first"), [(False, 0), (False, 2), (True, 0), (True, 2)])
+def test_two_processes_are_one_that_accumulates(
+    tmp_path: Path, shard: bool, alone_first: int
+) -> None:
+    """From the start, or going on with what one process has begun; weights whole or sharded."""
     config = replace(CONFIG, head_norm="layer", prior="teacher", clip_norm=1.0, epochs=2)
     alone = small_run(tmp_path, out=tmp_path / "alone", accumulate=2)
     train.train(config, alone)
-    two = small_run(tmp_path, out=tmp_path / "two")
+    two = small_run(tmp_path, out=tmp_path / "two", shard=shard)
     if alone_first:
-        begun = replace(two, accumulate=2)
+        begun = replace(two, accumulate=2, shard=False)
         assert train.train(config, begun, watcher=stop_at(alone_first)).step == alone_first
     in_processes(2, config, two)
     left, right = final(alone), final(two)
@@ -53,6 +55,13 @@ def test_two_processes_are_one_that_accumulates(tmp_path: Path, alone_first: int
     assert len(weights) > 20
     for name in weights:
         torch.testing.assert_close(right[name], left[name], rtol=1e-4, atol=1e-6, msg=name)
+    for file in ("encoder", "student", "teacher"):
+        mine, other = (load_file(run.out / f"{file}.safetensors") for run in (two, alone))
+        assert mine.keys() == other.keys()
+        for name, value in mine.items():
+            if name.startswith("head."):  # the online probe: each process has its own
+                continue
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_draw_of_each_process_is_its_own(tmp_path: Path) -> None:
@@ -61,9 +70,9 @@ def test_the_draw_of_each_process_is_its_own(tmp_path: Path) -> None:
     run = small_run(tmp_path, out=tmp_path / "a", accumulate=2)
     train.train(config, run)
     first = final(run)
-    original = train.key_of
+    original = step.key_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "key_of", lambda seed, step, index: original(seed, step, 0))
+        patch.setattr(step, "key_of", lambda seed, at, index: original(seed, at, 0))
         run = small_run(tmp_path, out=tmp_path / "b", accumulate=2)
         train.train(config, run)
     assert any(not torch.equal(first[n], v) for n, v in final(run).items() if "student" in n)

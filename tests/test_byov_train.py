@@ -20,6 +20,7 @@ from recipes.byov import checkpoint, train
 from recipes.byov.config import HeadNorm, PredictorName, RunConfig
 from recipes.byov.journal import read_log
 from recipes.byov.model import build_student, convert_
+from recipes.byov.step import key_of
 from recipes.byov.stopping import interruptible
 
 
@@ -269,7 +270,7 @@ def test_what_does_not_fit_the_data_is_refused(
 
 
 def test_keys_differ_in_seed_step_and_index() -> None:
-    keys = [train.key_of(s, t, i) for s in range(3) for t in range(20) for i in range(4)]
+    keys = [key_of(s, t, i) for s in range(3) for t in range(20) for i in range(4)]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**63 for key in keys)
 

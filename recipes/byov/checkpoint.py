@@ -22,6 +22,7 @@ from bayesify import CheckpointError
 from bayesify.storage import replacing
 
 from .config import differences
+from .sharding import placed_like
 
 FORMAT = 1
 _KEY = "byov"
@@ -135,7 +136,7 @@ def _nest(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def copy_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Fill tensors in place.
+    """Fill tensors in place, sharded ones with what is theirs of the whole.
 
     Raises:
         CheckpointError: A name or a shape differs.
@@ -147,4 +148,4 @@ def copy_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
         raise CheckpointError(f"Tensors of a checkpoint do not fit: {', '.join(wrong[:5])}.")
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(saved[name])
+            target.copy_(placed_like(saved[name], target))

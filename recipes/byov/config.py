@@ -196,6 +196,9 @@ class RunConfig:
             with A of them give the numbers of one process with P * A.
         compile: Compile the student by torch.compile.
         checkpoint_activations: Recompute activations in backward, for less memory.
+        shard: Split weights, gradients and the optimizer's state over the processes by FSDP2, for a
+            student that is too large for one device. The first process holds the student once as
+            a whole when it measures and exports.
         sync_batchnorm: One BatchNorm statistic over all CUDA processes. [BYOL]: on
         skip_broken: Take the next image in place of one that cannot be read, and count it.
         log_every: Optimizer steps between two lines of the log.
@@ -216,6 +219,7 @@ class RunConfig:
     accumulate: int = 1
     compile: bool = False
     checkpoint_activations: bool = False
+    shard: bool = False
     sync_batchnorm: bool = True
     skip_broken: bool = False
     log_every: int = 10
@@ -237,6 +241,8 @@ class RunConfig:
             for name, least in low.items()
             if getattr(self, name) < least
         ]
+        if self.shard and self.compile:
+            problems.append("shard cannot be combined with compile: leave one of them out.")
         if problems:
             raise ArgumentError("This run cannot work:\n  " + "\n  ".join(problems))
 

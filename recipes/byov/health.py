@@ -10,6 +10,8 @@ from torch.nn import functional
 
 import bayesify as bb
 
+from .sharding import gathered
+
 _RANKME_EPS = 1e-7  # of the reference, in float32 there
 
 
@@ -129,8 +131,8 @@ def posterior_health(
     """
     travel = wide = spread = 0.0
     weights = in_matrices = 0
-    for _, mean, logvar, _ in bb.posteriors(model):
-        logvar = logvar.float()
+    for _, mean, sharded, _ in bb.posteriors(model):
+        logvar = gathered(sharded).float()
         weights += logvar.numel()
         travel += float((logvar - initial_logvar).abs().sum())
         wide += float((logvar > 2 * math.log(prior_std / 2)).sum())

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from bayesify import GaussianPrior, LivePrior, set_prior_
 
 from .config import BYOVConfig, PriorName
+from .parallel import World
+from .sharding import shard_
 
 
 class TauSchedule:
@@ -89,6 +91,15 @@ class Teacher(nn.Module):
             torch._foreach_addcmul_(variances, moved, moved, 1.0 - tau)
             torch._foreach_mul_(variances, tau)
         torch._foreach_lerp_(means, targets, 1.0 - tau)
+
+    def shard_(self, world: World) -> None:
+        """Shard the averages as a student's means are; before the first update."""
+        # a student calls its parts one by one: each is a root
+        shard_(self.network.children(), world)
+        means = dict(self.network.named_parameters())
+        self.var = {
+            k: None if v is None else torch.zeros_like(means[k]) for k, v in self.var.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint must hold, to be read or written in place."""

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesify import (
     ArgumentError,
     BayesifyError,
     input_config,
-    kl_divergence,
-    kl_scale,
     kl_schedule,
-    noise_budget,
-    one_draw,
     posteriors,
 )
 
@@ -41,13 +34,12 @@ from .health import (
 )
 from .journal import Journal
 from .measure import Reading, features, monitor_knn, refresh_batchnorm_, thinned
-from .model import Student, batch_optimal, build_encoder, build_student, convert_
-from .objective import byol_loss, negatives_loss
-from .optimizer import lr_factor, make_optimizer, set_lr
+from .model import build_encoder
+from .optimizer import lr_factor, set_lr
 from .parallel import World, joined
-from .probe import OnlineProbe
+from .step import Stepper
 from .stopping import COLLAPSED, check_finite, collapse_message, interruptible
-from .teacher import TauSchedule, Teacher, set_prior_of
+from .teacher import TauSchedule
 
 MONITORED = 50_000
 """Training images in which the kNN of a running training is measured, at most."""
@@ -132,24 +124,12 @@ def _train(
     folder = run.out / "checkpoints"
     started_from = _checkpoint_to_resume(folder, resume)
 
-    # What is trained: the teacher is a copy of the student before it becomes Bayesian
+    # What is trained
     torch.manual_seed(config.seed)
-    model = build_student(config, source.num_classes or None)
-    if run.checkpoint_activations:
-        _encoder(model).set_grad_checkpointing(True)
-    if run.sync_batchnorm and world.size > 1 and world.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    teacher: Teacher | None = None
-    if isinstance(model, Student):
-        teacher = Teacher(model, second_moment=config.prior == "teacher")
-        teacher.to(world.device)
-    convert_(model, config).to(world.device).train()
-    set_prior_of(config, model, teacher)
-    optimizer = make_optimizer(model, config)
-    probe = None
-    if teacher is not None and source.num_classes:
-        probe = OnlineProbe(_width(model), source.num_classes, device=world.device)
-    stepped = _parallel(model, run, world)
+    stepper = Stepper(
+        config, run, world, num_classes=source.num_classes, num_images=source.num_images
+    )
+    model = stepper.model
 
     # What is measured on the way: some of the training images, at the means
     reading = Reading(world.device, run.amp, run.workers)
@@ -159,10 +139,6 @@ def _train(
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     tau = TauSchedule(config.tau_start, config.tau_end, steps)
     beta = kl_schedule(config.beta_shape, config.beta_start, config.beta_end, steps)
-    reduced: dict[str, Any] = {"kl_reduction": config.kl_reduction}
-    if config.kl_reduction == "num_data":
-        reduced["num_data"] = source.num_images
-    scale = kl_scale(model, **reduced) if config.bayesian else 0.0
 
     # What a checkpoint holds
     layers: list[dict[str, dict[str, float]]] = []
@@ -178,10 +154,7 @@ def _train(
         return {
             "step": step,
             "identity": identity,
-            "student": model.state_dict(),
-            "teacher": None if teacher is None else teacher.tensors(),
-            "optimizer": optimizer.state_dict(),
-            "probe": None if probe is None else probe.state_dict(),
+            **stepper.state(),
             "layers": layers,
             "alarms": alarms,
             "best": best,
@@ -189,8 +162,9 @@ def _train(
 
     def save(step: int) -> Path:
         path = checkpoint.path_of(folder, step)
+        held = state(step)
         if world.first:
-            checkpoint.write(path, state(step))
+            checkpoint.write(path, held)
             checkpoint.tidy(folder, keep_last=run.keep_last, best=best["step"])
         world.wait()
         return path
@@ -200,25 +174,20 @@ def _train(
         saved = checkpoint.read(started_from)
         checkpoint.check_same(started_from, saved["identity"], identity)
         start, alarms, best = saved["step"], saved["alarms"], saved["best"]
-        model.load_state_dict(saved["student"])
-        optimizer.load_state_dict(saved["optimizer"])
+        stepper.load_state(saved)
         layers = saved["layers"]
-        if teacher is not None:
-            checkpoint.copy_into(teacher.tensors(), saved["teacher"])
-        if probe is not None:
-            probe.load_state_dict(saved["probe"])
         watcher.say(f"Going on from {started_from}, step {start:,} of {steps:,}.")
     run.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(run.out / "log.jsonl" if world.first else None)
     journal.cut(start)
     if start == 0:
-        journal.add("start", 0, {"config": config.to_json(), "steps": steps, "kl_scale": scale})
+        journal.add("start", 0, {"config": config.to_json(), "steps": steps,
+                                "kl_scale": stepper.kl_scale})  # fmt: skip
     if config.bayesian:
-        budget = noise_budget(model, config.beta_end, **reduced)
         watcher.say(
-            f"KL of {_weights(model):,} weights: s = {scale:.3g} ({config.kl_reduction}), beta "
-            f"{config.beta_start:g} to {config.beta_end:g}, noise budget beta*s*P/2 = {budget:.3g} "
-            "in units of the loss"
+            f"KL of {_weights(model):,} weights: s = {stepper.kl_scale:.3g} "
+            f"({config.kl_reduction}), beta {config.beta_start:g} to {config.beta_end:g}, noise "
+            f"budget beta*s*P/2 = {stepper.budget(config.beta_end):.3g} in units of the loss"
         )
 
     newest = started_from
@@ -230,52 +199,32 @@ def _train(
         epoch = step // steps_per_epoch
         factor = lr_factor(step, warmup_steps, steps)
         travel += factor
-        set_lr(optimizer, factor)
+        set_lr(stepper.optimizer, factor)
         weight = beta(step)
         done = step + 1
         logged = done % run.log_every == 0 or done == steps
-        parts: dict[str, Tensor] = {}
-        for micro, (view1, view2, labels) in enumerate(micro_batches):
-            index = micro * world.size + world.rank
-            key = key_of(config.seed, step, index)
-            torch.manual_seed(key)
-            last = micro == run.accumulate - 1
-            with _synchronised(stepped, last):
-                drawn = one_draw(model, key) if config.bayesian else nullcontext()
-                with drawn, torch.autocast(world.device.type, torch.bfloat16, enabled=run.amp):
-                    data_loss, seen = _loss(stepped, teacher, config, view1, view2, labels)
-                kl = kl_divergence(model) if config.bayesian else data_loss.new_zeros(())
-                ((data_loss + weight * scale * kl) / run.accumulate).backward()
-            for name, value in (("loss", data_loss), ("kl", kl)):
-                parts[name] = parts.get(name, 0.0) + value.detach().float() / run.accumulate
-            if probe is not None and labels is not None:
-                parts["probe_loss"], parts["probe_accuracy"] = probe.step(seen["features"], labels)
-            images_since += len(view1) * world.size
-
-        norm = _clip(model, config.clip_norm, wanted=logged)
-        pending.append((step, parts["loss"] + norm * 0.0))
+        found = stepper.backward(step, micro_batches, weight, norm_wanted=logged)
+        images_since += sum(len(views[0]) for views in micro_batches) * world.size
+        pending.append((step, found.parts["loss"] + found.norm * 0.0))
         if world.device.type == "cpu" or logged:
-            check_finite(pending, newest, optimizer)
+            check_finite(pending, newest, stepper.optimizer)
             pending.clear()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if teacher is not None:
-            teacher.update(model, tau(step))
+        stepper.advance(tau(step))
 
         if logged:
-            values = {name: world.mean(value).item() for name, value in parts.items()}
+            values = {name: world.mean(value).item() for name, value in found.parts.items()}
             elapsed, clock = time.perf_counter() - clock, time.perf_counter()
             values |= {
                 "epoch": epoch,
                 "beta": weight,
                 "lr": config.peak_lr * factor,
-                "grad_norm": norm.item(),
+                "grad_norm": found.norm.item(),
                 "images_per_second": images_since / elapsed,
             }
             images_since = 0
-            if teacher is not None:
-                spread = embedding_std(seen["projection"])
-                rank = effective_rank(seen["projection"])
+            if stepper.teacher is not None:
+                projection = found.seen["projection"]
+                spread, rank = embedding_std(projection), effective_rank(projection)
                 values |= {"tau": tau(step), "std": spread, "effective_rank": rank}
                 alarmed = step >= warmup_steps and bool(collapse_alarms(std=spread, rank=rank))
                 alarms = alarms + 1 if alarmed else 0
@@ -285,7 +234,7 @@ def _train(
                 layers.append(health.layers)
                 values |= {
                     "logvar_lr": logvar_lr * factor,
-                    "noise_budget": noise_budget(model, weight, **reduced),
+                    "noise_budget": stepper.budget(weight),
                     "logvar_reach": logvar_lr * travel,  # the most that Adam can have moved it
                     "logvar_travel": health.logvar_travel,
                     "logvar_spread": health.logvar_spread,
@@ -309,7 +258,7 @@ def _train(
                 and source.num_classes
                 and (finished % run.eval_every == 0 or done == steps)
             ):
-                report["knn"] = _monitor(model, monitored, run, reading, world)
+                report["knn"] = _monitor(stepper.whole()[0], monitored, run, reading, world)
                 if best["knn"] is None or report["knn"] > best["knn"]:
                     best = {"knn": report["knn"], "step": done}
             journal.add("epoch", done, report)
@@ -317,16 +266,17 @@ def _train(
         due = epoch_ends and finished % run.checkpoint_every == 0
         stopped = world.any(stop_asked())
         if due or done == steps or stopped or best["step"] == done:
-            check_finite(pending, newest, optimizer)
+            check_finite(pending, newest, stepper.optimizer)
             pending.clear()
             newest = save(done)
         if stopped and done < steps:
             watcher.say(f"Stopped at step {done:,} of {steps:,}; the checkpoint is {newest}.")
             return Outcome(done, steps, newest, None)
 
-    if config.bayesian:
-        refresh_batchnorm_(model, source, reading)
-    results = export(config, run, model, teacher, probe, source, reading, world)
+    student, teacher = stepper.whole()
+    if config.bayesian and world.first:
+        refresh_batchnorm_(student, source, reading)
+    results = export(config, run, student, teacher, stepper.probe, source, reading, world)
     journal.add("end", steps, results.numbers)
     return Outcome(steps, steps, newest, results)
 
@@ -344,12 +294,6 @@ def open_images(config: BYOVConfig, run: RunConfig) -> Source:
         std=shown.std,
         skip_broken=run.skip_broken,
     )
-
-
-def key_of(seed: int, step: int, index: int) -> int:
-    """The seed of all that is random in one micro-batch of one step, in [0, 2**63)."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _steps_per_epoch(source: Source, config: BYOVConfig, run: RunConfig, world: World) -> int:
@@ -381,32 +325,8 @@ def _checkpoint_to_resume(folder: Path, resume: bool) -> Path | None:
     return newest
 
 
-def _encoder(model: nn.Module) -> Any:
-    return model.encoder if isinstance(model, Student) else model
-
-
-def _width(model: nn.Module) -> int:
-    encoder = _encoder(model)
-    return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)
-
-
 def _weights(model: nn.Module) -> int:
     return sum(posterior.mean.numel() for posterior in posteriors(model))
-
-
-def _parallel(model: nn.Module, run: RunConfig, world: World) -> nn.Module:
-    """What is called in a step: the model, compiled or inside DistributedDataParallel."""
-    called: Any = torch.compile(model) if run.compile else model
-    if world.size > 1:
-        called = nn.parallel.DistributedDataParallel(called, gradient_as_bucket_view=True)
-    return called  # type: ignore[no-any-return]
-
-
-def _synchronised(called: nn.Module, last: bool) -> Any:
-    """Processes exchange gradients once a step, in the last micro-batch."""
-    if isinstance(called, nn.parallel.DistributedDataParallel) and not last:
-        return called.no_sync()
-    return nullcontext()
 
 
 def _batches(
@@ -444,41 +364,6 @@ def _batches(
         )
         while micro := list(itertools.islice(stream, run.accumulate)):
             yield micro
-
-
-def _loss(
-    called: nn.Module,
-    teacher: Teacher | None,
-    config: BYOVConfig,
-    view1: Tensor,
-    view2: Tensor,
-    labels: Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a micro-batch at the present draw, and what is looked at beside it."""
-    if teacher is None:
-        if labels is None:
-            raise ArgumentError("objective 'supervised' needs labels, which this data has not.")
-        return F.cross_entropy(called(view1).float(), labels), {}
-    target1, target2 = teacher(view1, view2)
-    first, second = called(view1, view2)
-    q1, q2 = first.prediction, second.prediction
-    if config.predictor == "batch-optimal":
-        q1 = batch_optimal(first.projection, target2)
-        q2 = batch_optimal(second.projection, target1)
-    loss = byol_loss(q1, q2, target1, target2)
-    if config.negatives_weight:
-        loss = loss + config.negatives_weight * negatives_loss(q1, q2, target1, target2)
-    return loss, {"features": first.features.detach(), "projection": first.projection}
-
-
-def _clip(model: nn.Module, most: float, *, wanted: bool) -> Tensor:
-    """Scale the gradients down to a norm; give the norm before, or 0 where nobody wants it."""
-    trained = [p for p in model.parameters() if p.grad is not None]
-    if most > 0:
-        return nn.utils.clip_grad_norm_(trained, most)
-    if wanted:
-        return nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    return torch.zeros((), device=trained[0].device)
 
 
 def _monitor(
