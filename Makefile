@@ -5,6 +5,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 # Several workers with a thread pool each would fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -49,11 +50,16 @@ format: venv ## let ruff fix and format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: venv ## speed beside the original and beside installed peers
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[peers]'
+	@touch $@
+
+bench: $(PEERS) ## speed beside the original and beside peers, which it installs (40 minutes)
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/predict.py
 	$(BIN)/python benchmarks/memory.py
+	PYTHONPATH=. $(BIN)/python benchmarks/byov.py
 
 zoo: venv ## check every model of timm and torchvision (hours; goes on where it ended)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --jobs $(WORKERS)

@@ -96,6 +96,29 @@ def torchbayesian(model: nn.Module, x: Tensor, draws: int) -> Run:
     return lambda: [bayesian(x) for _ in range(draws)]
 
 
+def torch_blue(model: nn.Module, x: Tensor, draws: int) -> Run:
+    """All draws in one call, which the package runs under vmap."""
+    from torch_blue import vi
+
+    vi.convert_to_vimodule(model, keep_weights=True)
+    bayesian: Any = model
+    bayesian.return_log_probs = False
+    return lambda: bayesian(x, samples=draws)
+
+
+def posteriors(model: nn.Module, x: Tensor, draws: int) -> Run:
+    import posteriors as library
+    import torchopt
+
+    state = library.vi.diag.init(dict(model.named_parameters()), torchopt.adam(), init_log_sds=-5.0)
+
+    def run() -> None:
+        for _ in range(draws):
+            torch.func.functional_call(model, library.vi.diag.sample(state), (x,))
+
+    return run
+
+
 def ivon(model: nn.Module, x: Tensor, draws: int) -> Run:
     import ivon as library
 
@@ -116,7 +139,9 @@ METHODS: dict[str, tuple[str | None, Callable[[nn.Module, Tensor, int], Run]]] =
     "bayesify, one_draw in a loop": (None, ours_in_a_loop),
     "bayesian-torch reparam": ("bayesian_torch", bayesian_torch),
     "torchbayesian": ("torchbayesian", torchbayesian),
+    "torch_blue": ("torch_blue", torch_blue),
     "IVON": ("ivon", ivon),
+    "posteriors vi.diag": ("posteriors", posteriors),
 }
 
 

@@ -173,6 +173,56 @@ def ivon(model: nn.Module) -> Step:
     return step
 
 
+def torch_blue(model: nn.Module) -> Step:
+    """Converted with the weights kept, one sample a step, the closed-form KL of the package."""
+    from torch_blue import vi
+    from torch_blue.vi.distributions import Categorical
+
+    vi.convert_to_vimodule(model, keep_weights=True)
+    bayesian: Any = model
+    bayesian.return_log_probs = False
+    loss_of = vi.AnalyticalKullbackLeiblerLoss(bayesian, Categorical(), dataset_size=NUM_DATA)
+    optimizer = adamw(model.parameters())
+
+    def step(x: Tensor, y: Tensor) -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            seen = bayesian(x, samples=1)
+        (loss_of(seen, y) / NUM_DATA).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def posteriors(model: nn.Module) -> Step:
+    """vi.diag, one sample a step with its one-sample KL, updated in place by torchopt's AdamW."""
+    import posteriors as library
+    import torchopt
+
+    transform: Any = library.vi.diag.build(
+        functools.partial(_log_posterior, model),
+        torchopt.adamw(lr=LR, weight_decay=0.0),  # type: ignore[attr-defined,unused-ignore]
+        temperature=1 / NUM_DATA, init_log_sds=-5.0,
+    )  # fmt: skip
+    state = [transform.init(dict(model.named_parameters()))]
+
+    def step(x: Tensor, y: Tensor) -> None:
+        state[0], _ = transform.update(state[0], (x, y), inplace=True)
+
+    return step
+
+
+def _log_posterior(model: nn.Module, params: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Of one datum on average, as the package's documentation writes it."""
+    import posteriors as library
+
+    x, y = batch
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        seen = torch.func.functional_call(model, params, (x,))
+    prior: Tensor = library.diag_normal_log_prob(params)
+    return prior / NUM_DATA - F.cross_entropy(seen, y), torch.tensor([])
+
+
 METHODS: dict[str, tuple[str | None, Callable[[nn.Module], Step]]] = {
     "deterministic": (None, deterministic),
     "bayesify": (None, ours("weight")),
@@ -182,7 +232,9 @@ METHODS: dict[str, tuple[str | None, Callable[[nn.Module], Step]]] = {
     "bayesian-torch reparam": ("bayesian_torch", bayesian_torch("Reparameterization")),
     "bayesian-torch flipout": ("bayesian_torch", bayesian_torch("Flipout")),
     "torchbayesian": ("torchbayesian", torchbayesian),
+    "torch_blue": ("torch_blue", torch_blue),
     "IVON": ("ivon", ivon),
+    "posteriors vi.diag": ("posteriors", posteriors),
 }
 
 
