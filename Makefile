@@ -60,6 +60,7 @@ bench: $(PEERS) ## speed beside the original and beside peers, which it installs
 	$(BIN)/python benchmarks/predict.py
 	$(BIN)/python benchmarks/memory.py
 	PYTHONPATH=. $(BIN)/python benchmarks/byov.py
+	$(BIN)/python benchmarks/fit.py
 
 zoo: venv ## check every model of timm and torchvision (hours; goes on where it ended)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --jobs $(WORKERS)

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 
 def paired(
     runs: dict[str, Callable[[], Any]], base: str, rounds: int, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """Median ratio to ``base`` with quartiles, and median seconds, by method.
-
-    Every round runs each method once, in an order that turns.
-    """
-    seconds: dict[str, list[float]] = {method: [] for method in runs}
-    order = list(runs)
-    for turn in range(rounds):
-        turn %= len(order)
-        for method in order[turn:] + order[:turn]:
-            seconds[method].append(timed(runs[method], device))
+    """Median ratio to ``base`` with quartiles, and median seconds, by method."""
+    seconds = by_round(
+        {method: functools.partial(timed, run, device) for method, run in runs.items()}, rounds
+    )
     found = {}
     for method, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds[base], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
-        found[method] = {
-            "low": low, "median": middle, "high": high, "seconds": statistics.median(times),
-        }  # fmt: skip
+        found[method] = {**spread(ratios), "seconds": statistics.median(times)}
     return found
+
+
+def by_round(measurements: dict[str, Callable[[], _T]], rounds: int) -> dict[str, list[_T]]:
+    """What each gives in each round, which makes all of them once, in an order that turns."""
+    found: dict[str, list[_T]] = {method: [] for method in measurements}
+    order = list(measurements)
+    for turn in range(rounds):
+        turn %= len(order)
+        for method in order[turn:] + order[:turn]:
+            found[method].append(measurements[method]())
+    return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"low": low, "median": middle, "high": high}
 
 
 def timed(run: Callable[[], Any], device: str) -> float:

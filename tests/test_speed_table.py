@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fit
 import memory
 import paired
 import pytest
 import speed_table
 import torch
+from cifar_resnet20 import resnet20
 
 ROW = {"low": 1.01, "median": 1.04, "high": 1.1, "seconds": 2.0}
 BASE: dict[str, Any] = {
@@ -81,6 +83,33 @@ def test_a_card(page: Path) -> None:
     assert "| m, batch 2: full | 7 | 2 | 2 | 2 | 2 | 2 | 10 | 3 |" in text
     assert "80 % of the bandwidth of a copy (3.00 TB/s; target 70 %)" in text
     assert "*H100; P, 2 cores" in text
+
+
+def test_a_fit(page: Path) -> None:
+    row = dict.fromkeys(("images_per_second", "once_seconds", "over_loop", "over_fit"), ROW)
+    slow = {**row, "over_loop": {"low": 0.8, "median": 0.85, "high": 0.9}}
+    cases = {
+        "a": {"deterministic, fit": slow, "Bayesian, fit": row},
+        "b": {"deterministic, fit": row, "Bayesian, fit": slow},
+    }
+    put(page, "fit.json", {**BASE, "cases": cases})
+    speed_table.write()
+    text = page.read_text()
+    assert "Target, over either: 0.9: a (met); b (missed, 0.85)." in text
+    assert "| b | Bayesian, fit | 1.0 | 0.85 (0.80 to 0.90) | 1.04 (1.01 to 1.10) | 1.0 |" in text
+
+
+def test_the_loop_takes_the_steps_of_a_deterministic_fit() -> None:
+    ends = []
+    for run in (fit.looped, fit.fitted):
+        torch.manual_seed(0)
+        model = resnet20()
+        data = fit.random_images(model, 12)
+        assert len(run(model, data, 4, "rand-augment")) == 5  # the start, three steps, the end
+        ends.append(model.state_dict())
+    loop, own = ends
+    for name, tensor in loop.items():
+        assert torch.equal(tensor, own[name]), name
 
 
 def test_ratios_are_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
