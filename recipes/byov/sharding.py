@@ -52,8 +52,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; every process must call it."""
-    sharded: Any = tensor
-    return sharded.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+    if isinstance(tensor, DTensor):
+        sharded: Any = tensor  # torch's own types do not say that it is one
+        tensor = sharded.full_tensor()
+    return tensor
 
 
 def gathered_state(value: Any, *, keep: bool) -> Any:
@@ -63,8 +65,8 @@ def gathered_state(value: Any, *, keep: bool) -> Any:
         value: Dicts, lists, tensors and all else, of the same shape in every process.
         keep: Whether this process wants the tensors; one that does not gets None for each.
     """
-    if isinstance(value, DTensor):
-        whole = value.detach().full_tensor()
+    if isinstance(value, Tensor) and isinstance(value, DTensor):
+        whole = gathered(value.detach())
         return whole.cpu() if keep else None
     if isinstance(value, Mapping):
         return {k: gathered_state(v, keep=keep) for k, v in value.items()}
