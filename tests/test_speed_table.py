@@ -73,10 +73,13 @@ def test_a_card(page: Path) -> None:
     rate = {"bytes_per_second": 3e12, "median": 0.8}
     rates = dict.fromkeys(("draw", "backward", "copy"), rate)
     put(page, "draw_cuda.json", {**CARD, "weights": 100, "rates": rates})
+    methods = {"BYOL": ROW, "BYOV, N(0, I)": {**ROW, "median": 1.06}}
+    put(page, "byov_step_cuda.json", {**CARD, "batch": 256, "methods": methods})
     speed_table.write()
     text = page.read_text()
     assert "Not measured" not in text
     assert "bytes a weight (target 17): bayesify 16.0." in text
+    assert "Target: 1.05 (missed, 1.060)." in text
     assert (
         "20.0 times as fast as eager forwards (10), 20.0 times as fast as CUDA graphs (2)" in text
     )
