@@ -1,6 +1,6 @@
 """30 draws of a network's output beside 30 deterministic forwards, and beside installed peers.
 
-    python benchmarks/predict.py [--rounds 5] [--only resnet18]    25 minutes on 2 cores
+    python benchmarks/predict.py [--rounds 3] [--only resnet18]    20 minutes on 2 cores
     python benchmarks/predict.py --device cuda [--rounds 10]       3 minutes on a card, by estimate
 
 In every round each method runs once, in an order that turns, and its time is divided by that of the
@@ -174,7 +174,7 @@ def measure(name: str, batch: int, draws: int, rounds: int, device: str) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", help="a part of 'model, batch'; nothing is written")
