@@ -202,6 +202,8 @@ class RunConfig:
         sync_batchnorm: One BatchNorm statistic over all CUDA processes. [BYOL]: on
         skip_broken: Take the next image in place of one that cannot be read, and count it.
         log_every: Optimizer steps between two lines of the log.
+        tensorboard: Write the log's numbers for TensorBoard too, into the folder tensorboard of
+            ``out``. Needs the extra tensorboard.
         eval_every: Epochs between two kNN measurements; 0 is never.
         monitor_images: Training images held back as queries of that kNN; they are still trained on,
             without labels. No test image is looked at before the end.
@@ -223,6 +225,7 @@ class RunConfig:
     sync_batchnorm: bool = True
     skip_broken: bool = False
     log_every: int = 10
+    tensorboard: bool = False
     eval_every: int = 1
     monitor_images: int = 1000
     checkpoint_every: int = 1

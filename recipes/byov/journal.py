@@ -10,16 +10,20 @@ from typing import Any
 
 from bayesify.storage import replacing
 
+from .board import Board
+
 
 class Journal:
     """``log.jsonl``; every line has a ``kind`` and the ``step`` that it belongs to.
 
     Args:
         path: The file, or None to write nothing (all processes but the first).
+        board: TensorBoard, which gets the same; None without it.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, board: Board | None = None) -> None:
         self.path = path
+        self.board = board
 
     def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line; a number that is not finite, which JSON lacks, becomes null."""
@@ -27,6 +31,8 @@ class Journal:
             line = json.dumps({"kind": kind, "step": step, **_finite(values)}, allow_nan=False)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+        if self.board is not None and kind != "start":
+            self.board.add(kind, step, values)
 
     def cut(self, step: int) -> None:
         """Keep what a run had written when it was at ``step``, in whole lines; 0: nothing."""

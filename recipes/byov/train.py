@@ -21,6 +21,7 @@ from bayesify import (
 )
 
 from . import checkpoint
+from .board import Board
 from .augment import TwoViews, WorkerViews, view_configs
 from .config import BYOVConfig, RunConfig
 from .data import Source, Views, open_source, train_views
@@ -178,7 +179,8 @@ def _train(
         layers = saved["layers"]
         watcher.say(f"Going on from {started_from}, step {start:,} of {steps:,}.")
     run.out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(run.out / "log.jsonl" if world.first else None)
+    board = Board(run.out / "tensorboard", start) if run.tensorboard and world.first else None
+    journal = Journal(run.out / "log.jsonl" if world.first else None, board)
     journal.cut(start)
     if start == 0:
         journal.add("start", 0, {"config": config.to_json(), "steps": steps,
