@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .pruning import prune_units_ as prune_units_
     from .pruning import sparsity as sparsity
     from .pruning import sparsity_schedule as sparsity_schedule
+    from .pruning import to_semi_structured as to_semi_structured
     from .rewriter.variants import generated_code as generated_code
     from .rewriter.variants import rungs as rungs
     from .scope import at_mean as at_mean
@@ -83,7 +84,7 @@ _HOMES = {
     "posterior": "posterior_stats posteriors set_prior_ stddev",
     "priors": "GaussianPrior LivePrior ScaleMixturePrior",
     "pruning": "keep_pruned_ latency multiply_adds prune_ prune_n_of_m_ prune_units_ sparsity "
-    "sparsity_schedule",
+    "sparsity_schedule to_semi_structured",
     "rewriter.variants": "generated_code rungs",
     "scope": "at_mean draws one_draw sampled",
     "storage": "load save",

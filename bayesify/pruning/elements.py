@@ -102,8 +102,7 @@ def prune_n_of_m_(
 
     Weights of ``Linear`` and of convolutions are pruned; those whose input dimension (for a
     convolution, the channels in its group) is no multiple of m are left, and named in a warning.
-    2 of 4 is what NVIDIA's sparse tensor cores and ``torch.sparse.to_sparse_semi_structured``
-    expect.
+    2 of 4 is the pattern of NVIDIA's sparse tensor cores: :func:`to_semi_structured` packs it.
 
     Args:
         model: A converted model, changed in place. Upon an error it is as it was.
