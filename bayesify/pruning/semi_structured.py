@@ -63,9 +63,8 @@ def to_semi_structured(
         The copy, the names of the packed weights, and why others are not packed.
 
     Raises:
-        ArgumentError: No weight can be packed, ``dtype`` is another one, or there is no such
-            device; found in this order, and without a device the message says how many weights
-            could be packed on one.
+        ArgumentError: ``dtype`` is another one, no weight can be packed, or there is no such
+            device; the message then says how many weights could be packed on one.
 
     Reference:
         Mishra et al., 2021, arXiv:2104.08378.
@@ -95,9 +94,9 @@ def to_semi_structured(
     copied.to(_card(device, f"{len(packed)} of {len(obstacles)} weights could be packed on one."))
     for name in packed:
         layer = copied.get_submodule(name.rpartition(".")[0])
-        assert isinstance(layer.weight, Tensor)
-        weight = torch.sparse.to_sparse_semi_structured(layer.weight.detach().contiguous())
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        weight = copied.get_parameter(name).contiguous()
+        packing = torch.sparse.to_sparse_semi_structured(weight)
+        layer.weight = nn.Parameter(packing, requires_grad=False)
         layer.register_forward_pre_hook(_contiguous)
     caches.drop(copied)
     return SemiStructured(copied, packed, dense)
