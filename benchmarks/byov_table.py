@@ -12,12 +12,12 @@ from typing import Any
 from byov_cells import CELLS, RESULTS, SCALES, Scale, cards_of
 
 from bayesify.storage import replacing
-from recipes.byov.assemble import correlations, overview
+from recipes.byov.assemble import app_c, correlations, overview
 from recipes.byov.cards import ENOUGH, Card, Estimate, estimate
 from recipes.byov.claims import comparison
 from recipes.byov.evaluate import MEANS
 from recipes.byov.figures import FIGURES, publish
-from recipes.byov.page import METRICS, NOT_RUN, number, paper_number
+from recipes.byov.page import APP_C, METRICS, NOT_RUN, appendix_c, number, paper_number
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "byov.md"
@@ -100,6 +100,8 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
             ((r["run"], r["prediction"], r["top1"].n, *(number(r[k]) for k, _ in METRICS))
              for r in overview(cards)),
         ),
+        "", "### Appendix C", "", "One change undone at a time. A spike is a gradient of more than "
+        "three times the run's median norm.", "", *table(APP_C, appendix_c(app_c(cards))),
         "", "### Cells", "", *_cells(found), "", "### Strangers", "", "In percent.", "",
         *_strangers(found), "", "### Figures", "",
     ]  # fmt: skip

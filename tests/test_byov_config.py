@@ -33,6 +33,9 @@ from recipes.byov.model import Student, build_student, convert_
         ({"betas": (0.9,)}, "betas"),
         ({"encoder_args": {"x": torch.zeros(1)}}, "encoder_args"),
         ({"min_crop": 0.0}, "min_crop"),
+        ({"parameterization": "log"}, "parameterization"),
+        ({"relative_std": -0.01}, "relative_std"),
+        ({"relative_std": 0.01, "logvar_init": -6.0}, "logvar_init has no use"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(changes: dict[str, Any], field: str) -> None:

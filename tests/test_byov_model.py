@@ -1,5 +1,6 @@
 """Heads, initial weights and what becomes Bayesian."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +75,32 @@ def test_means_start_as_the_paper_says() -> None:
             assert parameter.eq(1).all(), name
     for posterior in bayesify.posteriors(convert_(model, config)):
         assert posterior.logvar.eq(-10).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parameterization": "softplus", "logvar_init": -6.0},
+        {"relative_std": 0.01},
+        {"parameterization": "softplus", "relative_std": 0.01},
+    ],
+)
+def test_sigmas_start_as_the_config_says(changes: dict[str, Any]) -> None:
+    config = replace(CONFIG, **changes)
+    model = convert_(build_student(config, 2), config)
+    raws = {n: p for n, p in model.named_parameters() if n.endswith(("_rho", "_logvar"))}
+    softplus = "parameterization" in changes
+    assert {n.rpartition("_")[2] for n in raws} == {"rho" if softplus else "logvar"}
+    for name, raw in raws.items():
+        std = raw.detach().double().numpy()
+        std = np.log1p(np.exp(std)) if softplus else np.exp(std / 2)
+        owner = name.rpartition("_")[0]
+        scale = model.get_parameter(owner).detach()
+        if not scale.any():  # a bias of zeros has the scale of the weight beside it
+            scale = model.get_parameter(owner.removesuffix("bias") + "weight").detach()
+        rms = scale.double().square().mean().sqrt().item()
+        expected = 0.01 * rms if "relative_std" in changes else math.exp(-3)
+        np.testing.assert_allclose(std, expected, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ DROPPING = {**CONFIG.encoder_args, "drop_path_rate": 0.3, "proj_drop_rate": 0.1}
     [
         {"prior": "teacher", "encoder_args": DROPPING},
         {"conversion": "none", "optimizer": "lars", "weight_decay": 1e-6},
+        {"parameterization": "softplus", "relative_std": 0.01},
         *(
             pytest.param(changes, marks=pytest.mark.slow)
             for changes in (
@@ -152,6 +153,21 @@ def test_a_checkpoint_is_not_written_over_nor_taken_by_another_config(tmp_path: 
         train.train(CONFIG, run)
     with pytest.raises(CheckpointError, match=r"(?s)lr: 0\.02 here, 0\.01 there.*seed: 1 here"):
         train.train(replace(CONFIG, lr=0.02, seed=1), run, resume=True)
+
+
+def test_a_checkpoint_older_than_a_setting_had_its_default(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    train.train(CONFIG, run, watcher=stop_at(2))
+    path = checkpoint.latest(run.out / "checkpoints")
+    assert path is not None
+    saved = checkpoint.read(path)
+    for name in ("parameterization", "relative_std"):
+        del saved["identity"][name]
+    del saved["initial_logvar"]
+    checkpoint.write(path, saved)
+    with pytest.raises(CheckpointError, match="parameterization: 'softplus' here, 'exp' there"):
+        train.train(replace(CONFIG, parameterization="softplus"), run, resume=True)
+    assert train.train(CONFIG, run, resume=True, watcher=stop_at(3)).step == 3
 
 
 def test_a_finished_run_can_be_asked_again(tmp_path: Path) -> None:

@@ -157,18 +157,27 @@ def stability(cards: Sequence[Card]) -> Numbers | None:
             norms = [s["grad_norm"] for s in steps if s.get("grad_norm")]
             if len(steps) < 4 or not norms:
                 continue
-            limit = 3 * statistics.median(norms)
             losses = [s["loss"] for s in steps]
             jumps = [abs(b - a) for a, b in itertools.pairwise(losses)]
             curves.append(
                 {
                     "run": name, "seed": card.seed, "step": [s["step"] for s in steps],
                     "loss": losses, "grad_norm": [s.get("grad_norm") for s in steps],
-                    "spikes": sum(n > limit for n in norms) / len(norms),
+                    "spikes": spikes(card),
                     "roughness": statistics.median(jumps),
                 }
             )  # fmt: skip
     return {"curves": curves, "stamp": None} if curves else None
+
+
+def spikes(card: Card) -> float | None:
+    """Share of the logged steps whose gradient norm is above three times the run's median."""
+    steps = [line for line in card.log if line["kind"] == "step"]
+    norms: list[float] = [s["grad_norm"] for s in steps if s.get("grad_norm")]
+    if not norms:
+        return None
+    limit = 3 * statistics.median(norms)
+    return sum(n > limit for n in norms) / len(norms)
 
 
 def _layers(card: Card) -> dict[str, Any] | None:
@@ -485,6 +494,35 @@ def table1(cards: Sequence[Card]) -> Numbers:
             }
         )  # fmt: skip
     return {"rows": rows, "stamp": stamp(cards)}
+
+
+# What appendix C of the paper changed, each undone alone.
+APPENDIX_C: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("as in the paper", {}),
+    ("weight decay 0.05", {"weight_decay": 0.05}),
+    ("beta 1 from the start", {"beta_start": 1.0}),
+    ("softplus", {"parameterization": "softplus"}),
+    ("log variances from -6", {"logvar_init": -6.0}),
+    ("sigma from 1 % of each tensor's RMS", {"relative_std": 0.01}),
+)
+
+
+def app_c(cards: Sequence[Card]) -> Numbers:
+    """Top-1, ECE and spikes of the gradient with one change of appendix C undone at a time."""
+    base, rows = paper_like(cards), []
+    for change, wanted in APPENDIX_C:
+        group = paper_like(cards, **wanted)
+        row: dict[str, Any] = {"change": change}
+        for metric in ("top1", "ece"):
+            read = _metric(MEANS, metric)
+            values = [read(c) for c in group]
+            row[metric] = estimate(None if v is None else 100 * v for v in values)
+            row[f"{metric}_delta"] = against(group, base, read, read, metric) if wanted else None
+        shares = [spikes(c) for c in group]
+        row["spikes"] = estimate(None if v is None else 100 * v for v in shares)
+        row["logvar_spread"] = estimate(c.facts["logvar_spread"] for c in group)
+        rows.append(row)
+    return {"rows": rows, "stamp": stamp(base)}
 
 
 def overview(cards: Sequence[Card]) -> list[dict[str, Any]]:

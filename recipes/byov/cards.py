@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,7 +184,7 @@ def paper_like(cards: Sequence[Card], **wanted: Any) -> list[Card]:
     """BYOV as the paper has it: annealed beta, all else untouched, save for what is wanted."""
     paper = {"objective": "byol", "conversion": "full", "beta_start": 0.0, "beta_end": 1.0,
              "prior": "zero", "weight_decay": 0.0}  # fmt: skip
-    return _usual(cards, select(cards, **(paper | wanted)))
+    return _usual(cards, select(cards, **(paper | wanted)), but=set(wanted))
 
 
 # What the table of priors and betas varies; all else makes a run an ablation.
@@ -192,9 +192,9 @@ _VARIED = {"seed", "objective", "conversion", "prior", "beta_start", "beta_end",
            "weight_decay"}  # fmt: skip
 
 
-def _usual(cards: Sequence[Card], of: Sequence[Card]) -> list[Card]:
+def _usual(cards: Sequence[Card], of: Sequence[Card], but: Collection[str] = ()) -> list[Card]:
     """Those that are no ablation: in every other field they have what most of the cards have."""
-    usual = {f: v for f, v in _usual_values(cards).items() if f not in _VARIED}
+    usual = {f: v for f, v in _usual_values(cards).items() if f not in _VARIED.union(but)}
 
     def common(card: Card) -> bool:
         config = card.config.to_json()

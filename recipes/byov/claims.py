@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .assemble import PRIORS, fig1b, fig3, fig4shift, fig5, fig7
+from .assemble import PRIORS, fig1b, fig3, fig4shift, fig5, fig7, spikes
 from .cards import (
     ENOUGH,
     Card,
@@ -192,6 +192,16 @@ def _flipout(cards: Sequence[Card]) -> Estimate | None:
     return estimate(found)
 
 
+def _more_spikes(cards: Sequence[Card]) -> Estimate | None:
+    """Share of steps with a spike of the gradient: softplus less exp, paired by seed."""
+    exp = {c.seed: spikes(c) for c in paper_like(cards)}
+    found = []
+    for card in paper_like(cards, parameterization="softplus"):
+        mine, other = spikes(card), exp.get(card.seed)
+        found.append(None if mine is None or other is None else 100 * (mine - other))
+    return estimate(found)
+
+
 def _fully_best(cards: Sequence[Card]) -> Estimate | None:
     """Top-1 of the fully Bayesian model less that of the best partial one, means of the seeds."""
     partial = []
@@ -268,6 +278,10 @@ CLAIMS: tuple[Claim, ...] = (
           _flipout, True, low=float("-inf"), high=math.log(1.5)),
     Claim("App. C", "no weight decay over weight decay, BYOV, top-1", None, "points",
           _between("top1", {}, {"weight_decay": 0.05})),
+    Claim("App. C", "beta 0 -> 1 over 1 -> 1, BYOV, top-1", None, "points",
+          _between("top1", {}, {"beta_start": 1.0})),
+    Claim("App. C", "gradient spikes with softplus over those with exp", None, "% of steps",
+          _more_spikes),
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ BetaShape = Literal["cosine", "linear", "constant"]
 Reduction = Literal["num_weights", "num_data", "sum"]
 OptimizerName = Literal["adamw", "lars"]
 Augmentation = Literal["imagenet", "cifar"]
+Parameterization = Literal["exp", "softplus"]
 
 _PATCH = re.compile(r"_patch(\d+)")
 
@@ -43,8 +44,12 @@ class BYOVConfig:
             deterministic BYOL. [BYOV] table 1
         prior: "zero" is N(0, I), "teacher-mean" N(mu_T, I), "teacher" N(mu_T, Sigma_T). [BYOV] 3
         prior_var_floor: Least variance of Sigma_T, which starts at 0. Assumed
+        parameterization: "exp" trains the log variance; "softplus" a rho, sigma = softplus(rho), of
+            which a step moves the log variance up to twice as far. [BYOV] appendix C: exp
         logvar_init: Log variance of every weight at the start, log of squared weight units.
             [BYOV] appendix C: -10
+        relative_std: Standard deviation of every weight at the start, in units of its tensor's root
+            mean square, in place of logvar_init; 0 is logvar_init. Assumed: 0
         kl_reduction: What the summed KL is divided by: number of weights, of images, or 1. Assumed
         beta_start: KL weight at the first step, at least 0. [BYOV] table 1: 0
         beta_end: KL weight at the last step, at least 0. [BYOV] table 1: 1
@@ -96,7 +101,9 @@ class BYOVConfig:
     conversion: Conversion = "full"
     prior: PriorName = "zero"
     prior_var_floor: float = 1e-6
+    parameterization: Parameterization = "exp"
     logvar_init: float = -10.0
+    relative_std: float = 0.0
     kl_reduction: Reduction = "num_weights"
     beta_start: float = 0.0
     beta_end: float = 1.0
@@ -327,7 +334,7 @@ def _problems(c: BYOVConfig) -> list[str]:
 
     for name in ("beta_start", "beta_end", "negatives_weight", "weight_decay", "clip_norm",
                  "warmup_epochs", "augmentation_strength", "predictor_lr_ratio",
-                 "logvar_lr_ratio", "tau_batch", "seed"):  # fmt: skip
+                 "logvar_lr_ratio", "relative_std", "tau_batch", "seed"):  # fmt: skip
         value = getattr(c, name)
         want(value >= 0, f"{name} must be at least 0, not {value!r}.")
     for name in ("epochs", "batch_size", "image_size", "projector_hidden", "projector_out",
@@ -366,6 +373,10 @@ def _problems(c: BYOVConfig) -> list[str]:
     want(
         c.objective == "byol" or c.prior == "zero",
         f"prior {c.prior!r} needs a teacher: objective 'supervised' has none.",
+    )
+    want(
+        not c.relative_std or c.logvar_init == BYOVConfig.logvar_init,
+        "logvar_init has no use with a relative_std: each tensor starts at its own.",
     )
     want(
         c.predictor != "none" or c.predictor_lr_ratio == 1.0,

@@ -67,6 +67,9 @@ FIGURES: tuple[Figure, ...] = (
            ("latents",), assemble.fig7),
     Figure("appB", "Appendix B: variance of the gradient by estimator",
            "Large batches negate the need for Flipout.", ("gradients",), assemble.app_b),
+    Figure("appC", "Appendix C: what BYOL and BBB needed to go together",
+           "No weight decay and an annealed beta; for stability exp in place of softplus, and log "
+           "variances that start at -10.", ("eval",), assemble.app_c),
     Figure("table1", "Table 1: what is Bayesian",
            "A fully Bayesian model is the best of its class.", ("eval",), assemble.table1),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Signs that training goes wrong: embeddings that collapse, a posterior that does not move."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,22 +119,28 @@ class PosteriorHealth:
 
 
 @torch.no_grad()
+def initial_logvars(model: nn.Module) -> dict[str, float]:
+    """The one logvar of each tensor of a model that was converted just now, by name."""
+    return {p.name: p.logvar.flatten()[0].item() for p in bb.posteriors(model)}
+
+
+@torch.no_grad()
 def posterior_health(
-    model: nn.Module, *, initial_logvar: float, prior_std: float = 1.0
+    model: nn.Module, *, initial_logvar: Mapping[str, float], prior_std: float = 1.0
 ) -> PosteriorHealth:
-    """Measure the posterior of a model whose logvar started at one value.
+    """Measure how far the posterior of a model has moved from where it started.
 
     Args:
         model: A converted model.
-        initial_logvar: Where every logvar started.
+        initial_logvar: Where the logvar of each tensor started, as :func:`initial_logvars` has it.
         prior_std: Standard deviation of the prior that ``prior_share`` compares with.
     """
     travel = wide = spread = 0.0
     weights = in_matrices = 0
-    for _, mean, sharded, _ in bb.posteriors(model):
+    for name, mean, sharded, _ in bb.posteriors(model):
         logvar = gathered(sharded).float()
         weights += logvar.numel()
-        travel += float((logvar - initial_logvar).abs().sum())
+        travel += float((logvar - initial_logvar[name]).abs().sum())
         wide += float((logvar > 2 * math.log(prior_std / 2)).sum())
         if mean.ndim > 1:
             in_matrices += logvar.numel()

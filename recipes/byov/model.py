@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bayesify import (
     ArgumentError,
+    BBBConfig,
     GaussianPrior,
     ModelSpec,
     create_model,
@@ -165,8 +166,11 @@ def convert_(model: nn.Module, config: BYOVConfig) -> nn.Module:
             model,
             preset=config.conversion,
             prior=GaussianPrior(),
-            logvar=config.logvar_init,
+            logvar=None if config.relative_std else config.logvar_init,
             estimator=config.estimator,  # type: ignore[arg-type]
+            config=BBBConfig(
+                relative_std=config.relative_std or None, parameterization=config.parameterization
+            ),
         )
     return model
 

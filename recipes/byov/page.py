@@ -176,6 +176,8 @@ def _section(section: Section, folder: Path) -> str:
             )
         if section.name == "table1":
             parts.append(_table1(section.numbers))
+        if section.name == "appC":
+            parts.append(table(APP_C, appendix_c(section.numbers), range(1, len(APP_C))))
         if section.name == "fig4":
             parts.append(_gaps(section.numbers))
     return "".join([*parts, "</section>"])
@@ -202,6 +204,21 @@ def _table1(numbers: dict[str, Any]) -> str:
         "n",
     )
     return table(columns, rows, range(3, 8))
+
+
+APP_C = ("BYOV, N(0, I)", "top-1", "against the paper's", "ECE", "against the paper's",
+         "spikes, % of steps", "std(logvar)", "n")  # fmt: skip
+
+
+def appendix_c(numbers: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of appendix C's table: percent, and differences in points, plus being better."""
+    keys = ("top1_delta", "ece", "ece_delta", "spikes", "logvar_spread")
+    rows = []
+    for r in numbers["rows"]:
+        shown = ["" if r[key] is None else number(r[key]) for key in keys]
+        n = "" if r["top1"] is None else str(r["top1"].n)
+        rows.append((r["change"], number(r["top1"]), *shown, n))
+    return rows
 
 
 def _gaps(numbers: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from bayesify.storage import replacing
 from . import checkpoint
 from .config import BYOVConfig, RunConfig
 from .data import Source, in_memory
-from .health import posterior_health
+from .health import initial_logvars, posterior_health
 from .journal import read_log
 from .measure import Reading, Rows, refresh_batchnorm_
 from .model import Student, build_student, convert_
@@ -52,6 +52,7 @@ class Run:
         steps: Of the whole run.
         workers: Processes that read images which are not in memory.
         log: Lines of its log.
+        initial_logvar: Where the logvar of each tensor started, by name.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class Run:
     steps: int
     workers: int
     log: list[dict[str, Any]] = field(repr=False)
+    initial_logvar: dict[str, float] = field(repr=False)
 
     @property
     def encoder(self) -> Any:
@@ -75,7 +77,7 @@ class Run:
         """What every result says of its run."""
         travel = None
         if self.config.bayesian:
-            health = posterior_health(self.model, initial_logvar=self.config.logvar_init)
+            health = posterior_health(self.model, initial_logvar=self.initial_logvar)
             travel = health.logvar_travel
         spread = logvar_spread(self.model) if self.config.bayesian else None
         return {
@@ -141,6 +143,8 @@ def open_run(
         network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
         teacher = network.to(here).eval()
     model = convert_(plain, config)
+    # checkpoints that do not say it are of runs with one value for all tensors
+    initial_logvar = saved.get("initial_logvar") or initial_logvars(model)
     try:
         model.load_state_dict(saved["student"])
     except RuntimeError as error:  # the twin's classifier has the classes of its own data
@@ -164,6 +168,7 @@ def open_run(
         steps,
         workers,
         log,
+        initial_logvar,
     )
 
 

@@ -17,6 +17,7 @@ from bayesify import ArgumentError, kl_divergence, kl_scale, noise_budget, one_d
 from .checkpoint import copy_into
 from .config import BYOVConfig, RunConfig
 from .data import Views
+from .health import initial_logvars
 from .model import Student, batch_optimal, build_student, convert_
 from .objective import byol_loss, negatives_loss
 from .optimizer import make_optimizer
@@ -71,6 +72,7 @@ class Stepper:
         self.config, self.run, self.world = config, run, world
         self._num_classes = num_classes
         self.model, self.teacher = self._built()
+        self.initial_logvar = initial_logvars(self.model) if config.bayesian else {}
         if run.shard:
             shard_([self.model], world)
             if self.teacher is not None:
@@ -106,6 +108,7 @@ class Stepper:
             "teacher": None if self.teacher is None else self.teacher.tensors(),
             "optimizer": self.optimizer.state_dict(),
             "probe": None if self.probe is None else self.probe.state_dict(),
+            "initial_logvar": self.initial_logvar,
         }
         return gathered_state(found, keep=self.world.first) if self.run.shard else found
 
@@ -115,6 +118,7 @@ class Stepper:
         Raises:
             CheckpointError: A name or a shape differs.
         """
+        self.initial_logvar = saved.get("initial_logvar", self.initial_logvar)
         copy_into(self.model.state_dict(), saved["student"])
         self.optimizer.load_state_dict(placed_state(saved["optimizer"], self.optimizer))
         if self.teacher is not None:

@@ -173,7 +173,10 @@ def _train(
     start = 0
     if started_from is not None:
         saved = checkpoint.read(started_from)
-        checkpoint.check_same(started_from, saved["identity"], identity)
+        # a field younger than the checkpoint had its default then
+        checkpoint.check_same(
+            started_from, {**BYOVConfig().to_json(), **saved["identity"]}, identity
+        )
         start, alarms, best = saved["step"], saved["alarms"], saved["best"]
         stepper.load_state(saved)
         layers = saved["layers"]
@@ -232,7 +235,8 @@ def _train(
                 alarms = alarms + 1 if alarmed else 0
             if config.bayesian:
                 logvar_lr = config.peak_lr * config.logvar_lr_ratio
-                health = posterior_health(model, initial_logvar=config.logvar_init)
+                per_step = 1 if config.parameterization == "exp" else 2  # d logvar / d rho, at most
+                health = posterior_health(model, initial_logvar=stepper.initial_logvar)
                 layers.append(health.layers)
                 values |= {
                     "logvar_lr": logvar_lr * factor,
