@@ -73,7 +73,8 @@ class Slot:
 class OwnerState:
     """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``.
 
-    ``seldom`` are the slots that a call of the module left unread, by method and grad mode.
+    ``seldom`` are the slots that a call of the module left unread, ``lowered`` the dtypes of those
+    that it read in autocast's alone, both by method and grad mode.
     """
 
     slots: dict[str, Slot] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class OwnerState:
     spec: Any = None
     extend: Callable[[nn.Module], None] | None = None
     seldom: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+    lowered: dict[tuple[str, int], dict[int, torch.dtype]] = field(default_factory=dict)
     handle: int = field(default_factory=lambda: next(_uids))
 
     def __reduce__(self) -> tuple[Any, ...]:

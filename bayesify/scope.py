@@ -29,18 +29,19 @@ class Scope:
     """One draw of every weight: a seed and the tensors realised from it so far.
 
     Tensors are kept per (slot, grad mode): one drawn without a graph must not serve a call that
-    needs gradients.
+    needs gradients. One in autocast's dtype stands beside that in the mean's.
     """
 
-    __slots__ = ("compiled", "drawing", "filled", "keys", "reads", "realised", "seed")
+    __slots__ = ("compiled", "drawing", "filled", "keys", "lowered", "reads", "realised", "seed")
 
     def __init__(self, seed: Tensor | None, keys: dict[int, int] | None = None) -> None:
         self.seed = seed
         self.drawing = seed is not None
         self.keys = {} if keys is None else keys
-        self.realised: dict[tuple[int | str, ...], Tensor] = {}
+        self.realised: dict[tuple[Any, ...], Tensor] = {}
         self.filled: set[tuple[int, int]] = set()  # what needs no look again: (module, grad mode)
         self.reads: set[tuple[int, int]] = set()
+        self.lowered: set[tuple[int, int, torch.dtype]] = set()  # reads in autocast's dtype
         self.compiled = False  # whether compiled code has read something, which is not in reads
 
     def clear(self) -> None:
@@ -63,6 +64,22 @@ class Scope:
         else:
             self.reads.add((slot.uid, grad_mode()))
         return self.draw(module, attribute, slot)
+
+    def read_lowered(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
+        """As :meth:`read`, for operations that autocast lowers: in its dtype where it is on.
+
+        The numbers are those that autocast would make of the draw, once for all reads.
+        """
+        mean, _ = tensors_of(module, attribute, slot)
+        dtype = autocast_dtype(mean)
+        if dtype is None or torch.compiler.is_compiling():
+            return self.read(module, attribute, slot)
+        index = (slot.uid, grad_mode(), dtype)
+        self.lowered.add(index)
+        tensor = self.realised.get(index)
+        if tensor is None:
+            tensor = self.realised[index] = self.draw(module, attribute, slot).to(dtype)
+        return tensor
 
     def draw(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """As :meth:`read`, but no read."""
@@ -108,6 +125,14 @@ def grad_mode() -> int:
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return 2
     return int(torch.is_grad_enabled())
+
+
+def autocast_dtype(mean: Tensor) -> torch.dtype | None:
+    """To what autocast lowers a weight now; None if it leaves it as it is."""
+    kind = mean.device.type
+    if mean.dtype is not torch.float32 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class _Mode:
@@ -175,11 +200,19 @@ def as_seed(seed: int | Tensor | None) -> Tensor:
     return torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
-def read(module: nn.Module, attribute: str) -> Tensor:
-    """What a rewritten forward reads instead of ``module.attribute``."""
+def read(module: nn.Module, attribute: str, autocast: bool = False) -> Tensor:
+    """What a rewritten forward reads instead of ``module.attribute``.
+
+    Args:
+        module: The owner.
+        attribute: Of the parameter.
+        autocast: Whether autocast lowers the weight in every operation that takes this read.
+    """
     slot = module.__dict__[STATE].slots[attribute]
     scope = LOCAL.scope
     assert scope is not None
+    if autocast:
+        return scope.read_lowered(module, attribute, slot)
     return scope.read(module, attribute, slot)
 
 
@@ -215,12 +248,14 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     if (id(module), mode) in scope.filled:
         return []
     compiling = torch.compiler.is_compiling()
-    seldom = set() if compiling else module.__dict__[STATE].seldom.get((method, mode), set())
+    state = module.__dict__[STATE]
+    seldom = set() if compiling else state.seldom.get((method, mode), set())
+    lowered = {} if compiling else state.lowered.get((method, mode), {})
     drawn: list[Slot] = []
     scope.filled.add((id(module), mode))
     seen: dict[int, int] = {}
     together = grouped.possible()
-    items: dict[tuple[int | str, ...], grouped.Item] = {}
+    items: dict[tuple[Any, ...], grouped.Item] = {}
     slots: list[Slot] = []
     for child in module.modules():
         state = owner_state(child)
@@ -231,7 +266,12 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 # a copy of a layer in the same model: not the same noise
                 scope.keys.setdefault(slot.uid, fold(slot.key, 1 + len(scope.keys)))
             mean, raw = tensors_of(child, attribute, slot)
-            index: tuple[int | str, ...] = (slot.uid, mode)
+            index: tuple[Any, ...] = (slot.uid, mode)
+            dtype = lowered.get(slot.uid)
+            if dtype is not None and dtype == autocast_dtype(mean):
+                index = (*index, dtype)
+            else:
+                dtype = None
             if type(mean) is not nn.Parameter or index in scope.realised:
                 continue
             if slot.estimator != "weight" or slot.uid in seldom:
@@ -240,11 +280,15 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 drawn.append(slot)
             if together and slot.parameterization == "exp" and grouped.suits(mean, raw):
                 if index not in items:
-                    items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers)
+                    items[index] = grouped.Item(
+                        mean, raw, scope.key_of(slot), slot.buffers, dtype
+                    )
                     slots.append(slot)
                     slot.drawn = None
-            else:
+            elif dtype is None:
                 scope.draw(child, attribute, slot)
+            else:
+                scope.read_lowered(child, attribute, slot)
     if items:
         assert scope.seed is not None
         # as in realise
@@ -256,11 +300,22 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
 
 
 def _note_unread(module: nn.Module, method: str, scope: Scope, drawn: list[Slot]) -> None:
-    """Remember which weights a call drew in vain: later calls draw them when they read them."""
+    """Remember which weights a call drew in vain: later calls draw them when they read them.
+
+    And which it read in autocast's dtype alone: later calls draw them in it.
+    """
     if scope.compiled:
         return
     mode = grad_mode()
-    unread = [slot for slot in drawn if (slot.uid, mode) not in scope.reads]
+    used = {(uid, of): dtype for uid, of, dtype in scope.lowered}
+    whole = module.__dict__[STATE].lowered.setdefault((method, mode), {})
+    for slot in drawn:
+        dtype = used.get((slot.uid, mode))
+        if dtype is not None and (slot.uid, mode) not in scope.reads:
+            whole[slot.uid] = dtype
+        elif (slot.uid, mode) in scope.reads:
+            whole.pop(slot.uid, None)
+    unread = [s for s in drawn if (s.uid, mode) not in scope.reads and (s.uid, mode) not in used]
     if unread:
         seldom = module.__dict__[STATE].seldom.setdefault((method, mode), set())
         seldom.update(slot.uid for slot in unread)

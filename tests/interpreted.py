@@ -119,6 +119,28 @@ def test_gradients_are_those_of_the_plain_version(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=2e-6)
 
 
+def test_draws_in_the_dtype_of_autocast() -> None:
+    seed = torch.tensor(3)
+    kinds = (None, torch.bfloat16, torch.float16)
+    items = [
+        item._replace(dtype=kinds[i % 3]) for i, item in enumerate(items_of(torch.float32))
+    ]
+    for item, (value, hook) in zip(items, grouped.draw(items, seed), strict=True):
+        dtype = item.dtype or torch.float32
+        assert value.dtype == dtype
+        assert hook is not None
+        # a sum that is rounded otherwise in float32 may be so in the last bit of the other dtype
+        bound = ROUNDING[dtype]
+        torch.testing.assert_close(value, plain(item, seed).to(dtype), rtol=bound, atol=2e-6)
+        upstream = torch.randn(item.mean.shape).to(dtype)
+        found = torch.autograd.grad(value, [item.mean, item.logvar], upstream)
+        lowered = plain(item, seed).to(dtype)
+        expected = torch.autograd.grad(lowered, [item.mean, item.logvar], upstream)
+        assert found[0].dtype == found[1].dtype == torch.float32
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=2e-6)
+
+
 def test_a_gradient_that_is_not_contiguous() -> None:
     item = grouped.Item(
         nn.Parameter(torch.randn(6, 50)), nn.Parameter(torch.randn(6, 50)), 5, Buffers()

@@ -65,14 +65,16 @@ def arguments(common: bool) -> Iterator[tuple[str, dict[str, str], dict[str, Any
         return {"DRAWN": drawn, "KL": kl, "MEAN_STRIDE": stride, "VAR_STRIDE": 0, "WIDE": False}
 
     if common:
-        yield "draw_kernel", table, {"TYPE": tl.float32, "WIDE": False}
+        for out in (tl.float32, tl.bfloat16):
+            yield "draw_kernel", table, {"TYPE": tl.float32, "OUT": out, "WIDE": False}
         yield "noise_kernel", {"out": "*fp32", **draw}, {"WIDE": False}
         yield "kl_kernel", {**table, "partial": "*fp32"}, {}
-        yield "backward_kernel", backward, flags(True, True, 0)
+        for grad in ("*fp32", "*bf16"):
+            yield "backward_kernel", {**backward, "grad": grad}, flags(True, True, 0)
         return
     for dtype in (tl.bfloat16, tl.float16, tl.float64):
         wide = dtype is tl.float64
-        yield "draw_kernel", table, {"TYPE": dtype, "WIDE": wide}
+        yield "draw_kernel", table, {"TYPE": dtype, "OUT": dtype, "WIDE": wide}
     yield "noise_kernel", {"out": "*fp64", **draw}, {"WIDE": True}
     yield "backward_kernel", backward, flags(True, False, 0)
     yield "backward_kernel", backward, flags(False, True, 1)

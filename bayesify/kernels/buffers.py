@@ -14,31 +14,35 @@ _MOST = 3
 
 
 class Buffers:
-    """Storages of one size that are handed out again once nobody else holds them.
+    """Storages of one tensor's size that are handed out again once nobody else holds them.
 
-    At most three are kept, which is what a training step holds at once: the draw, what its
-    backward needs, and a gradient. Whoever keeps more gets memory of their own.
+    At most three of a dtype are kept, which is what a training step holds at once: the draw, what
+    its backward needs, and a gradient. Whoever keeps more gets memory of their own.
     """
 
-    __slots__ = ("_storages",)
+    __slots__ = ("_like", "_storages")
 
     def __init__(self) -> None:
-        self._storages: list[torch.UntypedStorage] = []
+        self._storages: dict[torch.dtype, list[torch.UntypedStorage]] = {}
+        self._like: tuple[int, torch.dtype] | None = None
 
-    def take(self, like: Tensor) -> Tensor:
-        """A tensor of the shape and dtype of ``like``, contiguous, with any content."""
-        size = like.numel() * like.element_size()
+    def take(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the shape of ``like`` and a dtype, its own by default, with any content."""
+        dtype = like.dtype if dtype is None else dtype
         with _LOCK:
-            for storage in self._storages:
-                if storage.nbytes() == size and _USE_COUNT(storage._cdata) == 1:
+            if self._like != (like.numel(), like.dtype):
+                self._storages.clear()
+                self._like = like.numel(), like.dtype
+            kept = self._storages.setdefault(dtype, [])
+            for storage in kept:
+                if _USE_COUNT(storage._cdata) == 1:
                     # a tensor of its own, whose version nobody has seen
-                    return torch.empty(0, dtype=like.dtype).set_(
+                    return torch.empty(0, dtype=dtype).set_(
                         storage, 0, like.shape, _contiguous(like.shape)
                     )
-            tensor = torch.empty(like.shape, dtype=like.dtype)
-            self._storages = [s for s in self._storages if s.nbytes() == size]
-            if len(self._storages) < _MOST:
-                self._storages.append(tensor.untyped_storage())
+            tensor = torch.empty(like.shape, dtype=dtype)
+            if len(kept) < _MOST:
+                kept.append(tensor.untyped_storage())
             return tensor
 
     def clear(self) -> None:

@@ -21,8 +21,11 @@ _PIECE = 1 << 17
 
 def draw(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor, Tensor | None]]:
     """Each draw, and for its backward ``half = sigma * noise / 2``: by the log variance."""
-    values = [item.buffers.take(item.mean) for item in items]
-    halves = [item.buffers.take(item.mean) for item in items] if gradient else values
+    values = [item.buffers.take(item.mean, item.dtype) for item in items]
+    halves = [
+        item.buffers.take(item.mean) if gradient or value.dtype != item.mean.dtype else value
+        for item, value in zip(items, values, strict=True)
+    ]
     fill_normal([(h, fold(seed, i.key)) for h, i in zip(halves, items, strict=True)], std=0.5)
     with torch.no_grad():
         for item, half, value in zip(items, halves, values, strict=True):
@@ -40,7 +43,7 @@ def _finish(*tensors: Tensor) -> None:
             torch.mul(logvar, 0.5, out=value).exp_()
             half.mul_(value)
         else:
-            half.mul_(torch.mul(logvar, 0.5).exp_().to(value.dtype))
+            half.mul_(torch.mul(logvar, 0.5).exp_().to(half.dtype))
         torch.add(mean, half, alpha=2, out=value)
 
 

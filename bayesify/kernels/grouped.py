@@ -21,12 +21,13 @@ from .noise import noise
 
 
 class Item(NamedTuple):
-    """One tensor to draw: N(mean, exp(logvar)), its noise key and its memory."""
+    """One tensor to draw: N(mean, exp(logvar)), its noise key, its memory, the dtype of the draw."""
 
     mean: nn.Parameter
     logvar: nn.Parameter
     key: int
     buffers: Buffers
+    dtype: torch.dtype | None = None  # of the mean
 
 
 def possible() -> bool:

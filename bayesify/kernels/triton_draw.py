@@ -46,7 +46,7 @@ def fill_normal(tensor: Tensor, seed: int, key: int) -> None:
 
 def draw(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor, None]]:
     """Each draw; nothing is kept of it for the backward."""
-    values = [torch.empty_like(item.mean, requires_grad=False) for item in items]
+    values = [torch.empty_like(i.mean, dtype=i.dtype, requires_grad=False) for i in items]
     _fill(items, [seed], [value.unsqueeze(0) for value in values])
     return [(value, None) for value in values]
 
@@ -74,12 +74,13 @@ class Repeated:
 
 def _fill(items: Sequence[Item], seeds: Sequence[int], values: Sequence[Tensor]) -> None:
     """Draw under each seed, ``values[i][k]`` being the draw of item ``i`` under seed ``k``."""
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[Item, Tensor]]] = {}
+    groups: dict[Any, list[tuple[Item, Tensor]]] = {}
     for item, value in zip(items, values, strict=True):
         if item.mean.numel():
-            group = groups.setdefault((item.mean.device, item.mean.dtype), [])
-            group.append((item, value))
-    for (device, dtype), members in groups.items():
+            kind: Any = (item.mean.device, item.mean.dtype, value.dtype)
+            groups.setdefault(kind, []).append((item, value))
+    for kind, members in groups.items():
+        device, dtype, lowered = kind
         sizes = tuple(item.mean.numel() for item, _ in members for _ in seeds)
         starts, rows = _blocks(device, sizes)
         table = [
@@ -93,7 +94,7 @@ def _fill(items: Sequence[Item], seeds: Sequence[int], values: Sequence[Tensor])
         filled = [(*row, start) for row, start in zip(table, starts, strict=True)]
         with torch.cuda.device_of(members[0][1]):
             kernels.draw_kernel[(rows.numel(),)](
-                _upload(filled, torch.int64, device), rows, _TYPES[dtype],
+                _upload(filled, torch.int64, device), rows, _TYPES[dtype], _TYPES[lowered],
                 dtype is torch.float64, BLOCK, **OPTIONS,
             )  # fmt: skip
 

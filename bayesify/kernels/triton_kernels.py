@@ -82,13 +82,15 @@ def _draw_part(
 
 
 @triton.jit
-def draw_kernel(table, rows, TYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def draw_kernel(
+    table, rows, TYPE: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
     """``out = mean + exp(logvar / 2) * noise`` for the tensor of each row of ``table``."""
     program = tl.program_id(0)
     entry = table + tl.load(rows + program) * 7
     mean = tl.multiple_of(tl.load(entry).to(tl.pointer_type(TYPE)), 16)
     logvar = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(tl.float32)), 16)
-    out = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(TYPE)), 16)
+    out = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(OUT)), 16)
     seed = tl.load(entry + 3)
     key = tl.load(entry + 4)
     n = tl.load(entry + 5)

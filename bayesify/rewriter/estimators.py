@@ -25,7 +25,7 @@ from ..scope import LOCAL, Scope
 from .tracer import Trace
 from .writer import Expression, access
 
-_LINEAR: dict[Any, tuple[str, int]] = {
+LINEAR: dict[Any, tuple[str, int]] = {
     torch._C._nn.linear: ("torch._C._nn.linear", 2),
     torch.conv1d: ("torch.conv1d", 3),
     torch.conv2d: ("torch.conv2d", 4),
@@ -36,7 +36,7 @@ _LINEAR: dict[Any, tuple[str, int]] = {
 }
 """Operations (input, weight, bias, ...) in each of whose sums a weight stands once: how generated
 code names them, and the dimensions of the weight."""
-_DIMENSIONS = {source.rpartition(".")[2]: dim for source, dim in _LINEAR.values()}
+_DIMENSIONS = {source.rpartition(".")[2]: dim for source, dim in LINEAR.values()}
 _DIMENSIONS["embedding"] = 2
 _OUTPUT, _IN_SIGNS, _OUT_SIGNS = 1, 2, 3  # families of noise beside that of the draw
 
@@ -230,7 +230,7 @@ def _obstacle(node: fx.Node) -> str | None:
         return f"{len(node.users)} operations read it"
     (user,) = node.users
     name = getattr(user.target, "__name__", str(user.target))
-    if user.op != "call_function" or (user.target not in _LINEAR and user.target != F.embedding):
+    if user.op != "call_function" or (user.target not in LINEAR and user.target != F.embedding):
         return f"{name} reads it"
     given = _arguments(user)
     if given.get("weight") is not node or given["input"] is node or given.get("bias") is node:
@@ -267,7 +267,7 @@ def _exchange(trace: Trace, node: fx.Node, estimator: str, wanted: dict[fx.Node,
             and trace.parameters[bias.name][0] == path
         ):
             bias = trace.parameters[bias.name][1]
-        operation: Any = Expression(_LINEAR[user.target][0])
+        operation: Any = Expression(LINEAR[user.target][0])
         call, first = linear, (operation, owner, weight, bias, given["input"])
     user.target, user.args = call, (*first, *user.args[len(names) :])
     user.kwargs = {k: v for k, v in user.kwargs.items() if k not in names}

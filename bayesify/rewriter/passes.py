@@ -8,16 +8,24 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch import fx
 
 from .. import scope
-from .estimators import RUNTIME
+from .estimators import LINEAR, RUNTIME
 from .tracer import Trace
 from .writer import Expression, access
 
 
-def draw(module: Any, attribute: str) -> Any:
-    """Read one parameter of a rewritten forward: its draw in the present scope."""
-    return scope.read(module, attribute)
+_LOWERED = frozenset((*LINEAR, torch.matmul, torch.addmm, torch.mm, torch.bmm, torch.baddbmm))
+"""Operations whose arguments autocast lowers on every device."""
+
+
+def draw(module: Any, attribute: str, autocast: bool = False) -> Any:
+    """Read one parameter of a rewritten forward: its draw in the present scope.
+
+    With ``autocast`` it goes into operations alone that autocast lowers.
+    """
+    return scope.read(module, attribute, autocast)
 
 
 def reads_to_draws(trace: Trace, bayesian: Collection[tuple[tuple[str, ...], str]]) -> int:
@@ -38,8 +46,21 @@ def reads_to_draws(trace: Trace, bayesian: Collection[tuple[tuple[str, ...], str
         path, attribute = where
         node.op, node.target = "call_function", draw
         node.args = (Expression(access(path)), attribute)
+        if _is_lowered(node):
+            node.kwargs = {"autocast": True}
         count += 1
     return count
+
+
+def _is_lowered(node: fx.Node) -> bool:
+    """Whether autocast, where it is on, lowers this read in all that is done with it."""
+    here = node.meta.get("context")
+    return bool(node.users) and all(
+        user.op == "call_function"
+        and user.target in _LOWERED
+        and user.meta.get("context") == here
+        for user in node.users
+    )
 
 
 def _argument(expression: Expression) -> Any:
