@@ -280,9 +280,7 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 drawn.append(slot)
             if together and slot.parameterization == "exp" and grouped.suits(mean, raw):
                 if index not in items:
-                    items[index] = grouped.Item(
-                        mean, raw, scope.key_of(slot), slot.buffers, dtype
-                    )
+                    items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers, dtype)
                     slots.append(slot)
                     slot.drawn = None
             elif dtype is None:

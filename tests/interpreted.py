@@ -122,9 +122,7 @@ def test_gradients_are_those_of_the_plain_version(dtype: torch.dtype) -> None:
 def test_draws_in_the_dtype_of_autocast() -> None:
     seed = torch.tensor(3)
     kinds = (None, torch.bfloat16, torch.float16)
-    items = [
-        item._replace(dtype=kinds[i % 3]) for i, item in enumerate(items_of(torch.float32))
-    ]
+    items = [item._replace(dtype=kinds[i % 3]) for i, item in enumerate(items_of(torch.float32))]
     for item, (value, hook) in zip(items, grouped.draw(items, seed), strict=True):
         dtype = item.dtype or torch.float32
         assert value.dtype == dtype

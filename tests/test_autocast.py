@@ -1,4 +1,4 @@
-"""Draws in autocast's dtype: the numbers of float32 draws that autocast lowers, at half the size."""
+"""Draws in autocast's dtype: the numbers of float32 draws that autocast lowers."""
 
 import copy
 from collections.abc import Iterator
@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 import bayesify
 from bayesify import draws, kl_divergence, one_draw, sampled, to_bbb
 from bayesify.kernels import grouped
+from bayesify.kernels.noise import fold
 
 
 class Net(nn.Module):
-    """A convolution, a norm, a bare product, a layer that is called twice, and one in float32."""
+    """A convolution, a norm, products, a layer that is called twice, and a part in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,12 +26,13 @@ class Net(nn.Module):
         self.mix = nn.Parameter(torch.randn(8, 8) / 3)
         self.twice = nn.Linear(8, 8)
         self.head = nn.Linear(8, 5)
+        self.turn = nn.Parameter(torch.randn(5, 5))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x).mean((2, 3)).float())
         y = self.twice(self.twice(y @ self.mix))
         with torch.autocast("cpu", enabled=False):
-            logits: Tensor = self.head(y.float())
+            logits: Tensor = self.head(y.float()) @ self.turn
         return logits
 
 
@@ -51,7 +53,7 @@ def _autocast() -> Iterator[None]:
 
 def reference(model: nn.Module, seed: int) -> Tensor:
     """Float32 draws, which autocast lowers itself."""
-    out: Tensor = functional_call(model, draws(model, seed), (X,))
+    out: Tensor = functional_call(Net(), draws(model, seed), (X,))
     return out
 
 
@@ -87,9 +89,7 @@ def test_outputs_and_gradients_are_those_of_lowered_float32_draws(model: nn.Modu
             # the sum over two calls of a layer is one in bfloat16, as for a deterministic model
             rtol = 2e-2 if name.startswith("twice") else 1e-6
             scale = float(wanted[name].abs().max())
-            torch.testing.assert_close(
-                value, wanted[name], rtol=rtol, atol=rtol * scale, msg=name
-            )
+            torch.testing.assert_close(value, wanted[name], rtol=rtol, atol=rtol * scale, msg=name)
 
 
 def test_only_what_autocast_lowers_is_drawn_in_its_dtype(
@@ -99,16 +99,11 @@ def test_only_what_autocast_lowers_is_drawn_in_its_dtype(
     seen = dtypes(monkeypatch)
     model(X)
     assert seen.count(torch.bfloat16) == 5  # conv and twice with their biases, mix
-    assert seen.count(torch.float32) == 4  # norm and head
+    assert seen.count(torch.float32) == 5  # norm, head, turn
     with torch.autocast("cpu", enabled=False):
         seen.clear()
         model(X)
         assert set(seen) == {torch.float32}
-    seen.clear()
-    model.double()
-    with torch.autocast("cpu", enabled=False):
-        model(X.double())
-    assert set(seen) == {torch.float64}
 
 
 def test_one_draw_is_read_with_autocast_and_without(model: nn.Module) -> None:
@@ -130,7 +125,7 @@ def test_the_kl_divergence_adds_its_gradient_to_that_of_lowered_draws(model: nn.
     with one_draw(model, 5):
         loss = model(X).square().sum() + 0.1 * kl_divergence(model)
     expected = reference(other, 5).square().sum() + 0.1 * kl_divergence(other)
-    assert torch.equal(loss, expected)
+    torch.testing.assert_close(loss, expected)
     found, wanted = gradients(model, loss), gradients(other, expected)
     for name, value in found.items():
         rtol = 2e-2 if name.startswith("twice") else 1e-5
@@ -154,5 +149,7 @@ def test_without_gradient_and_by_predict(model: nn.Module) -> None:
     for seed in range(2):
         with torch.no_grad(), sampled(model), one_draw(model, seed):
             assert torch.equal(model(X), reference(model, seed))
-    means = bayesify.predict(model, X, num_samples=4, seed=0).mean
-    assert means.isfinite().all()
+    with torch.no_grad():
+        expected = torch.stack([reference(model, fold(0, k)) for k in range(4)])
+    found = bayesify.predict(model, X, num_samples=4, seed=0)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

@@ -173,7 +173,7 @@ def test_convert_as_json() -> None:
     ]
     assert any("random" in note for note in document["notes"])
     [code] = document["code"]
-    assert "draw(self, 'weight', autocast=True)" in code["after"]
+    assert "draw(self, 'weight', autocast = True)" in code["after"]
     assert "self.weight" in code["before"]
     model = load(document["file"], model=models.create_model("tinyfactory:tiny"))
     assert {float(p.logvar.detach().max()) for p in bayesify.posteriors(model)} == {-6.0}
@@ -203,13 +203,13 @@ def test_show_prints_code_with_draws() -> None:
     assert "blocks.0.attn: Attention.forward, as it was" in result.stdout
     assert "scaled_dot_product_attention" in result.stdout
     assert "blocks.0.attn.qkv and 1 alike: Linear.forward" in result.stdout
-    assert "weight = draw(self, 'weight', autocast=True)" in result.stdout
+    assert "weight = draw(self, 'weight', autocast = True)" in result.stdout
     assert os.listdir() == []
     whole = run(
         "convert", "tinyfactory:tiny", "--img-size", 4, "--dry-run", "--show", ".", "--quiet"
     )
     assert "the model: Net.forward, as it was" in whole.stdout
-    assert "draw(self, 'weight', autocast=True)" in whole.stdout
+    assert "draw(self, 'weight', autocast = True)" in whole.stdout
 
 
 def test_verbose_has_a_row_for_each_parameter() -> None:

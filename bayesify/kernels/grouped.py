@@ -21,7 +21,7 @@ from .noise import noise
 
 
 class Item(NamedTuple):
-    """One tensor to draw: N(mean, exp(logvar)), its noise key, its memory, the dtype of the draw."""
+    """One tensor to draw: N(mean, exp(logvar)), noise key, memory, and the dtype of the draw."""
 
     mean: nn.Parameter
     logvar: nn.Parameter

@@ -15,9 +15,9 @@ from .estimators import LINEAR, RUNTIME
 from .tracer import Trace
 from .writer import Expression, access
 
-
 _LOWERED = frozenset((*LINEAR, torch.matmul, torch.addmm, torch.mm, torch.bmm, torch.baddbmm))
 """Operations whose arguments autocast lowers on every device."""
+_LOWERED_METHODS = frozenset(("matmul", "addmm", "mm", "bmm", "baddbmm"))
 
 
 def draw(module: Any, attribute: str, autocast: bool = False) -> Any:
@@ -55,10 +55,11 @@ def reads_to_draws(trace: Trace, bayesian: Collection[tuple[tuple[str, ...], str
 def _is_lowered(node: fx.Node) -> bool:
     """Whether autocast, where it is on, lowers this read in all that is done with it."""
     here = node.meta.get("context")
+    known: dict[str, frozenset[Any]] = {
+        "call_function": _LOWERED, "call_method": _LOWERED_METHODS,
+    }  # fmt: skip
     return bool(node.users) and all(
-        user.op == "call_function"
-        and user.target in _LOWERED
-        and user.meta.get("context") == here
+        user.target in known.get(user.op, ()) and user.meta.get("context") == here
         for user in node.users
     )
 

@@ -21,8 +21,8 @@ from bayesify import (
 )
 
 from . import checkpoint
-from .board import Board
 from .augment import TwoViews, WorkerViews, view_configs
+from .board import Board
 from .config import BYOVConfig, RunConfig
 from .data import Source, Views, open_source, train_views
 from .export import Results, export
@@ -241,7 +241,7 @@ def _train(
                 values |= {
                     "logvar_lr": logvar_lr * factor,
                     "noise_budget": stepper.budget(weight),
-                    "logvar_reach": logvar_lr * travel,  # the most that Adam can have moved it
+                    "logvar_reach": per_step * logvar_lr * travel,  # the most that Adam can do
                     "logvar_travel": health.logvar_travel,
                     "logvar_spread": health.logvar_spread,
                     "prior_share": health.prior_share,
