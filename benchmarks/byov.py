@@ -21,7 +21,7 @@ from typing import Any
 
 import speed_table
 import torch
-from paired import paired
+from paired import keep_memory, paired
 from provenance import machine, provenance
 
 from bayesify.storage import replacing
@@ -57,6 +57,7 @@ def step_of(changes: dict[str, Any], device: torch.device) -> Callable[[], Any]:
 
 
 def main() -> None:
+    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -27,7 +27,7 @@ import speed_table
 import timm
 import torch
 from cifar_resnet20 import resnet20
-from paired import by_round, spread
+from paired import by_round, keep_memory, spread
 from provenance import machine, provenance
 from torch import nn
 from torch.nn import functional as F
@@ -132,6 +132,7 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", choices=CASES, help="only this one; nothing is written")

@@ -22,7 +22,7 @@ from typing import Any
 import speed_table
 import timm
 import torch
-from paired import paired
+from paired import keep_memory, paired
 from provenance import machine, provenance
 from torch import Tensor, nn
 
@@ -173,6 +173,7 @@ def measure(name: str, batch: int, draws: int, rounds: int, device: str) -> dict
 
 
 def main() -> None:
+    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=30)

@@ -24,7 +24,7 @@ from typing import Any
 import speed_table
 import timm
 import torch
-from paired import paired
+from paired import keep_memory, paired
 from provenance import machine, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -274,6 +274,7 @@ def measure(name: str, rounds: int, device: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
