@@ -37,10 +37,9 @@ def write() -> None:
     parts = [
         "# Speed\n",
         "`make bench` measures it again and writes this page. Machines are noisy: ratios are of "
-        "times taken one after the other in one run, and their median counts. All methods run with a "
-        "glibc that keeps freed memory (`keep_memory` in `benchmarks/paired.py`), as PyTorch's own "
-        "advice on speed is to do; without, the same code is up to a tenth faster or slower from one "
-        "start to the next.\n",
+        "times taken one after the other in one run, and their median counts. All methods run with "
+        "a glibc that keeps freed memory (`keep_memory` in `benchmarks/paired.py`): without, the "
+        "same code is up to a tenth faster or slower from one start to the next.\n",
     ]
     sections: tuple[tuple[str, Callable[[dict[str, Any]], list[str]]], ...] = (
         ("step.json", steps),
