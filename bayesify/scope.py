@@ -70,9 +70,11 @@ class Scope:
 
         The numbers are those that autocast would make of the draw, once for all reads.
         """
+        if not torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+            return self.read(module, attribute, slot)
         mean, _ = tensors_of(module, attribute, slot)
         dtype = autocast_dtype(mean)
-        if dtype is None or torch.compiler.is_compiling():
+        if dtype is None:
             return self.read(module, attribute, slot)
         index = (slot.uid, grad_mode(), dtype)
         self.lowered.add(index)
@@ -130,9 +132,9 @@ def grad_mode() -> int:
 def autocast_dtype(mean: Tensor) -> torch.dtype | None:
     """To what autocast lowers a weight now; None if it leaves it as it is."""
     kind = mean.device.type
-    if mean.dtype is not torch.float32 or not torch.is_autocast_enabled(kind):
+    if mean.dtype is not torch.float32 or not torch.amp.is_autocast_available(kind):
         return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class _Mode:

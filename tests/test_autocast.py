@@ -153,3 +153,7 @@ def test_without_gradient_and_by_predict(model: nn.Module) -> None:
         expected = torch.stack([reference(model, fold(0, k)) for k in range(4)])
     found = bayesify.predict(model, X, num_samples=4, seed=0)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_device_without_autocast(model: nn.Module) -> None:
+    assert model.to("meta")(X.to("meta")).shape == (4, 5)

@@ -154,7 +154,7 @@ def test_a_sound_model_passes() -> None:
 def test_a_read_of_the_mean_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from bayesify import scope
 
-    def mean_of_bias(module: nn.Module, attribute: str) -> Any:
+    def mean_of_bias(module: nn.Module, attribute: str, autocast: bool = False) -> Any:
         if attribute == "bias":
             return module._parameters[attribute]
         slot = module.__dict__["_bayesify"].slots[attribute]
