@@ -23,6 +23,7 @@ from recipes.byov.doubt import DoubtSettings
 from recipes.byov.evaluate import EvalSettings, evaluate
 from recipes.byov.figures import measure
 from recipes.byov.health import collapse_alarms
+from recipes.byov.iterative import IterativeSettings
 from recipes.byov.pruning import SCOPES, Scope
 from recipes.byov.runs import open_run, write_json
 from recipes.byov.strangers import open_strangers, strangers
@@ -32,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "byov"
 BYOL = {"conversion": "none"}
 _DECAY = 0.05  # of BYOL, as ViT recipes have it
 _STEPS_KEPT = 200
-_EVERYTHING = ("eval", "prune", "spread", "corrupted", "draws", "latents", "gradients")
+_EVERYTHING = ("eval", "prune", "iterative", "spread", "corrupted", "draws", "latents", "gradients")
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ class Scale:
         doubt: Of the other measurements.
         scopes: Of pruning.
         changes: Of single cells, where the scale needs others than the grid has.
+        rounds: Of pruning in rounds.
     """
 
     name: str
@@ -156,6 +158,7 @@ class Scale:
     doubt: DoubtSettings
     scopes: tuple[Scope, ...] = SCOPES
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rounds: IterativeSettings = field(default_factory=IterativeSettings)
 
 
 _QUIET: Any = {"stop_on_collapse": False, "baselines": False, "eval_every": 0, "keep_last": 1}
@@ -171,6 +174,7 @@ SCALES = {
         EvalSettings(num_samples=30),
         DoubtSettings(spread_draws=100, pool=500, latent_draws=50, images=300,
                       shifted=("salt and pepper",)),
+        rounds=IterativeSettings(epochs=0.25, sparsities=(0.9,)),
     ),
     "gpu": Scale(
         "gpu",
@@ -180,6 +184,7 @@ SCALES = {
         replace(_CIFAR.run, **_QUIET, checkpoint_every=5),
         EvalSettings(num_samples=30),
         DoubtSettings(spread_draws=1000, pool=500, latent_draws=50, images=2000),
+        rounds=IterativeSettings(sparsities=(0.9,)),
     ),
 }  # fmt: skip
 
@@ -267,7 +272,8 @@ def run_cell(
         told(f"{cell.name}, seed {seed}: {line}")
 
     measure(
-        opened, cell.needs, head=scale.head, doubt=scale.doubt, scopes=scale.scopes, told=said
+        opened, cell.needs, head=scale.head, doubt=scale.doubt, scopes=scale.scopes,
+        rounds=scale.rounds, told=said,
     )  # fmt: skip
     if "eval" in cell.needs:
         evaluate(opened, "knn", scale.head)

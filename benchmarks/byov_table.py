@@ -57,6 +57,7 @@ _COMMANDS = (
      "python benchmarks/imagenet_byov.py --data imagenette --path FOLDER"),
     ("ImageNet-1k, the paper's scale",
      "torchrun --nproc-per-node 8 benchmarks/imagenet_byov.py --data imagenet"),
+    ("pruning in rounds of training", "bayesify recipe byov prune RUN_DIR... --iterative 4"),
     ("one artefact of any runs", "bayesify recipe byov figures RUN_DIR... --only fig4"),
 )  # fmt: skip
 

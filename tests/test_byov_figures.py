@@ -19,7 +19,9 @@ from recipes.byov.cards import Estimate, read_card
 from recipes.byov.cli import app
 from recipes.byov.doubt import DoubtSettings
 from recipes.byov.evaluate import EvalSettings
+from recipes.byov.iterative import IterativeSettings, iterative_pruning
 from recipes.byov.page import number
+from recipes.byov.runs import open_run
 from recipes.byov.train import train
 
 HEAD = EvalSettings(num_samples=2, epochs=4)
@@ -49,6 +51,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def made(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every figure of all runs."""
     out = tmp_path_factory.mktemp("figures")
+    rounds = IterativeSettings(rounds=2, epochs=0.1, sparsities=(0.5,))
+    iterative_pruning(open_run(folders["zero"], device="cpu"), rounds, head=HEAD)
     figures.make(
         list(folders.values()), out, device="cpu", head=HEAD, doubt=DOUBT, sparsities=(0.0, 0.5)
     )
@@ -188,6 +192,27 @@ def test_prune_writes_its_figure(folders: dict[str, Path], tmp_path: Path, made:
     assert len(tables) > 4
     assert max(map(len, tables)) <= 80
     assert (tmp_path / "fig4.png").exists()
+
+
+def test_prune_in_rounds_writes_its_figure(folders: dict[str, Path], tmp_path: Path) -> None:
+    options = ("--round-epochs", "0.1", "--sparsity", "0.5", "--epochs", "4", "--device", "cpu")
+    found = _run("prune", str(folders["byol"]), "--iterative", "1", *options, "-o", str(tmp_path))
+    assert found.exit_code == 0, found.output
+    assert "one shot, then trained" in found.output
+    tables = [line for line in found.stdout.splitlines() if str(tmp_path.parent) not in line]
+    assert len(tables) > 5
+    assert max(map(len, tables)) <= 80
+    assert (tmp_path / "fig4rounds.png").exists()
+    (folders["byol"] / "results" / "iterative.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "options", [("--iterative", "2", "--scope", "global"), ("--round-epochs", "2")]
+)
+def test_prune_refuses_options_that_have_no_use(
+    folders: dict[str, Path], options: tuple[str, ...]
+) -> None:
+    assert _run("prune", str(folders["byol"]), *options).exit_code == 2
 
 
 def test_figures_refuses_two_wishes(folders: dict[str, Path]) -> None:

@@ -141,8 +141,17 @@ def prune(
             "whole outputs of each. Repeatable; all three by default."
         ),
     ] = None,
+    iterative: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="ROUNDS", help="In rounds, each with training, beside pruning at once."
+        ),
+    ] = 0,
+    round_epochs: Annotated[
+        float | None, typer.Option(help="Epochs of training in each round of --iterative; 1.")
+    ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of fig4.png, fig4.svg and fig4.json.")
+        Path, typer.Option("--out", "-o", help="Folder of the figure: PNG, SVG and JSON.")
     ] = Path("byov-figures"),
     data: Data = None,
     epochs: Epochs = 80,
@@ -154,7 +163,9 @@ def prune(
 ) -> None:
     """Prune encoders by every criterion under one frozen classifier, without retraining.
 
-    Give a run of BYOL too, for its magnitude. Writes results/prune.json into each folder.
+    Give a run of BYOL too, for its magnitude. Writes results/prune.json into each folder. With
+    --iterative, runs go on from their end, pruned at once and in rounds, with the same steps; every
+    --sparsity is an end of its own, by default 50, 70 and 90 %. Writes results/iterative.json.
     """
     with guard(debug):
         from bayesify import ArgumentError
@@ -162,30 +173,65 @@ def prune(
 
         from .cards import read_card
         from .figures import FIGURES, publish
+        from .iterative import IterativeSettings, iterative_pruning
         from .pruning import SCOPES, SPARSITIES, prune_curves
         from .runs import open_run
 
         scopes: Any = scope or SCOPES
         if not set(scopes) <= set(SCOPES):
             raise ArgumentError(f"--scope must be of {', '.join(SCOPES)}, not {scopes}.")
+        if iterative and scope:
+            raise ArgumentError("--iterative prunes the share of each tensor: leave --scope out.")
+        if round_epochs is not None and not iterative:
+            raise ArgumentError("--round-epochs is for --iterative, which was not given.")
+        head = _settings(0, seed, epochs)
+        rounds = IterativeSettings()
+        if iterative:
+            rounds = replace(
+                rounds,
+                rounds=iterative,
+                epochs=rounds.epochs if round_epochs is None else round_epochs,
+                sparsities=tuple(sparsity or rounds.sparsities),
+            )
         made = []
         for folder in folders:
             with render.progress(f"{folder}") as bar:
                 run = open_run(folder, data=data, device=device, workers=workers)
-                made.append(
-                    prune_curves(
-                        run, sparsities=sparsity or SPARSITIES, scopes=scopes, seed=seed,
-                        settings=_settings(0, seed, epochs), told=bar.say,
-                    )
-                )  # fmt: skip
+                if iterative:
+                    made.append(iterative_pruning(run, rounds, head=head, told=bar.say))
+                else:
+                    made.append(
+                        prune_curves(
+                            run, sparsities=sparsity or SPARSITIES, scopes=scopes, seed=seed,
+                            settings=head, told=bar.say,
+                        )
+                    )  # fmt: skip
             if not json:
-                _show_curves(folder, made[-1])
-        wanted = [f for f in FIGURES if f.name == "fig4"]
+                (_show_arms if iterative else _show_curves)(folder, made[-1])
+        name = "fig4rounds" if iterative else "fig4"
+        wanted = [f for f in FIGURES if f.name == name]
         publish([read_card(folder) for folder in folders], out, wanted, lambda line: None)
         if json:
             render.as_json(made)
         else:
-            render.text(f"Figure: {out / 'fig4.png'}")
+            render.text(f"Figure: {out / name}.png")
+
+
+def _show_arms(folder: Path, made: dict[str, Any]) -> None:
+    from bayesify.cli import render
+
+    steps = made["settings"]["steps"] * made["settings"]["rounds"]
+    rounds = made["settings"]["rounds"]
+    render.text(f"{folder}: top-1 in %, {steps:,} steps of training in {rounds} rounds")
+    render.table(
+        ("", "by", "pruned", "frozen probe", "probe anew"),
+        [
+            (a["way"], a["criterion"] or "", f"{a['sparsity']:.0%}", f"{100 * a['top1']:.1f}",
+             f"{100 * a['anew']:.1f}")
+            for a in made["numbers"]["arms"]
+        ],
+    )  # fmt: skip
+    _show_standing(made["run"])
 
 
 _SHORT = {"SNR, sigma shuffled": "SNR, shuffled", "magnitude x mean 1 / sigma": "mean 1 / sigma"}
@@ -205,7 +251,12 @@ def _show_curves(folder: Path, made: dict[str, Any]) -> None:
                 for row in zip(*(c["points"] for c in shown), strict=True)
             ],
         )
-    facts = made["run"]
+    _show_standing(made["run"])
+
+
+def _show_standing(facts: dict[str, Any]) -> None:
+    from bayesify.cli import render
+
     if not facts["converged"]:
         render.note("posterior not converged: this supports no claim on SNR.")
     render.text("")

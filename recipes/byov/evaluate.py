@@ -133,7 +133,7 @@ def frozen_head(
                 head = nn.Linear(*reversed(file.get_slice("weight").get_shape()))
                 head.load_state_dict({k: file.get_tensor(k) for k in ("weight", "bias")})
                 return head.to(run.device), known
-    found = _probe(run, run.model, settings)
+    found = probe_of(run, run.model, settings)
     info = {
         **wanted, "classifier": "linear, on frozen means", "lr": found.lr,
         "held_out": {f"{rate:g}": share for rate, share in found.held_out.items()},
@@ -157,7 +157,7 @@ def features_and_labels(run: Run, model: nn.Module, split: Any) -> tuple[Tensor,
     return outputs(run, lambda images: features_of(model, images), split), labels_of(run, split)
 
 
-def _probe(
+def probe_of(
     run: Run, model: nn.Module, settings: EvalSettings, rows: Tensor | None = None
 ) -> ProbeResult:
     """A linear classifier on the features of ``model``, of all training images or of some."""
@@ -194,7 +194,7 @@ def _linear(run: Run, settings: EvalSettings) -> dict[str, Any]:
         average = moments(drawn_probs(run, head, k, seed=settings.seed)).mean
         rows.append(_row(AVERAGE, average, labels, draws=k))
     if run.teacher is not None:
-        found = _probe(run, run.teacher, settings)
+        found = probe_of(run, run.teacher, settings)
         x, _ = features_and_labels(run, run.teacher, "test")
         probs = _probs(found.classifier, x)
         rows.append(_row(TEACHER, probs, labels, lr=found.lr))
@@ -223,7 +223,7 @@ def _semi(run: Run, settings: EvalSettings) -> dict[str, Any]:
     rows = []
     for share in SHARES:
         few = stratified(labels, share, settings.seed)
-        found = _probe(run, run.model, settings, few)
+        found = probe_of(run, run.model, settings, few)
         probs = _probs(found.classifier, x)
         rows.append(_row(f"{share:.0%} of labels", probs, test, labels_seen=len(few), lr=found.lr))
     return {"rows": rows}

@@ -9,11 +9,12 @@ from typing import Any
 
 from bayesify import ArgumentError
 
-from . import assemble, claims, plots
+from . import arms, assemble, claims, plots
 from .cards import Card, read_card
 from .doubt import DoubtSettings, corrupted, draws_needed, latent_variance, spread
 from .evaluate import EvalSettings, evaluate
 from .gradients import gradient_noise
+from .iterative import IterativeSettings, iterative_pruning
 from .page import Section, page
 from .pruning import SCOPES, SPARSITIES, Scope, prune_curves
 from .runs import Run, open_run, write_json
@@ -54,6 +55,8 @@ FIGURES: tuple[Figure, ...] = (
     Figure("fig4", "Figure 4, left: pruning without retraining",
            "SNR pruning is up to 12 % better with a 25 % sparser model than magnitude pruning.",
            ("prune",), assemble.fig4),
+    Figure("fig4rounds", "Figure 4, further: pruning in rounds of training",
+           "It prunes at once and trains no more; all else here is ours.", (), arms.fig4rounds),
     Figure("fig4shift", "Figure 4, centre and right: under augmentations",
            "Better than BYOL everywhere except under shear and Gaussian noise.", ("corrupted",),
            assemble.fig4shift),
@@ -73,7 +76,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("table1", "Table 1: what is Bayesian",
            "A fully Bayesian model is the best of its class.", ("eval",), assemble.table1),
 )  # fmt: skip
-_HEAD, _DOUBT = EvalSettings(), DoubtSettings()
+_HEAD, _DOUBT, _ROUNDS = EvalSettings(), DoubtSettings(), IterativeSettings()
 
 NAMES = tuple(f.name for f in FIGURES)
 
@@ -86,6 +89,7 @@ def measure(
     doubt: DoubtSettings,
     sparsities: Sequence[float] = SPARSITIES,
     scopes: Sequence[Scope] = SCOPES,
+    rounds: IterativeSettings = _ROUNDS,
     told: Told = lambda line: None,
 ) -> None:
     """Make the measurements of a run that have sense for it; what lies in its folder is kept."""
@@ -98,6 +102,8 @@ def measure(
             run, sparsities=sparsities, scopes=scopes, images=doubt.pruned_images, settings=head,
             told=told,
         )  # fmt: skip
+    if "iterative" in needs and byol:
+        iterative_pruning(run, rounds, head=head, told=told)
     if "spread" in needs and bayesian:
         told(f"{doubt.spread_draws} draws of every test image")
         spread(run, doubt, head)

@@ -180,6 +180,8 @@ def _section(section: Section, folder: Path) -> str:
             parts.append(table(APP_C, appendix_c(section.numbers), range(1, len(APP_C))))
         if section.name == "fig4":
             parts.append(_gaps(section.numbers))
+        if section.name == "fig4rounds":
+            parts.append(_gains(section.numbers))
     return "".join([*parts, "</section>"])
 
 
@@ -233,6 +235,19 @@ def _gaps(numbers: dict[str, Any]) -> str:
     ]  # fmt: skip
     columns = ("run", "SNR over", "share of", "mean, 50-90 %", "most there", "sparser by", "n")
     return table(columns, rows, range(3, 7))
+
+
+def _gains(numbers: dict[str, Any]) -> str:
+    rows = [
+        (
+            escape(panel["run"]), escape(gain["difference"]), f"{gain['sparsity']:.0%}",
+            *(escape(number(gain[key], 1)) for key in ("top1", "anew")), str(gain["top1"].n),
+        )
+        for panel in numbers["panels"]
+        for gain in panel["gains"]
+    ]  # fmt: skip
+    columns = ("run", "difference in points", "pruned", "frozen probe", "probe anew", "n")
+    return table(columns, rows, range(2, 6))
 
 
 def _runs(cards: Sequence[Card]) -> str:

@@ -302,6 +302,46 @@ def _pruned(axes: Any, curve: Any, colour: str, line: str, marker: str | None, n
                           linewidth=0)  # fmt: skip
 
 
+def _fig4rounds(figure: Any, numbers: Numbers) -> None:
+    panels = numbers["panels"]
+    ways = ("one shot", "one shot, then trained", "iterative")
+    figure.set_size_inches(1.4 + 3.6 * len(panels), 6.6)
+    grid = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
+    heads = (("top1", "frozen probe"), ("anew", "probe trained anew"))
+    for column, panel in enumerate(panels):
+        arms = {(a["way"], a["criterion"], a["sparsity"]): a for a in panel["arms"]}
+        shares = sorted({share for _, criterion, share in arms if criterion})
+        for axes, (key, title) in zip(grid[:, column], heads, strict=True):
+            for (way, criterion, _), arm in arms.items():
+                if criterion is None:
+                    dense = way == "dense"
+                    axes.axhline(arm[key].mean, color=BLACK if dense else GREY, linewidth=1.1,
+                                 linestyle=":" if dense else "--", label=way)  # fmt: skip
+            for criterion in ("SNR", "magnitude"):
+                colour, _, marker = _PRUNE_LOOK[criterion]
+                for i, share in enumerate(shares):
+                    shown = [arms.get((way, criterion, share)) for way in ways]
+                    known = [(x, arm[key]) for x, arm in enumerate(shown) if arm is not None]
+                    if known:
+                        axes.errorbar(
+                            [x for x, _ in known], [value.mean for _, value in known],
+                            [_half(value) for _, value in known], color=colour,
+                            linestyle=("-", "--", ":", "-.")[i % 4], marker=marker, markersize=4,
+                            capsize=2.5, elinewidth=0.9, label=f"{criterion}, {share:.0%} pruned",
+                        )  # fmt: skip
+            if column == 0:
+                axes.set_ylabel(f"top-1 of the {title}, %")
+            axes.set_xlim(-0.3, 2.3)
+        n = panel["n"]
+        grid[0, column].set_title(
+            f"{_pretty(panel['run'])}\n{panel['rounds']} rounds, {panel['steps']:,} steps in all, "
+            f"{n} seed{'s' * (n > 1)}"
+        )
+        grid[1, column].set_xticks(range(3), [way.replace(", ", ",\n") for way in ways])
+    keys = max((a.get_legend_handles_labels() for a in grid[0]), key=lambda pair: len(pair[1]))
+    figure.legend(*keys, loc="outside lower center", ncols=min(4, 1 + len(panels)))
+
+
 def _fig4shift(figure: Any, numbers: Numbers) -> None:
     rows = numbers["rows"]
     kinds = list(dict.fromkeys(r["kind"] for r in rows))
@@ -419,6 +459,7 @@ DRAWN: dict[str, Callable[[Any, Numbers], None]] = {
     "stability": _stability,
     "fig3": _fig3,
     "fig4": _fig4,
+    "fig4rounds": _fig4rounds,
     "fig4shift": _fig4shift,
     "fig5": _fig5,
     "fig6": _fig6,

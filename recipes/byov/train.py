@@ -199,7 +199,7 @@ def _train(
     travel = sum(lr_factor(s, warmup_steps, steps) for s in range(start))
     pending: list[tuple[int, Tensor]] = []
     clock, images_since = time.perf_counter(), 0
-    batches = _batches(source, config, run, world, steps_per_epoch, start)
+    batches = batches_of(source, config, run, world, steps_per_epoch, start)
     for step, micro_batches in zip(range(start, steps), batches, strict=True):
         epoch = step // steps_per_epoch
         factor = lr_factor(step, warmup_steps, steps)
@@ -335,7 +335,7 @@ def _weights(model: nn.Module) -> int:
     return sum(posterior.mean.numel() for posterior in posteriors(model))
 
 
-def _batches(
+def batches_of(
     source: Source,
     config: BYOVConfig,
     run: RunConfig,
