@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 from torchvision.transforms import v2
@@ -66,8 +67,6 @@ def byov(folders: dict[str, Path]) -> Run:
 
 
 def test_a_run_opens_as_it_was_exported(folders: dict[str, Path], byov: Run) -> None:
-    from safetensors.torch import load_file
-
     student = load_file(folders["byov"] / "student.safetensors")
     plain = bb.to_deterministic(byov.encoder).state_dict()
     assert plain.keys() == student.keys()
@@ -92,6 +91,19 @@ def test_spread_is_the_median_over_matrices(byov: Run) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="holds no run"):
         open_run(tmp_path)
+
+
+def test_a_run_of_byol_with_batchnorm_opens(tmp_path: Path) -> None:
+    small = {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]}
+    config = replace(
+        CONFIG, conversion="none", encoder="resnet18", encoder_args=small, image_size=32, epochs=2
+    )
+    run = small_run(tmp_path, eval_every=0)
+    train(config, run)
+    student = load_file(run.out / "student.safetensors")
+    state = open_run(run.out, device="cpu").encoder.state_dict()
+    assert any("running_mean" in name for name in student)
+    assert all(torch.equal(state[name], value) for name, value in student.items())
 
 
 def test_a_result_is_made_once_and_again_for_other_settings(byov: Run) -> None:

@@ -152,7 +152,7 @@ def open_run(
             f"{newest} does not fit {spec!r}, which has {source.num_classes} classes: {error}"
         ) from error
     model.to(here).eval()
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in _encoder(model).modules()):
+    if config.bayesian:  # statistics of training saw draws
         refresh_batchnorm_(model, source, Reading(here, workers=workers))
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     steps = next((line["steps"] for line in log if line["kind"] == "start"), saved["step"])
@@ -183,10 +183,6 @@ def _device(name: str) -> torch.device:
     except Exception as error:  # no driver, no such index: each another kind
         raise ArgumentError(f"device {name!r} cannot be used here: {error}") from error
     return device
-
-
-def _encoder(model: nn.Module) -> nn.Module:
-    return model.encoder if isinstance(model, Student) else model
 
 
 def limited(run: Run, count: int) -> Run:
