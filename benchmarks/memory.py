@@ -111,7 +111,7 @@ def measure(name: str, batch: int, variant: str, device: str) -> dict[str, int]:
 
 def kept_by(model: nn.Module) -> dict[int, int]:
     """Memory that is kept from one draw to the next."""
-    return {s.data_ptr(): s.nbytes() for site in sites(model) for s in site.slot.buffers._storages}
+    return {s.data_ptr(): s.nbytes() for site in sites(model) for s in site.slot.buffers.kept()}
 
 
 def draws_of(model: nn.Module) -> dict[int, int]:

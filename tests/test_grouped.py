@@ -445,10 +445,6 @@ def test_a_fork_has_threads_of_its_own() -> None:
 # -- the memory ------------------------------------------------------------------------------
 
 
-def kept(buffers: Buffers) -> list[torch.UntypedStorage]:
-    return [storage for each in buffers._storages.values() for storage in each]
-
-
 def test_a_training_step_uses_the_memory_of_the_one_before() -> None:
     layer = bayesify.to_bbb(nn.Linear(64, 64), logvar=-1.0).train()
     optimizer = torch.optim.SGD(bayesify.param_groups(layer, lr=0.1))
@@ -458,7 +454,7 @@ def test_a_training_step_uses_the_memory_of_the_one_before() -> None:
         layer(torch.randn(3, 64)).square().sum().backward()
         (site, _) = sites(layer)
         assert site.raw.grad is not None
-        places.append({s.data_ptr() for s in kept(site.slot.buffers)})
+        places.append({s.data_ptr() for s in site.slot.buffers.kept()})
         assert site.raw.grad.data_ptr() in places[-1]  # computed in place of sigma times noise
         optimizer.step()
     assert len(places[0]) == 2
@@ -477,7 +473,7 @@ def test_a_draw_that_is_held_is_not_overwritten() -> None:
             copies.append(held[-1].clone())
     assert len({tensor.data_ptr() for tensor in held}) == 6
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
-    assert len(kept(next(sites(layer)).slot.buffers)) == 3
+    assert len(next(sites(layer)).slot.buffers.kept()) == 3
 
 
 def test_buffers_know_when_they_are_free() -> None:
@@ -493,18 +489,18 @@ def test_buffers_know_when_they_are_free() -> None:
     again = buffers.take(like)
     assert again.data_ptr() == place
     assert buffers.take(torch.zeros(7)).shape == (7,)  # another size: the others are let go
-    assert len(kept(buffers)) == 1
+    assert len(buffers.kept()) == 1
     half = buffers.take(torch.zeros(7), torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert len(kept(buffers)) == 2  # beside the others, not in their place
+    assert len(buffers.kept()) == 2  # beside the others, not in their place
 
 
 def test_a_model_that_moves_lets_go_of_its_memory() -> None:
     layer = bayesify.to_bbb(nn.Linear(8, 8), logvar=-1.0).train()
     layer(torch.ones(1, 8))
-    assert next(sites(layer)).slot.buffers._storages
+    assert next(sites(layer)).slot.buffers.kept()
     layer.double()
-    assert not next(sites(layer)).slot.buffers._storages
+    assert not next(sites(layer)).slot.buffers.kept()
 
 
 def test_a_copy_has_memory_of_its_own() -> None:

@@ -308,7 +308,6 @@ def test_a_loop_over_draws_uses_memory_again() -> None:
     draws = Draws(model, 5, 0)
     for _ in draws.outputs((torch.ones(20, 300),), {}):
         slot = next(iter(bayesify.posterior.sites(model))).slot
-        (kept,) = slot.buffers._storages.values()
-        places.append({storage.data_ptr() for storage in kept})
+        places.append({storage.data_ptr() for storage in slot.buffers.kept()})
     assert all(place == places[0] for place in places)
     assert len(places[0]) == 2  # sigma, and the draw

@@ -45,6 +45,10 @@ class Buffers:
                 kept.append(tensor.untyped_storage())
             return tensor
 
+    def kept(self) -> list[torch.UntypedStorage]:
+        """What is kept at present."""
+        return [storage for each in self._storages.values() for storage in each]
+
     def clear(self) -> None:
         """Keep nothing."""
         with _LOCK:
