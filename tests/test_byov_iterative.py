@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import bayesify as bb
 from bayesify import ArgumentError
 from byov_small import CONFIG, small_run, stop_at
-from recipes.byov import checkpoint, evaluate, iterative, pruning
+from recipes.byov import evaluate, iterative, pruning
 from recipes.byov.arms import fig4rounds
 from recipes.byov.cards import Card
 from recipes.byov.iterative import DENSE, LONGER, ONCE, ROUNDS, THEN, IterativeSettings
@@ -48,11 +48,6 @@ def test_a_round_without_pruning_is_what_training_would_have_done(
     config = replace(CONFIG, epochs=4, **constant, **changes)  # type: ignore[arg-type]
     run = small_run(tmp_path, eval_every=0, accumulate=2)
     train(config, run, watcher=stop_at(9))
-    path = checkpoint.latest(run.out / "checkpoints")
-    assert path is not None
-    saved = checkpoint.read(path)
-    saved["optimizer"]["state"] = {}  # a round has a new optimizer
-    checkpoint.write(path, saved)
     factors = [lr_factor(step, 3, 12) for step in range(9, 12)]
     monkeypatch.setattr(iterative, "lr_factor", lambda i, *_: factors[i])
     mine = iterative.gone_on(open_run(run.out, device="cpu"), None, [0.0], 3, 1.0)

@@ -784,8 +784,8 @@ def test_generated_code_shows_the_draws() -> None:
     at(model, 1)
     code = generated_code(model[0])["forward"]
     assert code.startswith("def forward(self, input")
-    assert re.search(r"draw\(self, .weight.\)", code)
-    assert re.search(r"draw\(self, .bias.\)", code)
+    assert re.search(r"draw\(self, .weight., autocast = True\)", code)
+    assert re.search(r"draw\(self, .bias., autocast = True\)", code)
     assert "draw(" not in generated_code(model)["forward"]
     assert generated_code(model[1]) == {}
     assert generated_code(nn.Linear(2, 2)) == {}

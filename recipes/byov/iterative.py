@@ -1,25 +1,33 @@
 """Beyond BYOV's figure 4: pruning in rounds with training between, beside pruning at once.
 
 The paper prunes in one shot and trains no more. Here a run goes on from its end with the pruned
-weights held at 0: same loss, prior, data and draws of the weights by step; beta and tau as at its
-last step; a new optimizer, whose rate rises and falls once a round. Every arm sees the same batches
-in the same order, so that arms differ in when their weights are pruned and by what, alone.
+weights held at 0, by the steps of training: same loss, prior, data and optimizer, beta and tau as
+at its last step; the learning rate rises and falls once a round. Every arm sees the same batches in
+the same order, so that arms differ in when their weights are pruned and by what, alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from bayesify import ArgumentError, at_mean, posteriors, prune_, sparsity_schedule, to_bbb_
+from bayesify import (
+    ArgumentError,
+    at_mean,
+    posteriors,
+    prune_,
+    sparsity_schedule,
+    to_bbb_,
+)
 
 from . import checkpoint
 from .config import RunConfig
+from .data import Views
 from .evaluate import EvalSettings, frozen_head, metrics_of, probe_of
 from .measure import Reading, refresh_batchnorm_
 from .model import Student
@@ -147,54 +155,42 @@ def gone_on(
         steps: Optimizer steps of a round.
         lr_ratio: Highest learning rate of a round over that of the run.
     """
+    config, number = run.config, run.step
     devices = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        step = _Steps(run, steps * len(schedule))
-        encoder: Any = step.model.encoder
-        bayesian = {p.name for p in posteriors(encoder)}
-        only = [name for name in matrices(encoder) if name in bayesian]
+        stepper, batches = _went_on(run, steps * len(schedule))
+        model: Any = stepper.model
+        bayesian = {p.name for p in posteriors(model.encoder)}
+        only = [name for name in matrices(model.encoder) if name in bayesian]
         for sparsity in schedule:
             if criterion is not None:
-                prune_(encoder, sparsity, score=CRITERIA[criterion], only=only)
-            for i in range(steps):
-                step(lr_ratio * lr_factor(i, steps // 10, steps))
-    model = step.model.eval()
-    refresh_batchnorm_(model, run.source, Reading(run.device, workers=run.workers))
+                prune_(model.encoder, sparsity, score=CRITERIA[criterion], only=only)
+            for step in range(steps):
+                set_lr(stepper.optimizer, lr_ratio * lr_factor(step, steps // 10, steps))
+                with nullcontext() if config.bayesian else at_mean(model):
+                    stepper.backward(number, next(batches), config.beta_end, norm_wanted=False)
+                stepper.advance(config.tau_end)
+                number += 1
+    model.eval()
+    if steps and config.bayesian:
+        refresh_batchnorm_(model, run.source, Reading(run.device, workers=run.workers))
     return replace(run, model=model)
 
 
-class _Steps:
-    """The optimizer steps that follow the last one of a run; called with a share of its rate."""
-
-    def __init__(self, run: Run, count: int) -> None:
-        config, per_epoch = run.config, _steps_per_epoch(run)
-        saved = checkpoint.read(checkpoint.path_of(run.folder / "checkpoints", run.step))
-        how = RunConfig(accumulate=saved["identity"]["micro_batches"], workers=run.workers)
-        alone = World(0, 1, run.device)
-        # as in training: the optimizer is made, and checked, with the posterior as it began
-        self.stepper = Stepper(
-            config, how, alone, num_classes=0, num_images=run.source.num_images
-        )  # no labels: an online probe has no use here
-        self.model = self.stepper.model
-        self.model.load_state_dict(run.model.state_dict())
-        assert self.stepper.teacher is not None
-        checkpoint.copy_into(self.stepper.teacher.tensors(), saved["teacher"])
-        if not config.bayesian:
-            to_bbb_(self.model, logvar=-10.0)
-        epochs = max(config.epochs, math.ceil((run.step + count) / per_epoch))
-        self.config, self.step = config, run.step
-        self.batches = batches_of(
-            run.source, replace(config, epochs=epochs), how, alone, per_epoch, run.step
-        )
-
-    def __call__(self, share: float) -> None:
-        set_lr(self.stepper.optimizer, share)
-        with nullcontext() if self.config.bayesian else at_mean(self.model):
-            self.stepper.backward(
-                self.step, next(self.batches), self.config.beta_end, norm_wanted=False
-            )
-        self.stepper.advance(self.config.tau_end)
-        self.step += 1
+def _went_on(run: Run, count: int) -> tuple[Stepper, Iterator[list[Views]]]:
+    """All that training needs as it was at the run's end, and the ``count`` batches after it."""
+    saved = checkpoint.read(checkpoint.path_of(run.folder / "checkpoints", run.step))
+    config, images = run.config, run.source.num_images
+    how = RunConfig(accumulate=saved["identity"]["micro_batches"], workers=run.workers)
+    world = World(0, 1, run.device)
+    stepper = Stepper(config, how, world, num_classes=run.source.num_classes, num_images=images)
+    stepper.load_state(saved)
+    stepper.model.load_state_dict(run.model.state_dict())  # BatchNorm's statistics at the means
+    if not config.bayesian:
+        to_bbb_(stepper.model, logvar=-10.0)
+    per_epoch = _steps_per_epoch(run)
+    longer = replace(config, epochs=max(config.epochs, math.ceil((run.step + count) / per_epoch)))
+    return stepper, batches_of(run.source, longer, how, world, per_epoch, run.step)
 
 
 def _steps_per_epoch(run: Run) -> int:
