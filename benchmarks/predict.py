@@ -1,9 +1,9 @@
 """30 draws of a network's output beside 30 deterministic forwards, and beside installed peers.
 
-    python benchmarks/predict.py [--rounds 3] [--only resnet18]    20 minutes on 2 cores
+    python benchmarks/predict.py [--rounds 2] [--only resnet18]    15 minutes on 2 cores
     python benchmarks/predict.py --device cuda [--rounds 10]       3 minutes on a card, by estimate
 
-In every round each method runs once, in an order that turns, and its time is divided by that of the
+In every round (of one image: in four times as many) each method runs once, in an order that turns, and its time is divided by that of the
 deterministic forwards of the same round; the result is the median of these ratios with quartiles.
 No gradient is recorded. On CUDA the forwards run under bfloat16 autocast, and the deterministic
 forward is also replayed as a CUDA graph. Writes `results/predict.json` or
@@ -169,13 +169,14 @@ def measure(name: str, batch: int, draws: int, rounds: int, device: str) -> dict
         except Exception as error:
             found[method] = {"error": f"{type(error).__name__}: {error}"[:200]}
             runs.pop(method, None)
+    rounds *= 4 if batch == 1 else 1
     return {**found, **paired(runs, "deterministic", rounds, device)}
 
 
 def main() -> None:
     keep_memory()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="four times as many for one image")
     parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", help="a part of 'model, batch'; nothing is written")
