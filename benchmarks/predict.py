@@ -3,9 +3,9 @@
     python benchmarks/predict.py [--rounds 2] [--only resnet18]    15 minutes on 2 cores
     python benchmarks/predict.py --device cuda [--rounds 10]       3 minutes on a card, by estimate
 
-In every round (of one image: in four times as many) each method runs once, in an order that turns, and its time is divided by that of the
+In every round each method runs once, in an order that turns, and its time is divided by that of the
 deterministic forwards of the same round; the result is the median of these ratios with quartiles.
-No gradient is recorded. On CUDA the forwards run under bfloat16 autocast, and the deterministic
+One image gets four times as many rounds. No gradient is recorded. On CUDA the forwards run under bfloat16 autocast, and the deterministic
 forward is also replayed as a CUDA graph. Writes `results/predict.json` or
 `results/predict_cuda.json`, and `docs/speed.md` anew.
 """

@@ -139,7 +139,8 @@ def predictions(record: dict[str, Any]) -> list[str]:
         f"## {record['draws']} draws\n",
         f"`bayesify.predict` with {record['draws']} draws, and peers with as many passes, over "
         f"{record['draws']} deterministic forwards of the same round: median of "
-        f"{record['rounds']} rounds (quartiles), 224 px, no gradient.\n",
+        f"{record['rounds']} rounds (quartiles), of four times as many for one image, 224 px, no "
+        "gradient.\n",
         "| model, batch | " + " | ".join(cases) + " |",
         "| --- |" + " ---: |" * len(cases),
     ]
