@@ -19,8 +19,8 @@ def keep_memory() -> None:
     """Start this process anew with a glibc that keeps freed memory, as jemalloc would.
 
     Else it hands large blocks back to the system and takes them again in every step, of whichever
-    method's tensors happen to lie at the end of the heap: ratios of the same code differ by a tenth
-    from one start to the next.
+    method's tensors happen to lie at the end of the heap: ratios of the same code then differ from
+    one start to the next.
     """
     if not _KEEPING.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_KEEPING})

@@ -5,9 +5,9 @@
 
 In every round each method runs once, in an order that turns, and its time is divided by that of the
 deterministic forwards of the same round; the result is the median of these ratios with quartiles.
-One image gets four times as many rounds. No gradient is recorded. On CUDA the forwards run under bfloat16 autocast, and the deterministic
-forward is also replayed as a CUDA graph. Writes `results/predict.json` or
-`results/predict_cuda.json`, and `docs/speed.md` anew.
+One image gets four times as many rounds. No gradient is recorded. On CUDA the forwards run under
+bfloat16 autocast, and the deterministic forward is also replayed as a CUDA graph. Writes
+`results/predict.json` or `results/predict_cuda.json`, and `docs/speed.md` anew.
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ def write() -> None:
     parts = [
         "# Speed\n",
         "`make bench` measures it again and writes this page. Machines are noisy: ratios are of "
-        "times taken one after the other in one run, and their median counts. All methods run with "
-        "a glibc that keeps freed memory (`keep_memory` in `benchmarks/paired.py`): without, the "
-        "same code is up to a tenth faster or slower from one start to the next.\n",
+        "times taken one after the other in one run, and their median counts. Steps, draws and "
+        "fits run with a glibc that keeps freed memory (`keep_memory` in `benchmarks/paired.py`): "
+        "without, the same code is faster or slower from one start to the next.\n",
     ]
     sections: tuple[tuple[str, Callable[[dict[str, Any]], list[str]]], ...] = (
         ("step.json", steps),
@@ -108,7 +108,7 @@ def steps(record: dict[str, Any]) -> list[str]:
     ends = {n: "met" if ours[n] <= TARGETS[n] else f"missed, {ours[n]:.2f}" for n in names}
     said = [f"{SHAPES[n]}: {TARGETS[n]} ({ends[n]})" for n in names]
     failed = {
-        f"{m} on {n}: {row['error']}"
+        f"\n{m} on {n}: {row['error'].splitlines()[0]}"
         for n in names for m, row in record["models"][n].items()
         if row.get("error", "not installed") != "not installed"
     }  # fmt: skip
