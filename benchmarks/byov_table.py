@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "byov.md"
 IMAGES = ROOT / "docs" / "images" / "byov"
 OTHERS = {
     "imagenette": Scale(
-        "imagenette", "Imagenette at 96 px, ViT-S/16 unless the runs' table says otherwise.",
+        "imagenette", "Imagenette: real photographs of ten of ImageNet's classes.",
         SCALES["gpu"].config, SCALES["gpu"].run, SCALES["gpu"].head, SCALES["gpu"].doubt,
     ),
     "imagenet": Scale(
@@ -87,7 +87,7 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
     lines = [
         f"## Scale: {scale.name}", "", scale.about, "",
         f"{len(found)} results, commits {', '.join(sorted({v['commit'] for v, _ in found}))}, "
-        f"{'; '.join(machines)}.", "",
+        f"{'; '.join(machines)}. Trained: {'; '.join(sorted({_trained(c) for c in cards}))}.", "",
         "### Claims", "",
         *table(
             ("paper", "claim", "paper's number", "ours", "n", "unit", "verdict"),
@@ -103,8 +103,8 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
         ),
         "", "### Appendix C", "", "One change undone at a time. A spike is a gradient of more than "
         "three times the run's median norm.", "", *table(APP_C, appendix_c(app_c(cards))),
-        "", "### Cells", "", *_cells(found), "", "### Strangers", "", "In percent.", "",
-        *_strangers(found), "", "### Figures", "",
+        "", "### Cells", "", *_cells(found, scale.name in SCALES), "",
+        "### Strangers", "", "In percent.", "", *_strangers(found), "", "### Figures", "",
     ]  # fmt: skip
     for figure in FIGURES:
         image = folder / f"{figure.name}.png"
@@ -129,11 +129,23 @@ def _failures(claims: Sequence[dict[str, Any]]) -> list[str]:
     return lines or ["Nothing that was run with enough seeds."]
 
 
-def _cells(found: Sequence[tuple[dict[str, Any], Card]]) -> list[str]:
-    """Every cell of the grid: how many seeds, top-1, health, what the source says."""
+def _trained(card: Card) -> str:
+    """The encoder and for how long it was trained, on what."""
+    config = card.config
+    changed = ", ".join(f"{name}={value}" for name, value in config.encoder_args.items())
+    return (
+        f"{config.encoder}{f' ({changed})' * bool(changed)}, {config.image_size} px, batches of {config.batch_size}, "
+        f"{config.epochs} epochs, {card.facts['steps']:,} steps"
+    )
+
+
+def _cells(found: Sequence[tuple[dict[str, Any], Card]], grid: bool) -> list[str]:
+    """Every cell of the grid, or those that were run: seeds, top-1, health, the source's words."""
     rows = []
     for cell in CELLS:
         mine = [(v, c) for v, c in found if v["cell"] == cell.name]
+        if not mine and not grid:
+            continue
         top1 = estimate(_top1(card) for _, card in mine)
         spread = estimate(c.facts["logvar_spread"] for _, c in mine)
         embedding = estimate((v["collapse"] or {}).get("std") for v, _ in mine)
