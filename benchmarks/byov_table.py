@@ -133,8 +133,9 @@ def _trained(card: Card) -> str:
     """The encoder and for how long it was trained, on what."""
     config = card.config
     changed = ", ".join(f"{name}={value}" for name, value in config.encoder_args.items())
+    encoder = f"{config.encoder} ({changed})" if changed else config.encoder
     return (
-        f"{config.encoder}{f' ({changed})' * bool(changed)}, {config.image_size} px, batches of {config.batch_size}, "
+        f"{encoder}, {config.image_size} px, batches of {config.batch_size}, "
         f"{config.epochs} epochs, {card.facts['steps']:,} steps"
     )
 
