@@ -78,7 +78,7 @@ def run_all(scale: Scale, missing: list[tuple[Cell, int]], asked: argparse.Names
                     failed.append(name)
                 print(f"{name}: {'finished' if process.returncode == 0 else 'not finished'}",
                       flush=True)  # fmt: skip
-            if left <= 0 or not running:
+            if left <= 0 or (left <= _SHORTEST and not running):
                 break
             time.sleep(0.5)
     finally:

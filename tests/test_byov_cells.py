@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import byov_cells
 import byov_table
+import cifar10_byov
 import pytest
 from byov_cells import CELLS, SCALES, Scale, config_of, run_cell, thinned, wanted
 
@@ -77,3 +82,17 @@ def test_a_cell_is_trained_measured_and_in_the_docs(
     assert run_cell(tiny, replace(zero, needs=("eval",)), 0, work=tmp_path / "work",
                     told=lines.append)  # fmt: skip
     assert not any("training" in line for line in lines)
+
+
+def test_one_job_after_the_other_runs_every_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(scale: Scale, cell: Any, seed: int, asked: Any) -> Any:
+        started.append((cell.name, seed))
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(cifar10_byov, "_start", start)
+    cells = wanted(["byol", "byov-zero"], seeds=2)
+    asked = argparse.Namespace(minutes=5.0, jobs=1)
+    cifar10_byov.run_all(SCALES["cpu"], cells, asked)
+    assert started == [(cell.name, seed) for cell, seed in cells]
