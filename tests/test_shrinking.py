@@ -80,6 +80,7 @@ def mlp(act: nn.Module, *, bias: bool = True) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), act, nn.Dropout(0.5), nn.Linear(8, 3, bias=bias))
 
 
+torch.manual_seed(0)  # the models below are made when this file is read
 VECTORS = torch.randn(2, 6)
 SERIES = torch.randn(2, 6, 6)
 IMAGES = torch.randn(2, 6, 7, 7)
