@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -40,18 +41,18 @@ class Moments(NamedTuple):
     std: Any
 
 
-class Collector:
+class Collector(ABC):
     """Takes the outputs of the draws one by one."""
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
         self.count = 0
 
-    def add(self, output: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def add(self, output: Any) -> None: ...
 
-    def result(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def result(self) -> Any: ...
 
 
 class _Structured(Collector):
@@ -86,11 +87,11 @@ class _Structured(Collector):
                 self.update(kept, leaf)
         self.count += 1
 
-    def first(self, leaf: Tensor) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def first(self, leaf: Tensor) -> Any: ...
 
-    def update(self, kept: Any, leaf: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def update(self, kept: Any, leaf: Tensor) -> None: ...
 
 
 def _physical_memory() -> float:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bayesify import ArgumentError
+from bayesify.posterior import whole
 
 from .parallel import World
 
@@ -50,14 +51,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every process must call it."""
-    if isinstance(tensor, DTensor):
-        sharded: Any = tensor  # torch's own types do not say that it is one
-        tensor = sharded.full_tensor()
-    return tensor
-
-
 def gathered_state(value: Any, *, keep: bool) -> Any:
     """Nested dicts and lists with every sharded tensor whole, on the CPU.
 
@@ -65,9 +58,9 @@ def gathered_state(value: Any, *, keep: bool) -> Any:
         value: Dicts, lists, tensors and all else, of the same shape in every process.
         keep: Whether this process wants the tensors; one that does not gets None for each.
     """
-    if isinstance(value, Tensor) and isinstance(value, DTensor):
-        whole = gathered(value.detach())
-        return whole.cpu() if keep else None
+    if hasattr(value, "full_tensor"):
+        full = whole(value.detach())
+        return full.cpu() if keep else None
     if isinstance(value, Mapping):
         return {k: gathered_state(v, keep=keep) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -75,13 +68,13 @@ def gathered_state(value: Any, *, keep: bool) -> Any:
     return value
 
 
-def placed_like(whole: Tensor, like: Tensor) -> Tensor:
+def placed_like(full: Tensor, like: Tensor) -> Tensor:
     """A tensor that every process has, sharded as ``like`` is."""
     if not isinstance(like, DTensor):
-        return whole
+        return full
     # every process has read it, so that nothing is sent
     return distribute_tensor(
-        whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesify import ArgumentError, kl_divergence, kl_scale, noise_budget, one_draw
+from bayesify.posterior import whole
 
 from .checkpoint import copy_into
 from .config import BYOVConfig, RunConfig
@@ -23,7 +24,7 @@ from .objective import byol_loss, negatives_loss
 from .optimizer import make_optimizer
 from .parallel import World
 from .probe import OnlineProbe
-from .sharding import gathered, gathered_state, placed_state, shard_
+from .sharding import gathered_state, placed_state, shard_
 from .teacher import Teacher, set_prior_of
 
 
@@ -156,18 +157,18 @@ class Stepper:
         config, world = self.config, self.world
         parts: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
-        share = len(micro_batches)
+        count = len(micro_batches)
         for micro, (view1, view2, labels) in enumerate(micro_batches):
             key = key_of(config.seed, step, micro * world.size + world.rank)
             torch.manual_seed(key)
-            with self._synchronised(micro == share - 1):
+            with self._synchronised(micro == count - 1):
                 drawn = one_draw(self.model, key) if config.bayesian else nullcontext()
                 with drawn, torch.autocast(world.device.type, torch.bfloat16, enabled=self.run.amp):
                     data_loss, seen = self._loss(view1, view2, labels)
                 kl = kl_divergence(self.model) if config.bayesian else data_loss.new_zeros(())
-                ((data_loss + beta * self.kl_scale * kl) / share).backward()
+                ((data_loss + beta * self.kl_scale * kl) / count).backward()
             for name, value in (("loss", data_loss), ("kl", kl)):
-                parts[name] = parts.get(name, 0.0) + value.detach().float() / share
+                parts[name] = parts.get(name, 0.0) + value.detach().float() / count
             if self.probe is not None and labels is not None:
                 found = self.probe.step(seen["features"], labels)
                 parts["probe_loss"], parts["probe_accuracy"] = found
@@ -220,10 +221,10 @@ class Stepper:
         """Scale the gradients down to a norm; give the norm before, or 0 where nobody wants it."""
         trained = [p for p in self.model.parameters() if p.grad is not None]
         if self.config.clip_norm > 0:
-            return gathered(nn.utils.clip_grad_norm_(trained, self.config.clip_norm))
+            return whole(nn.utils.clip_grad_norm_(trained, self.config.clip_norm))
         if wanted:
             grads = [p.grad for p in trained if p.grad is not None]
-            return gathered(nn.utils.get_total_norm(grads))
+            return whole(nn.utils.get_total_norm(grads))
         return torch.zeros((), device=self.world.device)
 
 
