@@ -26,7 +26,8 @@ import posterior_table
 import torch
 from cifar_resnet20 import pretrained, strangers
 from corruptions import KINDS, SEVERITIES, corrupt
-from posterior_methods import METHODS, Predictor, Setup
+from paired import keep_memory
+from posterior_methods import LAYOUT, METHODS, Predictor, Setup
 from provenance import machine, provenance
 from torch import Tensor
 
@@ -77,10 +78,11 @@ class Predictions(NamedTuple):
     corrupted: dict[str, list[Tensor]]
 
 
-def predictions(predictor: Predictor, images: Images, device: torch.device) -> Predictions:
+def predictions(predictor: Predictor, images: Images, setup: Setup) -> Predictions:
     def of(prepared: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([predictor(x.to(device)).double().cpu() for x in prepared.split(500)])
+        with torch.no_grad(), setup.autocast():
+            batches = (x.to(setup.device, **LAYOUT) for x in prepared.split(500))
+            return torch.cat([predictor(x).double().cpu() for x in batches])
 
     corrupted = {}
     chosen = images.stored[images.subset]
@@ -160,13 +162,13 @@ def run(options: argparse.Namespace) -> None:
         source.images[:last][: options.train_images], source.labels[:last][: options.train_images]
     )
     setup = Setup(
-        network=lambda dropout: pretrained(options.weights, dropout),
+        network=lambda dropout: pretrained(options.weights, dropout).to(**LAYOUT),
         train=replace(train, source=few),
         device=device, epochs=options.epochs, samples=options.samples, members=options.members,
         augment=options.augment, lr=options.lr, logvar_lr=options.logvar_lr,
         relative_std=options.relative_std, prior_std=options.prior_std,
         draws_per_step=options.draws_per_step, freeze_batchnorm=options.freeze_batchnorm,
-        laplace_examples=options.laplace_examples,
+        laplace_examples=options.laplace_examples, amp=options.amp,
     )  # fmt: skip
     images = Images(options, input_config(pretrained(options.weights)))
     hidden = {"network", "train", "device"}
@@ -176,13 +178,14 @@ def run(options: argparse.Namespace) -> None:
         "holdout": options.holdout,
     }  # fmt: skip
     known = done(options.out, settings)
+    source_of_rows = {"device": str(device), "machine": machine(), **provenance("torch")}
     for name, seed in runs(options):
         if (name, seed) in known:
             continue
         started = time.perf_counter()
         predictor = METHODS[name].make(setup, seed)
         fit_seconds = time.perf_counter() - started
-        found = predictions(predictor, images, device)
+        found = predictions(predictor, images, setup)
         seconds = {"fit": fit_seconds, "predict": time.perf_counter() - started - fit_seconds}
         each = {name: found}
         if name in SCALED:
@@ -190,8 +193,7 @@ def run(options: argparse.Namespace) -> None:
         written = [
             {
                 "method": label, "seed": seed, **measure(probs, images), "seconds": seconds,
-                "settings": settings, "device": str(device), "machine": machine(),
-                **provenance("torch"),
+                "settings": settings, **source_of_rows,
             }
             for label, probs in each.items()
         ]  # fmt: skip
@@ -223,6 +225,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--holdout", action="store_true")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--amp", action="store_true", help="train and predict under autocast to bfloat16"
+    )
     sizes = parser.add_argument_group("how much")
     sizes.add_argument("--epochs", type=int, default=2)
     sizes.add_argument("--samples", type=int, default=30, help="draws K")
@@ -253,4 +258,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -26,6 +26,8 @@ from bayesify.training.settings import warmup_cosine
 
 Predictor = Callable[[Tensor], Tensor]
 """From images as the network takes them to class probabilities, both on the device."""
+LAYOUT: Any = {"memory_format": torch.channels_last}
+"""Of networks and images; convolutions are faster in it, on CPU as on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Setup:
     """N of the KL and of IVON, whatever part of the images a trial run sees."""
     laplace_examples: int = 5000
     laplace_holdout: float = 0.02
+    amp: bool = False
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def fitted(setup: Setup, seed: int, kl_weight: float, **selection: Any) -> nn.Mo
         model, setup.train, epochs=setup.epochs, batch_size=setup.batch_size, lr=setup.lr,
         logvar_lr=setup.logvar_lr, kl_weight=kl_weight * len(setup.train) / setup.num_data,
         augment=setup.augment, seed=seed, draws_per_step=setup.draws_per_step,
-        freeze_batchnorm=setup.freeze_batchnorm, model_config=input_config(model),
+        freeze_batchnorm=setup.freeze_batchnorm, amp=setup.amp,
+        model_config=input_config(model),
     )  # fmt: skip
     return model
 
@@ -145,7 +152,7 @@ def fine_tuned_network(setup: Setup, seed: int, dropout: float = 0.0) -> nn.Modu
     model = setup.network(dropout).to(setup.device)
     bayesify.fit(
         model, setup.train, epochs=setup.epochs, batch_size=setup.batch_size, lr=setup.lr,
-        augment=setup.augment, seed=seed, freeze_batchnorm=setup.freeze_batchnorm,
+        augment=setup.augment, seed=seed, freeze_batchnorm=setup.freeze_batchnorm, amp=setup.amp,
         model_config=input_config(model),
     )  # fmt: skip
     recompute_batchnorm(setup, seed, model)
@@ -202,7 +209,7 @@ def steps(
                 factor = warmup_cosine(0.05, step, total)
                 for group, lr in zip(optimizer.param_groups, highest, strict=True):
                     group["lr"] = factor * lr
-                yield x.to(setup.device), y.to(setup.device)
+                yield x.to(setup.device, **LAYOUT), y.to(setup.device)
                 step += 1
         recompute_batchnorm(setup, seed, model)
     model.eval()
@@ -218,7 +225,9 @@ def train_by_kl(setup: Setup, seed: int, model: nn.Module, kl: Callable[[], Tens
     )
     for x, y in steps(setup, seed, model, optimizer):
         optimizer.zero_grad()
-        (F.cross_entropy(model(x), y) + kl()).backward()
+        with setup.autocast():
+            loss = F.cross_entropy(model(x), y)
+        (loss + kl()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -235,7 +244,9 @@ def ivon(setup: Setup, seed: int) -> Predictor:
     for x, y in steps(setup, seed, model, optimizer):
         with optimizer.sampled_params(train=True):
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            with setup.autocast():
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
         optimizer.step()
 
     def drawn(x: Tensor) -> Tensor:
