@@ -7,8 +7,9 @@
 The first form measures each (method, seed) that FILE does not have yet, one JSON line each, so that
 it can be interrupted; the second writes the table of FILE into docs/posterior.md. WEIGHTS are those
 of the CIFAR ResNet-20; benchmarks/cifar_resnet20.py makes the data files. ``--holdout`` measures on
-augmented training images that no method trains on instead of the test images: hyperparameters are
-chosen so, and never on the test set.
+the last 5,000 training images, which no method trains on then, instead of the test images. With the
+weights of benchmarks/cifar_proxy.py, which has not seen them either, hyperparameters are chosen so,
+and never on the test set.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import posterior_table
 import torch
+from cifar_proxy import HOLDOUT
 from cifar_resnet20 import pretrained, strangers
 from corruptions import KINDS, SEVERITIES, corrupt
 from paired import keep_memory
@@ -31,15 +33,13 @@ from posterior_methods import LAYOUT, METHODS, Predictor, Setup
 from provenance import machine, provenance
 from torch import Tensor
 
-from bayesify.data import ImageData, InMemory, load_dataset, prepare
+from bayesify.data import InMemory, load_dataset, prepare
 from bayesify.metrics import ClassificationMetrics, cross_fitted_temperature, ood_metrics
 from bayesify.models import input_config
-from bayesify.training.augmentation import Augmented, augmentation
 
 RESULT = Path(__file__).parent / "results" / "posterior.jsonl"
+TRIALS = RESULT.with_name("posterior_trials.jsonl")
 SCALED = {"deterministic": "temperature scaling", "fine-tuned": "fine-tuned, temperature scaling"}
-HOLDOUT = 2000
-"""Training images that ``--holdout`` sets aside; of the 50,000 the last ones."""
 
 
 class Images:
@@ -54,20 +54,10 @@ class Images:
         if options.holdout:
             stored, labels = stored[-HOLDOUT:], labels[-HOLDOUT:]
         self.stored, self.labels = stored[: options.test_images], labels[: options.test_images]
-        self.ready: list[Tensor] | None = None
-        if options.holdout:
-            held = ImageData("held out", "train", data.classes, InMemory(stored, labels))
-            changed = Augmented(held, config, augmentation("rand-augment", config))
-            self.ready = [changed[(i, i)][0] for i in range(len(self.stored))]
         self.strange = strangers(options.ood)[0].movedim(-1, 1)[: options.ood_images]
         # a subset that is the same in every run, of all classes
         chosen = np.random.default_rng(0).permutation(len(self.stored))
         self.subset = torch.from_numpy(chosen[: options.corrupted_images].copy())
-
-    def test(self) -> Tensor:
-        if self.ready is not None:
-            return torch.stack(self.ready)
-        return prepare(self.stored, self.config)
 
 
 class Predictions(NamedTuple):
@@ -89,7 +79,11 @@ def predictions(predictor: Predictor, images: Images, setup: Setup) -> Predictio
     for kind in KINDS if len(chosen) else ():
         changed = (corrupt(chosen, kind, severity) for severity in SEVERITIES)
         corrupted[kind] = [of(prepare(x, images.config)) for x in changed]
-    return Predictions(of(images.test()), of(prepare(images.strange, images.config)), corrupted)
+    return Predictions(
+        of(prepare(images.stored, images.config)),
+        of(prepare(images.strange, images.config)),
+        corrupted,
+    )
 
 
 def tempered(found: Predictions, labels: Tensor) -> Predictions:
@@ -142,15 +136,18 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
 
 
 def done(path: Path, settings: dict[str, Any]) -> set[tuple[str, int]]:
-    """What the file has; it may hold results of the same settings only."""
+    """What the file has of these settings; only a file of trials may have others."""
     if not path.exists():
         return set()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    same = set()
     for row in rows:
         other = {k for k in settings if row["settings"].get(k) != settings[k]}
-        if other:
+        if not other:
+            same.add((row["method"], row["seed"]))
+        elif not settings["holdout"]:
             raise SystemExit(f"{path} was measured with other {sorted(other)}: give another --out.")
-    return {(row["method"], row["seed"]) for row in rows}
+    return same
 
 
 def run(options: argparse.Namespace) -> None:
@@ -166,6 +163,7 @@ def run(options: argparse.Namespace) -> None:
         train=replace(train, source=few),
         device=device, epochs=options.epochs, samples=options.samples, members=options.members,
         augment=options.augment, lr=options.lr, logvar_lr=options.logvar_lr,
+        ivon_lr=options.ivon_lr,
         relative_std=options.relative_std, prior_std=options.prior_std,
         draws_per_step=options.draws_per_step, freeze_batchnorm=options.freeze_batchnorm,
         laplace_examples=options.laplace_examples, amp=options.amp,
@@ -220,7 +218,7 @@ def main() -> None:
     parser.add_argument("--data", help="CIFAR-10 as a safetensors file")
     parser.add_argument("--weights", type=Path, help="of the CIFAR ResNet-20, safetensors")
     parser.add_argument("--ood", type=Path, help="strangers of 32 x 32 pixels, npz or safetensors")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help=f"{RESULT.name}, or {TRIALS.name} with --holdout")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--holdout", action="store_true")
@@ -241,6 +239,7 @@ def main() -> None:
     choices.add_argument("--augment", default=Setup.augment)
     choices.add_argument("--lr", type=float, default=Setup.lr)
     choices.add_argument("--logvar-lr", type=float, default=Setup.logvar_lr)
+    choices.add_argument("--ivon-lr", type=float, default=Setup.ivon_lr)
     choices.add_argument("--relative-std", type=float, default=Setup.relative_std)
     choices.add_argument("--prior-std", type=float, default=Setup.prior_std)
     choices.add_argument("--draws-per-step", type=int, default=Setup.draws_per_step)
@@ -250,8 +249,9 @@ def main() -> None:
     )  # fmt: skip
     options = parser.parse_args()
     if options.table:
-        posterior_table.write(options.out)
+        posterior_table.write(options.out or RESULT, TRIALS)
         return
+    options.out = options.out or (TRIALS if options.holdout else RESULT)
     if None in (options.data, options.weights, options.ood):
         parser.error("--data, --weights and --ood are needed")
     run(options)

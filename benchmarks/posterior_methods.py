@@ -45,6 +45,7 @@ class Setup:
     augment: Any = "rand-augment"
     lr: float = 2e-4
     logvar_lr: float = 0.005
+    ivon_lr: float = 0.02
     relative_std: float = 0.03
     prior_std: float = 0.1
     draws_per_step: int = 1
@@ -238,7 +239,7 @@ def ivon(setup: Setup, seed: int) -> Predictor:
 
     model = setup.network(0.0).to(setup.device)
     optimizer = library.IVON(
-        model.parameters(), lr=0.02, ess=setup.num_data, hess_init=1.0, beta2=0.9999,
+        model.parameters(), lr=setup.ivon_lr, ess=setup.num_data, hess_init=1.0, beta2=0.9999,
         weight_decay=1e-4, clip_radius=1e-3,
     )  # fmt: skip
     for x, y in steps(setup, seed, model, optimizer):

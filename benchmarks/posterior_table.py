@@ -1,4 +1,4 @@
-"""docs/posterior.md, from the lines that benchmarks/posterior.py wrote."""
+"""The tables of docs/posterior.md, from the lines that benchmarks/posterior.py wrote."""
 
 from __future__ import annotations
 
@@ -9,15 +9,56 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "posterior.md"
-BEGIN, END = "<!-- posterior: begin -->", "<!-- posterior: end -->"
+WITHOUT_SIGMA = (
+    "deterministic", "temperature scaling", "fine-tuned", "fine-tuned, temperature scaling",
+    "ensemble", "MC dropout", "IVON",
+)  # fmt: skip
 
 
-def write(result: Path, page: Path = PAGE) -> None:
+def write(result: Path, trials: Path, page: Path = PAGE) -> None:
     """Put the tables between the marks of the page; what stands around them is left alone."""
-    rows = [json.loads(line) for line in result.read_text(encoding="utf-8").splitlines()]
-    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    page.write_text(f"{head}{BEGIN}\n{tables(rows)}{END}{tail}", encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    for mark, made, path in (("trials", trial_table, trials), ("results", tables, result)):
+        begin, end = marks(mark)
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{begin}\n{made(rows)}{end}{tail}"
+    page.write_text(text, encoding="utf-8")
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and after a table in the page."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def trial_table(rows: list[dict[str, Any]]) -> str:
+    """The trials by which the settings were chosen, the least NLL first."""
+    lines = [
+        "| | epochs | augmentation | learning rates | initial sigma | BatchNorm | top-1 % | NLL "
+        "| ECE |",
+        "| --- | ---: | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in sorted(rows, key=lambda row: float(row["test"]["nll"])):
+        used, found = row["settings"], row["test"]
+        sigma = "" if row["method"] in WITHOUT_SIGMA else f"{used['relative_std']:g}"
+        rates = [used["lr"], used["logvar_lr"]] if sigma else [used["lr"]]
+        if row["method"] == "IVON":
+            rates = [used["ivon_lr"]]
+        cells = [
+            row["method"], str(used["epochs"]), used["augment"],
+            ", ".join(f"{rate:g}" for rate in rates), sigma,
+            "kept" if used["freeze_batchnorm"] else "gathered",
+            f"{100 * found['accuracy']:.2f}", f"{found['nll']:.4f}", f"{found['ece']:.4f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    used = rows[0]["settings"]
+    note = (
+        f"K = {used['samples']}, {used['test_images']:,} held-out images, one seed, prior "
+        f"N(0, {used['prior_std']:g}^2). Of two learning rates the second is that of the log "
+        "variances."
+    )
+    return "\n".join([*lines, "", note, ""])
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -77,7 +118,8 @@ def source(row: dict[str, Any]) -> list[str]:
         f"{used['samples']} draws; augmentation {used['augment']}, learning rates {used['lr']:g} "
         f"and {used['logvar_lr']:g}, initial sigma {used['relative_std']:g} of each tensor's RMS, "
         f"prior N(0, {used['prior_std']:g}^2), BatchNorm's statistics "
-        f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}.",
+        f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}; trained and predicted in "
+        f"{'bfloat16 autocast' if used['amp'] else 'float32'}.",
         f"*{where['processor']}, {where['cores']} cores, {row['device']}, torch "
         f"{row['versions']['torch']}, commit `{row['commit']}`, {row['date']}.*",
     ]

@@ -22,6 +22,7 @@ def line(method: str, seed: int, nll: float) -> dict[str, Any]:
             "train_images": 50_000, "epochs": 2, "test_images": 10_000, "ood_images": 10_000,
             "corrupted_images": 1000, "samples": 30, "augment": "flip-crop", "lr": 1e-3,
             "logvar_lr": 0.02, "relative_std": 0.05, "prior_std": 0.1, "freeze_batchnorm": True,
+            "amp": True,
         },
         "machine": {"processor": "a processor", "cores": 2}, "device": "cpu",
         "versions": {"torch": "2.15.0"}, "commit": "abc", "date": "2026-01-01",
@@ -31,13 +32,15 @@ def line(method: str, seed: int, nll: float) -> dict[str, Any]:
 def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
     rows = [line("ours", s, nll) for s, nll in enumerate((0.24, 0.25, 0.29))]
     rows.append(line("control", 0, 0.5))
-    result, page = tmp_path / "r.jsonl", tmp_path / "p.md"
+    result, trials, page = tmp_path / "r.jsonl", tmp_path / "t.jsonl", tmp_path / "p.md"
     result.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    begin, end = posterior_table.BEGIN, posterior_table.END
-    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    posterior_table.write(result, page)
+    trials.write_text("".join(json.dumps(line("ours, tried", 0, nll)) + "\n" for nll in (0.3, 0.2)))
+    begin, end = posterior_table.marks("results")
+    first, last = posterior_table.marks("trials")
+    page.write_text(f"{first}\n{last}\nbefore\n{begin}\nold\n{end}\nafter\n")
+    posterior_table.write(result, trials, page)
     text = page.read_text()
-    assert text.startswith(f"before\n{begin}\n")
+    assert f"\nbefore\n{begin}\n" in text
     assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
     shown = [[c.strip() for c in li.split("|")[1:-1]] for li in text.splitlines() if "|" in li]
@@ -52,5 +55,9 @@ def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
     assert worse_ours[3].startswith("3.390 ±")
     assert worse_ours[4:] == ["0.200 ± 0.000", "80.0 ± 0.0"]
     assert "50,000 training images" in text
-    posterior_table.write(result, page)
+    assert "bfloat16 autocast" in text
+    tried = [row for row in shown if row[0] == "ours, tried"]
+    assert [row[-2] for row in tried] == ["0.2000", "0.3000"]
+    assert tried[0][1:6] == ["2", "flip-crop", "0.001, 0.02", "0.05", "kept"]
+    posterior_table.write(result, trials, page)
     assert page.read_text() == text

@@ -112,7 +112,7 @@ def fit(
             unless the data set draws random numbers of its own).
         seed: Of the batches' order, the draws, augmentation and dropout.
         device: Where the model is moved to; None leaves it where it is.
-        amp: Autocast to bfloat16; log variances, draws and KL stay in float32.
+        amp: Autocast to bfloat16; means, log variances and KL stay in float32.
         model_config: How images are prepared, for an ``ImageData``; None asks the model.
         workers: Processes that read the data.
         on_start: Gets one line on the KL's scale and the noise budget.
