@@ -112,6 +112,22 @@ def test_a_posterior_that_stands_still_is_stamped(folders: dict[str, Path], made
         assert clean["stamp"] is None
 
 
+def test_a_panel_is_stamped_for_its_own_posterior_only(
+    folders: dict[str, Path], tmp_path: Path, made: Path
+) -> None:
+    cards = {name: read_card(folder) for name, folder in folders.items()}
+    one = [replace(c, facts={**c.facts, "converged": n != "sigma"}) for n, c in cards.items()]
+    found = assemble.fig4(one)
+    assert found is not None
+    assert found["stamp"] is None
+    stamps = {panel["run"]: panel["stamp"] for panel in found["panels"]}
+    assert sorted(map(str, stamps.values())) == ["None", "posterior not converged"]
+    plots.draw("fig4", found, tmp_path)
+    drawn = (tmp_path / "fig4.svg").read_text()
+    assert drawn.count("posterior not converged") == 1
+    assert "POSTERIOR NOT CONVERGED" not in drawn
+
+
 def test_the_stamp_is_in_the_picture(folders: dict[str, Path], tmp_path: Path, made: Path) -> None:
     numbers = assemble.fig1b([read_card(folder) for folder in folders.values()])
     assert numbers is not None

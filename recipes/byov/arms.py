@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .assemble import Numbers, ordered
-from .cards import Card, estimate, stamp
+from .cards import Card, estimate, stamp, stamp_of_all
 from .iterative import ONCE, ROUNDS, THEN
 
 
@@ -30,7 +30,7 @@ def fig4rounds(cards: Sequence[Card]) -> Numbers | None:
             )
     if not panels:
         return None
-    return {"panels": panels, "stamp": stamp([c for c in cards if c.numbers("iterative")])}
+    return {"panels": panels, "stamp": stamp_of_all(panels)}
 
 
 def _arm(result: dict[str, Any], way: str, criterion: str | None, share: float) -> Any:

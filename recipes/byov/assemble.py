@@ -21,6 +21,7 @@ from .cards import (
     paper_like,
     select,
     stamp,
+    stamp_of_all,
 )
 from .doubt import PARTS
 from .evaluate import AVERAGE, MEANS, SCALED, TEACHER
@@ -297,7 +298,7 @@ def fig4(cards: Sequence[Card]) -> Numbers | None:
             )  # fmt: skip
     if not panels:
         return None
-    return {"panels": panels, "stamp": stamp([c for c in cards if c.numbers("prune")])}
+    return {"panels": panels, "stamp": stamp_of_all(panels)}
 
 
 def _same_encoder(cards: Sequence[Card], like: Card) -> list[Card]:

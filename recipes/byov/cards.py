@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,3 +215,9 @@ def stamp(cards: Iterable[Card]) -> str | None:
     """What is written over a figure whose posterior did not move far enough."""
     still = [c for c in cards if c.config.bayesian and not c.facts["converged"]]
     return "posterior not converged" if still else None
+
+
+def stamp_of_all(panels: Iterable[Mapping[str, Any]]) -> str | None:
+    """What is written over a figure whose panels have stamps: theirs where each has one."""
+    stamps = [panel["stamp"] for panel in panels]
+    return stamps[0] if all(stamps) else None

@@ -169,6 +169,11 @@ def _section(section: Section, folder: Path) -> str:
     else:
         if section.numbers.get("stamp"):
             parts.append(f"<p class='stamp'>{escape(section.numbers['stamp'])}</p>")
+        else:
+            stamped = [p for p in section.numbers.get("panels", ()) if p["stamp"]]
+            parts += [
+                f"<p class='stamp'>{escape(p['run'])}: {escape(p['stamp'])}</p>" for p in stamped
+            ]
         if section.drawn:
             svg = base64.b64encode((folder / f"{section.name}.svg").read_bytes()).decode("ascii")
             parts.append(

@@ -279,9 +279,7 @@ def _fig4(figure: Any, numbers: Numbers) -> None:
         n = panel["curves"][0]["n"]
         spread = panel["logvar_spread"]
         axes.set_title(f"{title}\n{n} seed{'s' * (n > 1)}, std(logvar) {spread.mean:.2f}")
-        if panel["stamp"]:
-            axes.text(0.5, 0.06, panel["stamp"], transform=axes.transAxes, color=RED, ha="center",
-                      fontsize=9, weight="bold")  # fmt: skip
+        _stamp(axes, panel)
         axes.set_xlabel("pruned in each tensor, %")
         axes.set_xlim(-2, 100)
     for axes in grid[len(panels) :]:
@@ -290,6 +288,12 @@ def _fig4(figure: Any, numbers: Numbers) -> None:
         grid[row * columns].set_ylabel("top-1 of the frozen probe, %")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 1 + columns))
+
+
+def _stamp(axes: Any, panel: Numbers) -> None:
+    if panel["stamp"]:
+        axes.text(0.5, 0.06, panel["stamp"], transform=axes.transAxes, color=RED, ha="center",
+                  fontsize=9, weight="bold")  # fmt: skip
 
 
 def _pruned(axes: Any, curve: Any, colour: str, line: str, marker: str | None, name: str) -> None:
@@ -332,6 +336,7 @@ def _fig4rounds(figure: Any, numbers: Numbers) -> None:
             if column == 0:
                 axes.set_ylabel(f"top-1 of the {title}, %")
             axes.set_xlim(-0.3, 2.3)
+            _stamp(axes, panel)
         n = panel["n"]
         grid[0, column].set_title(
             f"{_pretty(panel['run'])}\n{panel['rounds']} rounds, {panel['steps']:,} steps in all, "
