@@ -42,11 +42,11 @@ class Setup:
     batch_size: int = 128
     samples: int = 30
     members: int = 5
-    augment: Any = "rand-augment"
-    lr: float = 2e-4
-    logvar_lr: float = 0.005
+    augment: Any = "flip-crop"
+    lr: float = 1e-3
+    logvar_lr: float = 0.03
     ivon_lr: float = 0.02
-    relative_std: float = 0.03
+    relative_std: float = 0.08
     prior_std: float = 0.1
     draws_per_step: int = 1
     freeze_batchnorm: bool = True
@@ -301,8 +301,8 @@ METHODS: dict[str, Method] = {
     "ours, beta 0.1": ours(0.1),
     "ours, beta 0.3": ours(0.3),
     "ours, beta 1": ours(1.0),
-    "ours, last layer only": ours(0.3, preset="last-layer"),
-    "ours, without norms": ours(0.3, skip="BatchNorm2d"),
+    "ours, last layer only": ours(0.1, preset="last-layer"),
+    "ours, without norms": ours(0.1, skip="BatchNorm2d"),
     "ours, laplace-diag": Method(laplace),
     "IVON": Method(ivon),
     "bayesian-torch": Method(bayesian_torch),
