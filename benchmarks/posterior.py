@@ -39,7 +39,11 @@ from bayesify.models import input_config
 
 RESULT = Path(__file__).parent / "results" / "posterior.jsonl"
 TRIALS = RESULT.with_name("posterior_trials.jsonl")
-SCALED = {"deterministic": "temperature scaling", "fine-tuned": "fine-tuned, temperature scaling"}
+SCALED = {
+    "deterministic": "temperature scaling",
+    "fine-tuned": "fine-tuned, temperature scaling",
+    "ours, beta 0.1": "ours, beta 0.1, temperature scaling",
+}
 
 
 class Images:
