@@ -1,30 +1,48 @@
-"""The tables of docs/posterior.md, from the lines that benchmarks/posterior.py wrote."""
+"""The tables of docs/posterior.md and of the README, from the lines of benchmarks/posterior.py."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[1] / "docs" / "posterior.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "docs" / "posterior.md", ROOT / "README.md")
+OURS = "ours, beta 0.1"
+"""The row that stands for ours, as the trials chose it."""
+PEERS = ("IVON", "bayesian-torch", "torchbayesian")
+SHOWN = ("deterministic", "temperature scaling", *PEERS, "MC dropout", "ensemble", OURS)
+"""Rows of the short table."""
+ECE_AIM = 0.0066
+"""That of temperature scaling in float32."""
 WITHOUT_SIGMA = (
     "deterministic", "temperature scaling", "fine-tuned", "fine-tuned, temperature scaling",
     "ensemble", "MC dropout", "IVON",
 )  # fmt: skip
 
 
-def write(result: Path, trials: Path, page: Path = PAGE) -> None:
-    """Put the tables between the marks of the page; what stands around them is left alone."""
-    text = page.read_text(encoding="utf-8")
-    for mark, made, path in (("trials", trial_table, trials), ("results", tables, result)):
-        begin, end = marks(mark)
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        head, _, rest = text.partition(begin)
-        _, _, tail = rest.partition(end)
-        text = f"{head}{begin}\n{made(rows)}{end}{tail}"
-    page.write_text(text, encoding="utf-8")
+def write(result: Path, trials: Path, pages: Iterable[Path] = PAGES) -> None:
+    """Put the tables between their marks in the pages; what stands around them is left alone."""
+    parts = (
+        ("trials", trial_table, trials), ("targets", target_table, result),
+        ("results", tables, result), ("posterior", short_table, result),
+    )  # fmt: skip
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for name, made, path in parts:
+            begin, end = marks(name)
+            if begin in text:
+                head, _, rest = text.partition(begin)
+                _, _, tail = rest.partition(end)
+                text = f"{head}{begin}\n{made(lines_of(path))}{end}{tail}"
+        page.write_text(text, encoding="utf-8")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -63,14 +81,12 @@ def trial_table(rows: list[dict[str, Any]]) -> str:
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Two tables, of clean and of corrupted images, and what they were measured with."""
-    by_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_method[row["method"]].append(row)
+    methods = by_method(rows)
     lines = [
         "| | seeds | top-1 % | NLL | ECE | Brier | OOD AUROC | fit, min |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for method, found in by_method.items():
+    for method, found in methods.items():
         cells = [
             spread([100 * r["test"]["accuracy"] for r in found], 2),
             *(spread([r["test"][key] for r in found], 4) for key in ("nll", "ece", "brier")),
@@ -88,12 +104,68 @@ def tables(rows: list[dict[str, Any]]) -> str:
             f"| | {' | '.join(kinds)} | NLL | ECE | top-1 % |",
             "| --- |" + " ---: |" * (len(kinds) + 3),
         ]
-        for method, found in by_method.items():
+        for method, found in methods.items():
             cells = [spread([over(r, "nll", kind) for r in found], 3) for kind in kinds]
             cells += [spread([over(r, key) for r in found], 3) for key in ("nll", "ece")]
             cells.append(spread([100 * over(r, "accuracy") for r in found], 1))
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *source(rows[0]), ""])
+
+
+def by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["method"]].append(row)
+    return found
+
+
+def short_table(rows: list[dict[str, Any]]) -> str:
+    """The rows that a reader compares first."""
+    lines = [
+        "| | top-1 % | NLL | ECE | OOD AUROC | NLL, corrupted | ECE, corrupted |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    methods = by_method(rows)
+    for method in SHOWN:
+        found = methods[method]
+        cells = [
+            spread([100 * r["test"]["accuracy"] for r in found], 2),
+            *(spread([r["test"][key] for r in found], 3) for key in ("nll", "ece")),
+            spread([r["ood"]["auroc"] for r in found], 3),
+            *(spread([over(r, key) for r in found], 3) for key in ("nll", "ece")),
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def target_table(rows: list[dict[str, Any]]) -> str:
+    """What was aimed at, what ours reached, and the best of the packages beside it."""
+    methods = by_method(rows)
+    ours = methods[OURS]
+
+    def mean(found: list[dict[str, Any]], key: str) -> float:
+        return statistics.mean(r["test"][key] for r in found)
+
+    ends = [r["test"]["intervals"]["ece"] for r in ours]
+    within = any(low <= ECE_AIM <= high for low, high in ends)
+    lines = ["| aim | ours | reached |", "| --- | ---: | --- |"]
+    for text, value, reached in (
+        ("top-1 >= 91.6 %", 100 * mean(ours, "accuracy"), mean(ours, "accuracy") >= 0.916),
+        ("NLL <= 0.240", mean(ours, "nll"), mean(ours, "nll") <= 0.24),
+        (f"ECE <= {ECE_AIM} or an interval that holds it", mean(ours, "ece"),
+         mean(ours, "ece") <= ECE_AIM or within),
+        ("OOD AUROC >= 0.905", (auroc := statistics.mean(r["ood"]["auroc"] for r in ours)),
+         auroc >= 0.905),
+    ):  # fmt: skip
+        lines.append(f"| {text} | {value:.4g} | {'yes' if reached else 'no'} |")
+    for key, name in (("nll", "NLL"), ("ece", "ECE")):
+        means = {m: statistics.mean(over(r, key) for r in methods[m]) for m in (*PEERS, OURS)}
+        best = min(PEERS, key=means.__getitem__)
+        lines.append(
+            f"| corrupted: {name} below the packages' (least: {best}, {means[best]:.4g}) "
+            f"| {means[OURS]:.4g} | {'yes' if means[OURS] < means[best] else 'no'} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 def over(row: dict[str, Any], key: str, kind: str | None = None) -> float:

@@ -38,7 +38,7 @@ def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
     begin, end = posterior_table.marks("results")
     first, last = posterior_table.marks("trials")
     page.write_text(f"{first}\n{last}\nbefore\n{begin}\nold\n{end}\nafter\n")
-    posterior_table.write(result, trials, page)
+    posterior_table.write(result, trials, [page])
     text = page.read_text()
     assert f"\nbefore\n{begin}\n" in text
     assert text.endswith(f"{end}\nafter\n")
@@ -59,5 +59,27 @@ def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
     tried = [row for row in shown if row[0] == "ours, tried"]
     assert [row[-2] for row in tried] == ["0.2000", "0.3000"]
     assert tried[0][1:6] == ["2", "flip-crop", "0.001, 0.02", "0.05", "kept"]
-    posterior_table.write(result, trials, page)
+    posterior_table.write(result, trials, [page])
     assert page.read_text() == text
+
+
+def test_the_targets_are_judged_by_the_mean_over_seeds(tmp_path: Path) -> None:
+    rows = [line(posterior_table.OURS, s, nll) for s, nll in enumerate((0.22, 0.24, 0.26))]
+    for row, ends in zip(rows, ([0.007, 0.02], [0.006, 0.02], [0.008, 0.02]), strict=True):
+        row["test"]["intervals"] = {"ece": ends}
+    rows += [line(m, 0, 0.25) for m in posterior_table.SHOWN if m != posterior_table.OURS]
+    rows[-1]["ood"]["auroc"] = 0.5
+    rows[0]["ood"]["auroc"] = 0.8
+    shown = [
+        [c.strip() for c in li.split("|")[1:-1]]
+        for li in posterior_table.target_table(rows).splitlines()[2:]
+    ]
+    assert [row[1:] for row in shown] == [
+        ["91.73", "yes"], ["0.24", "yes"], ["0.0123", "yes"], ["0.87", "no"], ["3.36", "yes"],
+        ["0.2", "no"],
+    ]  # fmt: skip
+    rows[1]["test"]["intervals"] = {"ece": [0.007, 0.02]}  # now none holds the aim
+    assert "| 0.0123 | no |" in posterior_table.target_table(rows)
+    short = posterior_table.short_table(rows).splitlines()
+    assert len(short) == 2 + len(posterior_table.SHOWN)
+    assert "| 0.240 ± 0.020 |" in short[-1]
