@@ -92,6 +92,23 @@ def test_outputs_and_gradients_are_those_of_lowered_float32_draws(model: nn.Modu
             torch.testing.assert_close(value, wanted[name], rtol=rtol, atol=rtol * scale, msg=name)
 
 
+@pytest.mark.parametrize("part", ["head", "twice", "mix", "conv"])
+def test_a_part_of_the_model_in_the_first_call_and_later(part: str) -> None:
+    # autocast keeps casts of ordinary parameters, and the first call traces
+    torch.manual_seed(0)
+    model = to_bbb(Net(), only=[part], logvar=-3.0).train()
+    original = {n: p for n, p in model.named_parameters() if "logvar" not in n}
+    for seed in (3, 4):
+        with one_draw(model, seed):
+            out = model(X)
+            value = kl_divergence(model)
+        expected = functional_call(Net(), {**original, **draws(model, seed)}, (X,))
+        assert type(out) is Tensor
+        assert torch.equal(out, expected)
+        (out.float().square().mean() + 1e-3 * value).backward()
+        assert all(type(p.grad) is Tensor for p in model.parameters())
+
+
 def test_only_what_autocast_lowers_is_drawn_in_its_dtype(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -330,7 +330,11 @@ def _trace(
         scopes.recording(_refuse_checkpoint), unseen, unset_fake_temporarily(),
         torch._C._EnableTorchFunction(),
     ):  # fmt: skip
-        return tracer.run(functools.partial(original, owner), names, build, tensors)
+        try:
+            return tracer.run(functools.partial(original, owner), names, build, tensors)
+        finally:
+            # it holds casts of ordinary parameters, now made of examples
+            torch.clear_autocast_cache()
 
 
 def _identity(tensor: Any) -> Any:
