@@ -109,7 +109,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             cells += [spread([over(r, key) for r in found], 3) for key in ("nll", "ece")]
             cells.append(spread([100 * over(r, "accuracy") for r in found], 1))
             lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *source(rows[0]), ""])
+    return "\n".join([*lines, "", *source(rows), ""])
 
 
 def by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -181,8 +181,10 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def source(row: dict[str, Any]) -> list[str]:
+def source(rows: list[dict[str, Any]]) -> list[str]:
+    row = rows[0]
     used, where = row["settings"], row["machine"]
+    commits = " and ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
     return [
         f"Means ± standard deviation over the seeds. {used['train_images']:,} training images, "
         f"epochs: {used['epochs']}, {used['test_images']:,} test images, {used['ood_images']:,} "
@@ -193,5 +195,5 @@ def source(row: dict[str, Any]) -> list[str]:
         f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}; trained and predicted in "
         f"{'bfloat16 autocast' if used['amp'] else 'float32'}.",
         f"*{where['processor']}, {where['cores']} cores, {row['device']}, torch "
-        f"{row['versions']['torch']}, commit `{row['commit']}`, {row['date']}.*",
+        f"{row['versions']['torch']}, commit {commits}, {row['date']}.*",
     ]
