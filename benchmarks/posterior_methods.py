@@ -234,13 +234,18 @@ def train_by_kl(setup: Setup, seed: int, model: nn.Module, kl: Callable[[], Tens
 
 
 def ivon(setup: Setup, seed: int) -> Predictor:
-    """Shen et al. (2024, arXiv:2402.17641), the package's own optimizer."""
+    """Shen et al. (2024, arXiv:2402.17641), the package's own optimizer.
+
+    One number sets the initial sigma of all weights: the share of their RMS that ours has.
+    """
     import ivon as library
 
     model = setup.network(0.0).to(setup.device)
+    weights = nn.utils.parameters_to_vector(model.parameters()).detach()
+    variance = float(setup.relative_std**2 * weights.square().mean())
     optimizer = library.IVON(
-        model.parameters(), lr=setup.ivon_lr, ess=setup.num_data, hess_init=1.0, beta2=0.9999,
-        weight_decay=1e-4, clip_radius=1e-3,
+        model.parameters(), lr=setup.ivon_lr, ess=setup.num_data, beta2=0.9999, clip_radius=1e-3,
+        weight_decay=1e-4, hess_init=1 / (setup.num_data * variance) - 1e-4,
     )  # fmt: skip
     for x, y in steps(setup, seed, model, optimizer):
         with optimizer.sampled_params(train=True):
