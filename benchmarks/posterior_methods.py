@@ -241,7 +241,7 @@ def ivon(setup: Setup, seed: int) -> Predictor:
     import ivon as library
 
     model = setup.network(0.0).to(setup.device)
-    weights = nn.utils.parameters_to_vector(model.parameters()).detach()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     variance = float(setup.relative_std**2 * weights.square().mean())
     optimizer = library.IVON(
         model.parameters(), lr=setup.ivon_lr, ess=setup.num_data, beta2=0.9999, clip_radius=1e-3,
