@@ -144,7 +144,7 @@ def target_table(rows: list[dict[str, Any]]) -> str:
     ours = methods[OURS]
 
     def mean(found: list[dict[str, Any]], key: str) -> float:
-        return statistics.mean(r["test"][key] for r in found)
+        return float(statistics.mean(r["test"][key] for r in found))
 
     ends = [r["test"]["intervals"]["ece"] for r in ours]
     within = any(low <= ECE_AIM <= high for low, high in ends)
