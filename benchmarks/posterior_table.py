@@ -81,7 +81,11 @@ def trial_table(rows: list[dict[str, Any]]) -> str:
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Two tables, of clean and of corrupted images, and what they were measured with."""
-    methods = by_method(rows)
+
+    def nll(item: tuple[str, list[dict[str, Any]]]) -> float:
+        return float(statistics.mean(r["test"]["nll"] for r in item[1]))
+
+    methods = dict(sorted(by_method(rows).items(), key=nll))
     lines = [
         "| | seeds | top-1 % | NLL | ECE | Brier | OOD AUROC | fit, min |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -186,8 +190,8 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
     used, where = row["settings"], row["machine"]
     commits = " and ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
     return [
-        f"Means ± standard deviation over the seeds. {used['train_images']:,} training images, "
-        f"epochs: {used['epochs']}, {used['test_images']:,} test images, {used['ood_images']:,} "
+        "The least NLL first; means ± standard deviation over the seeds. "
+        f"{used['train_images']:,} training images, epochs: {used['epochs']}, {used['test_images']:,} test images, {used['ood_images']:,} "
         f"strangers, {used['corrupted_images']:,} images at each corruption, K = "
         f"{used['samples']} draws; augmentation {used['augment']}, learning rates {used['lr']:g} "
         f"and {used['logvar_lr']:g}, initial sigma {used['relative_std']:g} of each tensor's RMS, "
