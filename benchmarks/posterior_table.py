@@ -191,10 +191,11 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
     commits = " and ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
     return [
         "The least NLL first; means ± standard deviation over the seeds. "
-        f"{used['train_images']:,} training images, epochs: {used['epochs']}, {used['test_images']:,} test images, {used['ood_images']:,} "
-        f"strangers, {used['corrupted_images']:,} images at each corruption, K = "
-        f"{used['samples']} draws; augmentation {used['augment']}, learning rates {used['lr']:g} "
-        f"and {used['logvar_lr']:g}, initial sigma {used['relative_std']:g} of each tensor's RMS, "
+        f"{used['train_images']:,} training images, epochs: {used['epochs']}, "
+        f"{used['test_images']:,} test images, {used['ood_images']:,} strangers, "
+        f"{used['corrupted_images']:,} images at each corruption, K = {used['samples']} draws; "
+        f"augmentation {used['augment']}, learning rates {used['lr']:g} and "
+        f"{used['logvar_lr']:g}, initial sigma {used['relative_std']:g} of each tensor's RMS, "
         f"prior N(0, {used['prior_std']:g}^2), BatchNorm's statistics "
         f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}; trained and predicted in "
         f"{'bfloat16 autocast' if used['amp'] else 'float32'}.",
