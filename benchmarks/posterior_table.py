@@ -188,7 +188,7 @@ def spread(values: list[float], digits: int) -> str:
 def source(rows: list[dict[str, Any]]) -> list[str]:
     row = rows[0]
     used, where = row["settings"], row["machine"]
-    commits = " and ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
     return [
         "The least NLL first; means ± standard deviation over the seeds. "
         f"{used['train_images']:,} training images, epochs: {used['epochs']}, "
@@ -200,5 +200,5 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
         f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}; trained and predicted in "
         f"{'bfloat16 autocast' if used['amp'] else 'float32'}.",
         f"*{where['processor']}, {where['cores']} cores, {row['device']}, torch "
-        f"{row['versions']['torch']}, commit {commits}, {row['date']}.*",
+        f"{row['versions']['torch']}, commits {commits}, {row['date']}.*",
     ]
