@@ -160,17 +160,26 @@ LOCAL = _Local()
 
 
 def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, key: int) -> Tensor:
-    """Draw one parameter: the plain-torch reference of :mod:`bayesify.kernels.grouped`.
+    """Draw one parameter: where possible as draws are made together, elsewhere by plain torch.
 
-    The draw is made in float32, or in float64 for a float64 mean, and has the mean's dtype.
+    The latter is the reference of :mod:`bayesify.kernels.grouped`. It draws in float32, or in
+    float64 for a float64 mean, and has the mean's dtype.
     """
     mean, raw = tensors_of(module, attribute, slot)
     assert seed is not None
     # Not autocast and not a torch-function mode: the mode that swaps reads must not see this one.
     with torch._C.DisableTorchFunction():
+        if suits_group(slot, mean, raw):
+            [(value, _)] = grouped.draw([grouped.Item(mean, raw, key, slot.buffers)], seed)
+            return value
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
         std = gaussian.std_from_raw(raw, slot.parameterization)
         return gaussian.draw(mean, std, noise(seed, key, mean.shape, dtype, mean.device))
+
+
+def suits_group(slot: Slot, mean: Tensor, raw: Tensor) -> bool:
+    """Whether :mod:`bayesify.kernels.grouped` can draw this parameter now."""
+    return grouped.possible() and slot.parameterization == "exp" and grouped.suits(mean, raw)
 
 
 def new_seed() -> Tensor:
@@ -256,7 +265,6 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     drawn: list[Slot] = []
     scope.filled.add((id(module), mode))
     seen: dict[int, int] = {}
-    together = grouped.possible()
     items: dict[tuple[Any, ...], grouped.Item] = {}
     slots: list[Slot] = []
     for child in module.modules():
@@ -280,7 +288,7 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 continue  # most of its reads need no draw, or there is none
             if not compiling:
                 drawn.append(slot)
-            if together and slot.parameterization == "exp" and grouped.suits(mean, raw):
+            if suits_group(slot, mean, raw):
                 if index not in items:
                     items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers, dtype)
                     slots.append(slot)

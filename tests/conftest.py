@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from bayesify.kernels import native
+
 # The first call of a torch op can take longer than hypothesis' deadline; derandomize gives the same
 # examples on every run, so that a failure is one that everybody sees.
 hypothesis.settings.register_profile("bayesify", deadline=None, derandomize=True)
@@ -40,3 +42,13 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries that use the global state must be fixed as well
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["native", "torch"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test with the C library, and as where it was not compiled."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_library", lambda: None)
+    elif not native.there():
+        pytest.skip("bayesify was installed without a C compiler")
+    return str(request.param)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import bayesify
+from bayesify.kernels import native
 from bayesify.kernels.cpu_draw import _PIECE
 
 # By what they work on: each of these goes through all elements of its tensors.
@@ -22,12 +23,14 @@ KERNELS = (
     "square_", "div", "div_", "sum", "log", "zero_", "clone", "cat", "addcmul_",
     "_fused_adamw_", "_foreach_add_",
 )  # fmt: skip
+# Of plain torch, by pieces of tensors.
 DRAW = Counter({"normal_": 1, "mul": 1, "exp_": 1, "mul_": 1, "add": 1})
-BACKWARD = Counter({"mul_": 1})  # the gradient of the mean is that of the draw
 KL = Counter({"expm1": 1, "sub_": 1, "addcmul_": 1, "sum": 1})  # to a standard normal prior
 KL_BACKWARD = Counter({"add": 1, "expm1": 1, "add_": 1})
+# Of either, by tensors.
+BACKWARD = Counter({"mul_": 1})  # the gradient of the mean is that of the draw
 OPTIMIZER = Counter({"add_": 1})  # of a number: each log variance counts its steps
-TEMPORARIES = 2  # one of the KL divergence and one of its gradient, each of a piece
+TEMPORARIES = {"torch": 2, "native": 0}  # of a piece: one of the KL, one of its gradient
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
@@ -109,43 +112,65 @@ def times(counts: Counter[str], factor: int) -> Counter[str]:
     return Counter({key: count * factor for key, count in counts.items()})
 
 
+class Calls:
+    """How often the C library goes through tensors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: Counter[str] = Counter()
+        for name in ("draw", "kl", "gradient", "fill_normal"):
+            monkeypatch.setattr(native, name, self._counted(name, getattr(native, name)))
+
+    def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.seen[name] += 1
+            return function(*args)
+
+        return call
+
+
 @pytest.mark.parametrize("make", [mlp, vit])
-def test_the_kernels_of_a_step(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
-    step, pieces, tensors = step_of(make, True)
+@pytest.mark.parametrize("kl", [True, False])
+def test_the_kernels_of_a_step(
+    make: Callable[[], tuple[nn.Module, Tensor]], kl: bool, library: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    step, pieces, tensors = step_of(make, True, kl)
     base, _ = profiled(step_of(make, False)[0])
+    calls = Calls(monkeypatch)
     found = extra(profiled(step)[0], base)
+    steps = 4  # of which the last is profiled
     # means and log variances are two groups of the optimizer; the KL divergence is scaled and added
-    once = Counter(("_fused_adamw_", "_foreach_add_", "mul", "mul", "add", "cat", "clone", "sum"))
-    once += times(OPTIMIZER, tensors)
-    whole = sum((times(c, pieces) for c in (DRAW, BACKWARD, KL, KL_BACKWARD)), start=once)
-    assert {k: found[k] for k in KERNELS if found[k]} == dict(whole)
-
-
-def test_the_kernels_of_a_step_without_kl() -> None:
-    step, pieces, tensors = step_of(mlp, True, kl=False)
-    base, _ = profiled(step_of(mlp, False)[0])
-    found = extra(profiled(step)[0], base)
     once = Counter(("_fused_adamw_", "_foreach_add_")) + times(OPTIMIZER, tensors)
-    expected = sum((times(c, pieces) for c in (DRAW, BACKWARD)), start=once)
-    assert {k: found[k] for k in KERNELS if found[k]} == dict(expected)
+    if kl:
+        once += Counter(("mul", "mul", "add", "cat", "clone", "sum"))
+    if library == "torch":
+        once += times(DRAW, pieces) + times(BACKWARD, pieces if kl else tensors)
+        once += times(KL + KL_BACKWARD, pieces) if kl else Counter()
+        assert not calls.seen
+    elif kl:  # one pass for all draws and one for their KL, and one for each tensor's gradients
+        assert calls.seen == {"draw": steps, "kl": steps, "gradient": steps * tensors}
+    else:
+        once += times(BACKWARD, tensors)
+        assert calls.seen == {"draw": steps}
+    assert {k: found[k] for k in KERNELS if found[k]} == dict(once)
 
 
-def test_a_step_allocates_nothing_of_the_size_of_a_weight() -> None:
+def test_a_step_allocates_nothing_of_the_size_of_a_weight(library: str) -> None:
     base = profiled(step_of(mlp, False)[0])[1]
     found = extra(profiled(step_of(mlp, True)[0])[1], base)
     weight = 4 * 512 * 300
     assert found[weight] == 0
     assert base[weight] == 1  # its gradient
-    assert found[4 * _PIECE] == found[weight - 4 * _PIECE] == TEMPORARIES
+    assert found[4 * _PIECE] == found[weight - 4 * _PIECE] == TEMPORARIES[library]
     without = extra(profiled(step_of(mlp, True, kl=False)[0])[1], base)
     assert {size: count for size, count in without.items() if size > 1024} == {}
 
 
-def test_calls_of_small_operations_stay_few() -> None:
+def test_calls_of_small_operations_stay_few(library: str) -> None:
     """Those that make views and wrap numbers; a draw is to be no long Python program."""
     step, pieces, _ = step_of(vit, True)
     found = extra(profiled(step)[0], profiled(step_of(vit, False)[0])[0])
-    assert sum(found.values()) <= 115 * pieces + 60
+    assert sum(found.values()) <= {"torch": 115, "native": 20}[library] * pieces + 60
 
 
 def test_the_means_run_what_the_original_runs() -> None:

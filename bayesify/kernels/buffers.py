@@ -20,10 +20,10 @@ class Buffers:
     its backward needs, and a gradient. Whoever keeps more gets memory of their own.
     """
 
-    __slots__ = ("_like", "_storages")
+    __slots__ = ("_kept", "_like")
 
     def __init__(self) -> None:
-        self._storages: dict[torch.dtype, list[torch.UntypedStorage]] = {}
+        self._kept: dict[torch.dtype, list[tuple[Tensor, torch.UntypedStorage]]] = {}
         self._like: tuple[int, torch.dtype] | None = None
 
     def take(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -31,33 +31,26 @@ class Buffers:
         dtype = like.dtype if dtype is None else dtype
         with _LOCK:
             if self._like != (like.numel(), like.dtype):
-                self._storages.clear()
+                self._kept.clear()
                 self._like = like.numel(), like.dtype
-            kept = self._storages.setdefault(dtype, [])
-            for storage in kept:
-                if _USE_COUNT(storage._cdata) == 1:
-                    # a tensor of its own, whose version nobody has seen
-                    return torch.empty(0, dtype=dtype).set_(
-                        storage, 0, like.shape, _contiguous(like.shape)
-                    )
-            tensor = torch.empty(like.shape, dtype=dtype)
+            kept = self._kept.setdefault(dtype, [])
+            for tensor, storage in kept:
+                if _USE_COUNT(storage._cdata) == 2:
+                    # .data is a tensor of its own, whose version nobody has seen
+                    same = tensor.shape == like.shape
+                    return tensor.data if same else tensor.data.view(like.shape)
+            with torch.inference_mode(False):  # else it could serve nothing but inference
+                tensor = torch.empty(like.shape, dtype=dtype)
             if len(kept) < _MOST:
-                kept.append(tensor.untyped_storage())
+                kept.append((tensor, tensor.untyped_storage()))
+                return tensor.data
             return tensor
 
     def kept(self) -> list[torch.UntypedStorage]:
         """What is kept at present."""
-        return [storage for each in self._storages.values() for storage in each]
+        return [storage for each in self._kept.values() for _, storage in each]
 
     def clear(self) -> None:
         """Keep nothing."""
         with _LOCK:
-            self._storages.clear()
-
-
-def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    strides, step = [], 1
-    for side in reversed(shape):
-        strides.append(step)
-        step *= max(side, 1)
-    return tuple(reversed(strides))
+            self._kept.clear()

@@ -1,4 +1,8 @@
-"""All draws of a scope together, on the CPU: noise by several threads, into kept memory."""
+"""All draws of a scope together, on the CPU, into kept memory.
+
+Noise, draw and KL divergence are made by the C library (:mod:`.native`) where it was compiled and
+tensors are float32, elsewhere by plain torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .noise import fill_normal, fold
+from . import native
+from .noise import fill_normal
 
 if TYPE_CHECKING:
     from .grouped import Draw, Item
@@ -21,16 +26,40 @@ _PIECE = 1 << 17
 
 def draw(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor, Tensor | None]]:
     """Each draw, and for its backward ``half = sigma * noise / 2``: by the log variance."""
-    values = [item.buffers.take(item.mean, item.dtype) for item in items]
-    halves = [
-        item.buffers.take(item.mean) if gradient or value.dtype != item.mean.dtype else value
-        for item, value in zip(items, values, strict=True)
-    ]
-    fill_normal([(h, fold(seed, i.key)) for h, i in zip(halves, items, strict=True)], std=0.5)
+    made: list[tuple[Tensor, Tensor | None]] = []
+    rows: list[native.DrawRow] = []
+    lowered: list[tuple[Item, Tensor, Tensor]] = []
+    plain: list[tuple[Item, Tensor, Tensor]] = []
+    for item in items:
+        value = item.buffers.take(item.mean, item.dtype)
+        apart = value.dtype is not item.mean.dtype
+        half = item.buffers.take(item.mean) if gradient or apart else value
+        made.append((value, half if gradient else None))
+        if not _by_native(item):
+            plain.append((item, half, value))
+            continue
+        if apart:
+            lowered.append((item, half, value))
+        rows.append(
+            native.DrawRow(
+                item.mean, item.logvar, None if apart else value,
+                half if gradient or apart else None, item.key,
+            )
+        )  # fmt: skip
+    if rows:
+        native.draw(rows, seed)
     with torch.no_grad():
-        for item, half, value in zip(items, halves, values, strict=True):
-            _finish(item.mean, item.logvar, half, value)
-    return [(v, h if gradient else None) for v, h in zip(values, halves, strict=True)]
+        for item, half, value in lowered:
+            torch.add(item.mean, half, alpha=2, out=value)
+        if plain:
+            fill_normal([(half, item.key) for item, half, _ in plain], seed, std=0.5)
+            for item, half, value in plain:
+                _finish(item.mean, item.logvar, half, value)
+    return made
+
+
+def _by_native(item: Item) -> bool:
+    return item.mean.dtype is torch.float32 and native.there()
 
 
 def _finish(*tensors: Tensor) -> None:
@@ -48,69 +77,104 @@ def _finish(*tensors: Tensor) -> None:
 
 
 class Repeated:
-    """Draws of the same tensors under many seeds, without gradient: sigma is computed once."""
+    """Draws of the same tensors under many seeds, without gradient."""
 
     def __init__(self, items: Sequence[Item]) -> None:
-        self.items = items
-        self.stds = [item.buffers.take(item.mean) for item in items]
-        with torch.no_grad():
-            for item, std in zip(items, self.stds, strict=True):
-                for logvar, part in _pieces(item.logvar, std):
-                    part.copy_(torch.mul(logvar, 0.5).exp_())
+        self._rows = [(item, *_moments(item)) for item in items]
 
     def draw(self, seed: int) -> list[Tensor]:
         """One draw of each tensor, in memory that is used again once nobody holds it."""
-        values = [item.buffers.take(item.mean) for item in self.items]
+        values = [item.buffers.take(item.mean) for item, *_ in self._rows]
         self._fill(seed, values)
         return values
 
     def stack(self, seeds: Sequence[int]) -> list[Tensor]:
         """Draws of each tensor, one behind the other: (number of seeds, shape of the tensor)."""
-        values = [item.mean.new_empty((len(seeds), *item.mean.shape)) for item in self.items]
+        values = [item.mean.new_empty((len(seeds), *item.mean.shape)) for item, *_ in self._rows]
         for k, seed in enumerate(seeds):
             self._fill(seed, [value[k] for value in values])
         return values
 
     def _fill(self, seed: int, values: Sequence[Tensor]) -> None:
-        fill_normal([(v, fold(seed, i.key)) for v, i in zip(values, self.items, strict=True)])
-        with torch.no_grad():
-            for item, std, value in zip(self.items, self.stds, values, strict=True):
-                for m, s, v in _pieces(item.mean, std, value):
-                    v.mul_(s).add_(m)
+        rows, plain = [], []
+        for (item, mean, std), value in zip(self._rows, values, strict=True):
+            if std is None:
+                rows.append(native.DrawRow(mean, item.logvar, value, None, item.key))
+            else:
+                plain.append((mean, std, value, item.key))
+        if rows:
+            native.draw(rows, seed)
+        fill_normal([(value, key) for *_, value, key in plain], seed)
+        for mean, std, value, _ in plain:
+            for m, s, v in _pieces(mean, std, value):
+                v.mul_(s).add_(m)
+
+
+def _moments(item: Item) -> tuple[Tensor, Tensor | None]:
+    """Mean and sigma; sigma is None where the C library makes it while it draws."""
+    mean, logvar = item.mean.detach(), item.logvar.detach()
+    if _by_native(item):
+        return mean, None
+    std = item.buffers.take(mean)
+    for raw, part in _pieces(logvar, std):
+        part.copy_(torch.mul(raw, 0.5).exp_())
+    return mean, std
 
 
 def gradients(node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: bool) -> Any:
     """Of mean and log variance; see :meth:`.grouped.Draw.gradients`."""
-    mean, logvar = node.item.mean.detach(), node.item.logvar.detach()
-    by_mean, by_logvar = grad, None
-    if grad is not None:
-        assert node.half is not None
-        strided = grad.layout is torch.strided
-        if not overwrite or not strided or node.half.dtype != logvar.dtype:
-            by_logvar = (grad * node.half).to(logvar.dtype)
-            grad_now = None
-        else:
-            by_logvar, node.half, grad_now = node.half, None, grad
+    item, half = node.item, node.half
+    mean, logvar = item.mean.detach(), item.logvar.detach()
+    in_place = (
+        grad is not None
+        and half is not None
+        and overwrite
+        and grad.layout is torch.strided
+        and half.dtype is logvar.dtype
+    )
+    if grad is None:
+        by_logvar = torch.zeros_like(logvar)
+    elif in_place:
+        assert half is not None
+        by_logvar, node.half = half, None
     else:
-        by_logvar, grad_now = torch.zeros_like(logvar), None
-    factor = None
-    if kl is not None:
-        factor = float(kl)
-        by_mean = node.item.buffers.take(mean) if overwrite else torch.empty_like(mean)
-    elif grad_now is None:
-        return by_mean, by_logvar
-    prior = node.prior or (None, None)
-    _add(factor, mean, logvar, by_mean, by_logvar, grad, grad_now, *prior)
+        assert half is not None
+        by_logvar = (grad * half).to(logvar.dtype)
+    if kl is None:
+        if grad is not None and in_place:
+            by_logvar.mul_(grad)
+        return grad, by_logvar
+    by_mean = item.buffers.take(mean) if overwrite else torch.empty_like(mean)
+    prior, factor = _numbers(node.prior), float(kl)
+    if _by_native(item) and (grad is None or in_place) and all(map(native.suits, prior)):
+        upstream = grad if grad is None else grad.contiguous()
+        if native.suits(upstream):
+            native.gradient(mean, logvar, prior, factor, upstream, by_mean, by_logvar)
+            return by_mean, by_logvar
+    _add(factor, mean, logvar, by_mean, by_logvar, grad, grad if in_place else None, *prior)
     return by_mean, by_logvar
 
 
 def kl(nodes: Sequence[Draw]) -> Tensor:
     """Sum of the KL divergences of drawn tensors, without gradient."""
     total = 0.0
+    rows = []
     for node in nodes:
-        assert node.prior is not None
-        total += _kl_value(node.item.mean.detach(), node.item.logvar.detach(), node.prior)
+        item, prior = node.item, _numbers(node.prior)
+        if _by_native(item) and all(map(native.suits, prior)):
+            rows.append((item.mean, item.logvar, prior))
+        else:
+            total += _kl_value(item.mean.detach(), item.logvar.detach(), *prior)
+    if rows:
+        total += native.kl(rows)
     return torch.tensor(total, dtype=nodes[0].item.mean.dtype)
+
+
+def _numbers(prior: native.Prior | None) -> native.Prior:
+    """A prior with numbers in the place of tensors of one number."""
+    assert prior is not None
+    mean, var = (float(p) if isinstance(p, Tensor) and p.dim() == 0 else p for p in prior)
+    return mean, var
 
 
 def _pieces(*tensors: Any) -> Iterator[tuple[Any, ...]]:
@@ -118,7 +182,7 @@ def _pieces(*tensors: Any) -> Iterator[tuple[Any, ...]]:
     count = max(1, -(-tensors[0].numel() // _PIECE))
     columns = []
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dim() == tensors[0].dim():
+        if isinstance(tensor, Tensor):
             flat = tensor.reshape(-1)
             columns.append(flat.split(_PIECE) if count > 1 else (flat,))
         else:
@@ -131,9 +195,11 @@ def log(value: Tensor | float) -> Any:
     return torch.log(value) if isinstance(value, Tensor) else math.log(value)
 
 
-def _kl_value(mean: Tensor, logvar: Tensor, prior: tuple[Tensor | float, Tensor | float]) -> float:
+def _kl_value(
+    mean: Tensor, logvar: Tensor, prior_mean: Tensor | float, prior_var: Tensor | float
+) -> float:
     total = 0.0
-    for m, s, pm, pv in _pieces(mean, logvar, *prior):
+    for m, s, pm, pv in _pieces(mean, logvar, prior_mean, prior_var):
         ratio, offset = _less(s, log(pv)), _less(m, pm)
         terms = torch.expm1(ratio).sub_(ratio)
         if isinstance(pv, float):
@@ -149,7 +215,7 @@ def _less(tensor: Tensor, other: Tensor | float) -> Tensor:
     return tensor if isinstance(other, float) and other == 0.0 else tensor - other
 
 
-def _add(factor: float | None, *tensors: Any) -> None:
+def _add(factor: float, *tensors: Any) -> None:
     """``by_logvar *= grad`` if there is one to multiply; then what the KL divergence adds.
 
     ``by_mean = grad + factor (mean - m) / v``, ``by_logvar += factor (e^l / v - 1) / 2``.
@@ -157,8 +223,6 @@ def _add(factor: float | None, *tensors: Any) -> None:
     for m, s, by_m, by_s, grad, grad_now, pm, pv in _pieces(*tensors):
         if grad_now is not None:
             by_s.mul_(grad_now)
-        if factor is None:
-            continue
         offset = _less(m, pm)
         if not isinstance(pv, float):
             torch.mul(offset, factor, out=by_m).div_(pv)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import philox
+from . import native, philox
 from .choice import by_triton
 
 BLOCK = 1 << 17
@@ -57,19 +57,31 @@ def _noise(
         else:
             philox.fill_normal(result, int(seed), key)
         return result
-    # torch's CPU engine keeps only the low 32 bits of a seed, so they must depend on all of it
-    mixed = fold(int(seed), key)
     if device.type == "cpu":
-        fill_normal([(result, mixed)])
+        fill_normal([(result, key)], int(seed))
         return result
+    mixed = fold(int(seed), key)
     return result.normal_(generator=torch.Generator(device=device).manual_seed(mixed))
 
 
-def fill_normal(wanted: Sequence[tuple[Tensor, int]], std: float = 1.0) -> None:
-    """Fill contiguous CPU tensors with normal noise, each by its own 63-bit seed.
+def fill_normal(wanted: Sequence[tuple[Tensor, int]], seed: int, std: float = 1.0) -> None:
+    """Fill contiguous float32 or float64 CPU tensors with normal noise, each by its own key."""
+    if not native.there():
+        # torch's CPU engine keeps only the low 32 bits of a seed, so they must depend on all of it
+        fill_by_generators([(tensor, fold(seed, key)) for tensor, key in wanted], std)
+        return
+    for tensor, key in wanted:
+        native.fill_normal(tensor, seed, key)
+        if std != 1.0:
+            tensor.mul_(std)
 
-    The numbers come in blocks of :data:`BLOCK` elements, block ``i > 0`` with the seed
-    ``fold(seed, i)``: however many threads there are, they are the same.
+
+def fill_by_generators(wanted: Sequence[tuple[Tensor, int]], std: float = 1.0) -> None:
+    """Fill contiguous CPU tensors with normal noise of torch's generators, each by its own seed.
+
+    This is the noise where :mod:`.native` was not compiled. The numbers come in blocks of
+    :data:`BLOCK` elements, block ``i > 0`` with the seed ``fold(seed, i)``: however many threads
+    there are, they are the same.
     """
     blocks = []
     for tensor, seed in wanted:
@@ -154,7 +166,8 @@ def noise(
         key: 63-bit integer that identifies the parameter (:func:`key_of` its name).
         size: Shape of the noise.
         dtype: float32 or float64.
-        device: Where the noise is wanted. CPU and CUDA give different numbers for one seed.
+        device: Where the noise is wanted. CPU and CUDA give the same numbers up to rounding where
+            :mod:`.native` was compiled; elsewhere the CPU has numbers of its own.
 
     Returns:
         A tensor of shape ``size`` without gradient.

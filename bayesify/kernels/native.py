@@ -1,0 +1,171 @@
+"""The C library of native.c: noise, draws and KL divergences on the CPU, in one pass each.
+
+It is compiled when bayesify is installed, where there is a compiler. Without it plain torch does
+the same work (:mod:`.cpu_draw`), with the noise of torch's generators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from array import array
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Prior = tuple[Tensor | float, Tensor | float]
+"""Mean and variance, each a number or a tensor of the parameter's shape."""
+
+_MASK = (1 << 64) - 1
+_CHUNK = 8192  # as in native.c
+
+
+class _KL(ctypes.Structure):
+    _fields_ = (
+        ("mean", ctypes.c_void_p), ("logvar", ctypes.c_void_p),
+        ("prior_mean", ctypes.c_void_p), ("prior_var", ctypes.c_void_p),
+        ("one_mean", ctypes.c_float), ("one_var", ctypes.c_float),
+    )  # fmt: skip
+
+
+class DrawRow(NamedTuple):
+    """One tensor to draw: ``value = mean + std * noise`` and ``half = std * noise / 2``.
+
+    All are contiguous float32 tensors of the CPU; what is None is not wanted.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+    value: Tensor | None
+    half: Tensor | None
+    key: int
+
+
+def there() -> bool:
+    """Whether the library was compiled and can be loaded."""
+    return _library() is not None
+
+
+def fill_normal(tensor: Tensor, seed: int, key: int) -> None:
+    """Fill a contiguous CPU tensor, float32 or float64, as :func:`.philox.fill_normal` does.
+
+    The numbers are the same up to the rounding of logarithm, sine and cosine; in float32 they have
+    the same bits on all processors.
+    """
+    _loaded().bayesify_noise(
+        tensor.data_ptr(), tensor.numel(), seed & _MASK, key & _MASK,
+        int(tensor.dtype == torch.float64), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def draw(rows: Sequence[DrawRow], seed: int) -> None:
+    """Draw all rows, with the noise of :func:`fill_normal`."""
+    table, sizes = array("Q"), array("q")
+    for mean, logvar, value, half, key in rows:
+        table.extend((
+            mean.data_ptr(), logvar.data_ptr(), 0 if value is None else value.data_ptr(),
+            0 if half is None else half.data_ptr(), seed & _MASK, key & _MASK,
+        ))  # fmt: skip
+        sizes.append(mean.numel())
+    _loaded().bayesify_draw(_at(table), _at(sizes), len(rows), torch.get_num_threads())
+
+
+def kl(rows: Sequence[tuple[Tensor, Tensor, Prior]]) -> float:
+    """Sum of the KL divergences of N(mean, e^logvar) from N(prior mean, prior variance)."""
+    table = (_KL * len(rows))(*(_kl_row(mean, logvar, *prior) for mean, logvar, prior in rows))
+    sizes = array("q", [mean.numel() for mean, *_ in rows])
+    partial = array("d", bytes(8 * sum(-(-size // _CHUNK) for size in sizes)))
+    library, threads = _loaded(), torch.get_num_threads()
+    twice = library.bayesify_kl(table, _at(sizes), len(rows), _at(partial), threads)
+    return 0.5 * float(twice)
+
+
+def gradient(
+    mean: Tensor, logvar: Tensor, prior: Prior, factor: float, grad: Tensor | None,
+    by_mean: Tensor, by_logvar: Tensor,
+) -> None:  # fmt: skip
+    """What a draw and ``factor`` times the KL divergence give mean and log variance.
+
+    ``by_logvar``, which holds ``std * noise / 2``, becomes
+    ``grad * std * noise / 2 + factor (e^logvar / v - 1) / 2``, and
+    ``by_mean = grad + factor (mean - m) / v``; without ``grad`` only the terms of the KL.
+    """
+    m, v = prior
+    many_m, many_v = isinstance(m, Tensor), isinstance(v, Tensor)
+    _loaded().bayesify_gradient(
+        mean.data_ptr(), logvar.data_ptr(),
+        m.data_ptr() if many_m else None, v.data_ptr() if many_v else None,  # type: ignore[union-attr]
+        0.0 if many_m else m, 1.0 if many_v else v, None if grad is None else grad.data_ptr(),
+        by_mean.data_ptr(), by_logvar.data_ptr(), factor, mean.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def suits(tensor: Any) -> bool:
+    """Whether this is a contiguous float32 tensor of the CPU, or no tensor."""
+    return not isinstance(tensor, Tensor) or (
+        tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    )
+
+
+def _kl_row(mean: Tensor, logvar: Tensor, m: Tensor | float, v: Tensor | float) -> _KL:
+    many_m, many_v = isinstance(m, Tensor), isinstance(v, Tensor)
+    return _KL(
+        mean.data_ptr(), logvar.data_ptr(),
+        m.data_ptr() if many_m else None, v.data_ptr() if many_v else None,  # type: ignore[union-attr]
+        0.0 if many_m else m, 1.0 if many_v else v,
+    )  # fmt: skip
+
+
+def _at(numbers: array[Any]) -> int:
+    return numbers.buffer_info()[0]
+
+
+def _loaded() -> Any:
+    library = _library()
+    assert library is not None
+    return library
+
+
+@functools.cache
+def _library() -> Any:
+    folder = Path(__file__).parent
+    names = (f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
+        return None
+    try:
+        library: Any = ctypes.CDLL(str(path))
+    except OSError:
+        return None  # compiled for another machine
+    big, word, pointer = ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
+    library.bayesify_noise.argtypes = pointer, big, word, word, ctypes.c_int, big
+    library.bayesify_draw.argtypes = pointer, pointer, big, big
+    library.bayesify_kl.argtypes = pointer, pointer, big, pointer, big
+    library.bayesify_kl.restype = ctypes.c_double
+    number = ctypes.c_float
+    library.bayesify_gradient.argtypes = (
+        pointer, pointer, pointer, pointer, number, number, pointer, pointer, pointer, number,
+        big, big,
+    )  # fmt: skip
+    for function in ("bayesify_noise", "bayesify_draw", "bayesify_gradient"):
+        getattr(library, function).restype = None
+    library.bayesify_use_threads_of.argtypes = (pointer,)
+    library.bayesify_use_threads_of.restype = None
+    library.bayesify_use_threads_of(_torchs_threads())
+    # threads do not outlive a fork, and this OpenMP would wait for them
+    os.register_at_fork(after_in_child=functools.partial(library.bayesify_use_threads_of, None))
+    return library
+
+
+def _torchs_threads() -> int | None:
+    """``GOMP_parallel`` of the OpenMP that torch has loaded; None: the library uses one thread.
+
+    A second OpenMP would have threads of its own, and the two would wait for each other's cores.
+    """
+    found = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if found is None else ctypes.cast(found, ctypes.c_void_p).value
