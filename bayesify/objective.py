@@ -66,6 +66,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
         terms = []
         partial: dict[Any, list[Tensor]] = {}  # FSDP2: sums over the shards of this process
         hanging: list[tuple[grouped.Hook, Tensor | float, Tensor | float]] = []
+        may_hang = torch.is_grad_enabled() and grouped.possible()
         for site in found:
             if isinstance(site.slot.prior, ScaleMixturePrior):
                 if seed is None:
@@ -73,7 +74,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
                 term = _drawn_term(site, site.slot.prior, seed)
             else:
                 prior = _closed_prior(site)
-                hook = _hook(site, prior)
+                hook = _hook(site, prior) if may_hang else None
                 if hook is not None:
                     hanging.append((hook, *prior))
                     site.slot.drawn = None
@@ -329,7 +330,7 @@ def _closed_term(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> Te
 def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.Hook | None:
     """The backward of the site's last draw, if it can add the gradient of the KL divergence."""
     hook = site.slot.drawn
-    if hook is None or not torch.is_grad_enabled() or not grouped.possible():
+    if hook is None:
         return None
     if site.slot.has_pruned or not hook.node.may_carry(site.mean, site.raw):
         return None

@@ -169,7 +169,7 @@ def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, 
     assert seed is not None
     # Not autocast and not a torch-function mode: the mode that swaps reads must not see this one.
     with torch._C.DisableTorchFunction():
-        if suits_group(slot, mean, raw):
+        if grouped.possible() and _suits_group(slot, mean, raw):
             [(value, _)] = grouped.draw([grouped.Item(mean, raw, key, slot.buffers)], seed)
             return value
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
@@ -177,9 +177,9 @@ def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, 
         return gaussian.draw(mean, std, noise(seed, key, mean.shape, dtype, mean.device))
 
 
-def suits_group(slot: Slot, mean: Tensor, raw: Tensor) -> bool:
-    """Whether :mod:`bayesify.kernels.grouped` can draw this parameter now."""
-    return grouped.possible() and slot.parameterization == "exp" and grouped.suits(mean, raw)
+def _suits_group(slot: Slot, mean: Tensor, raw: Tensor) -> bool:
+    """Whether :mod:`bayesify.kernels.grouped` can draw this parameter, where it is possible."""
+    return slot.parameterization == "exp" and grouped.suits(mean, raw)
 
 
 def new_seed() -> Tensor:
@@ -265,6 +265,7 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     drawn: list[Slot] = []
     scope.filled.add((id(module), mode))
     seen: dict[int, int] = {}
+    together = grouped.possible()
     items: dict[tuple[Any, ...], grouped.Item] = {}
     slots: list[Slot] = []
     for child in module.modules():
@@ -288,7 +289,7 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 continue  # most of its reads need no draw, or there is none
             if not compiling:
                 drawn.append(slot)
-            if suits_group(slot, mean, raw):
+            if together and _suits_group(slot, mean, raw):
                 if index not in items:
                     items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers, dtype)
                     slots.append(slot)

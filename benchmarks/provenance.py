@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bayesify.kernels import native
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -26,6 +28,7 @@ def provenance(*packages: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
         "versions": {package: version(package) for package in packages},
+        "c_library": native.there(),
     }
 
 

@@ -72,9 +72,10 @@ def source(record: dict[str, Any]) -> str:
     where = record["machine"]
     versions = ", ".join(f"{p} {v}" for p, v in record["versions"].items())
     card = f"{where['card']}; " if "card" in where else ""
+    library = ", bayesify with its C library" if record.get("c_library") else ""
     return (
         f"*{card}{where['processor']}, {where['cores']} cores, {record['threads']} threads, Python "
-        f"{where['python']}, {versions}; commit `{record['commit']}`, {record['date']}, "
+        f"{where['python']}, {versions}{library}; commit `{record['commit']}`, {record['date']}, "
         f"`{record['command']}`.*\n"
     )
 

@@ -20,6 +20,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import speed_table
 import timm
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bayesify
+from bayesify.kernels import native
 from bayesify.posterior import Estimator
 from bayesify.storage import replacing
 
@@ -117,6 +119,21 @@ def ours_without_kl(model: nn.Module) -> Step:
         optimizer.zero_grad()
 
     return step
+
+
+def without_library(method: Callable[[nn.Module], Step]) -> Callable[[nn.Module], Step]:
+    """As where bayesify was installed without a C compiler."""
+
+    def plain(model: nn.Module) -> Step:
+        step = method(model)
+
+        def run(x: Tensor, y: Tensor) -> None:
+            with mock.patch.object(native, "there", return_value=False):
+                step(x, y)
+
+        return run
+
+    return plain
 
 
 def bayesian_torch(kind: str) -> Callable[[nn.Module], Step]:
@@ -229,6 +246,7 @@ METHODS: dict[str, tuple[str | None, Callable[[nn.Module], Step]]] = {
     "bayesify flipout": (None, ours("flipout")),
     "bayesify local": (None, ours("local")),
     "bayesify, no KL": (None, ours_without_kl),
+    "bayesify, no C library": (None, without_library(ours("weight"))),
     "bayesian-torch reparam": ("bayesian_torch", bayesian_torch("Reparameterization")),
     "bayesian-torch flipout": ("bayesian_torch", bayesian_torch("Flipout")),
     "torchbayesian": ("torchbayesian", torchbayesian),
@@ -251,6 +269,8 @@ def measure(name: str, rounds: int, device: str) -> dict[str, Any]:
     for method, (package, make) in METHODS.items():
         if package is not None and importlib.util.find_spec(package) is None:
             found[method] = {"error": "not installed"}
+            continue
+        if method == "bayesify, no C library" and (device == "cuda" or not native.there()):
             continue
         torch.manual_seed(0)
         before = torch.cuda.memory_allocated() if device == "cuda" else 0

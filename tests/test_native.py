@@ -58,6 +58,11 @@ def test_the_noise_is_that_of_philox(size: int, threads: int) -> None:
         close(noise(size, seed, key, torch.float64), reference(size, seed, key), atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_of_low_precision_is_rounded(dtype: torch.dtype) -> None:
+    assert torch.equal(noise(1001, 1, 2, dtype), noise(1001, 1, 2).to(dtype))
+
+
 def test_the_largest_numbers() -> None:
     """Where the uniform number is next to 0, and next to 1."""
     found, expected = noise(1 << 22, 3, 5), reference(1 << 22, 3, 5)

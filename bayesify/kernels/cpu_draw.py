@@ -59,7 +59,8 @@ def draw(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor,
 
 
 def _by_native(item: Item) -> bool:
-    return item.mean.dtype is torch.float32 and native.there()
+    # also in the backward: the tensors may have become others since the draw
+    return native.there() and native.suits(item.mean) and native.suits(item.logvar)
 
 
 def _finish(*tensors: Tensor) -> None:

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 #define VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -345,17 +346,20 @@ VERSIONS static void kl_chunk(const job *all, int64_t row, int64_t chunk, int64_
     all->partial[chunk] = total;
 }
 
-/* Twice the KL divergence; `partial` has room for a number of each chunk. */
-double bayesify_kl(
-    const kl_row *rows, const int64_t *sizes, int64_t count, double *partial, int64_t threads) {
-    job all = {kl_chunk, rows, sizes, count, partial, 0};
+/* Twice the KL divergence, summed in the same order however many threads there are; NaN if memory
+   is short. */
+double bayesify_kl(const kl_row *rows, const int64_t *sizes, int64_t count, int64_t threads) {
     int64_t chunks = 0;
-    double total = 0.0;
-    start(&all, threads);
     for (int64_t row = 0; row < count; row++)
         chunks += (sizes[row] + CHUNK - 1) / CHUNK;
-    for (int64_t chunk = 0; chunk < chunks; chunk++)
-        total += partial[chunk];
+    double *partial = malloc((size_t)(chunks + 1) * sizeof *partial), total = partial ? 0.0 : NAN;
+    if (partial) {
+        job all = {kl_chunk, rows, sizes, count, partial, 0};
+        start(&all, threads);
+        for (int64_t chunk = 0; chunk < chunks; chunk++)
+            total += partial[chunk];
+    }
+    free(partial);
     return total;
 }
 

@@ -22,7 +22,6 @@ Prior = tuple[Tensor | float, Tensor | float]
 """Mean and variance, each a number or a tensor of the parameter's shape."""
 
 _MASK = (1 << 64) - 1
-_CHUNK = 8192  # as in native.c
 
 
 class _KL(ctypes.Structure):
@@ -52,15 +51,19 @@ def there() -> bool:
 
 
 def fill_normal(tensor: Tensor, seed: int, key: int) -> None:
-    """Fill a contiguous CPU tensor, float32 or float64, as :func:`.philox.fill_normal` does.
+    """Fill a contiguous CPU tensor as :func:`.philox.fill_normal` does.
 
-    The numbers are the same up to the rounding of logarithm, sine and cosine; in float32 they have
-    the same bits on all processors.
+    The numbers are the same up to the rounding of logarithm, sine and cosine; where float64 is not
+    asked for they have the same bits on all processors.
     """
+    double, single = tensor.dtype is torch.float64, tensor.dtype is torch.float32
+    made = tensor if double or single else torch.empty(tensor.shape, dtype=torch.float32)
     _loaded().bayesify_noise(
-        tensor.data_ptr(), tensor.numel(), seed & _MASK, key & _MASK,
-        int(tensor.dtype == torch.float64), torch.get_num_threads(),
+        made.data_ptr(), made.numel(), seed & _MASK, key & _MASK, int(double),
+        torch.get_num_threads(),
     )  # fmt: skip
+    if made is not tensor:
+        tensor.copy_(made)
 
 
 def draw(rows: Sequence[DrawRow], seed: int) -> None:
@@ -79,9 +82,7 @@ def kl(rows: Sequence[tuple[Tensor, Tensor, Prior]]) -> float:
     """Sum of the KL divergences of N(mean, e^logvar) from N(prior mean, prior variance)."""
     table = (_KL * len(rows))(*(_kl_row(mean, logvar, *prior) for mean, logvar, prior in rows))
     sizes = array("q", [mean.numel() for mean, *_ in rows])
-    partial = array("d", bytes(8 * sum(-(-size // _CHUNK) for size in sizes)))
-    library, threads = _loaded(), torch.get_num_threads()
-    twice = library.bayesify_kl(table, _at(sizes), len(rows), _at(partial), threads)
+    twice = _loaded().bayesify_kl(table, _at(sizes), len(rows), torch.get_num_threads())
     return 0.5 * float(twice)
 
 
@@ -145,7 +146,7 @@ def _library() -> Any:
     big, word, pointer = ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
     library.bayesify_noise.argtypes = pointer, big, word, word, ctypes.c_int, big
     library.bayesify_draw.argtypes = pointer, pointer, big, big
-    library.bayesify_kl.argtypes = pointer, pointer, big, pointer, big
+    library.bayesify_kl.argtypes = pointer, pointer, big, big
     library.bayesify_kl.restype = ctypes.c_double
     number = ctypes.c_float
     library.bayesify_gradient.argtypes = (
