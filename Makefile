@@ -58,6 +58,7 @@ bench: $(PEERS) ## speed beside the original and beside peers, which it installs
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/predict.py
+	$(BIN)/python benchmarks/draw.py
 	$(BIN)/python benchmarks/memory.py
 	PYTHONPATH=. $(BIN)/python benchmarks/byov.py
 	$(BIN)/python benchmarks/fit.py

@@ -1,48 +1,95 @@
-"""The draw of ViT-B/16's weights on a card, in bytes a second, beside a copy.
+"""The draw alone: on the CPU with and without the C library, on a card beside a copy of memory.
 
-    python benchmarks/draw.py [--rounds 30]      1 minute on a card, by estimate
+    python benchmarks/draw.py [--rounds 30]                  1 minute on 2 cores
+    python benchmarks/draw.py --device cuda [--rounds 30]    1 minute on a card, by estimate
 
-A draw reads mean and log variance and writes the weight, 12 bytes a weight in float32; its backward
-reads gradient and log variance and writes one gradient, also 12. The copy moves 1 GiB in the same
-round. Writes `results/draw_cuda.json`, and `docs/speed.md` anew.
+On the CPU: draws, KL divergence and the gradients of both, of the weights of ViT-Tiny/16. On a
+card those of ViT-B/16, in bytes a second: a draw reads mean and log variance and writes the weight,
+12 bytes a weight in float32; its backward reads gradient and log variance and writes one gradient,
+also 12; the copy moves 1 GiB in the same round. Writes `results/draw.json` or
+`results/draw_cuda.json`, and `docs/speed.md` anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import speed_table
 import timm
 import torch
-from paired import paired
+from paired import keep_memory, paired
 from provenance import machine, provenance
 
 import bayesify
-from bayesify.kernels import grouped
+from bayesify.kernels import grouped, native
 from bayesify.posterior import sites
 from bayesify.storage import replacing
 
-RESULT = Path(__file__).parent / "results" / "draw_cuda.json"
+RESULTS = Path(__file__).parent / "results"
 REPEATS = 10
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "There is no CUDA device.\n")
-    model = bayesify.to_bbb(timm.create_model("vit_base_patch16_224").cuda(), logvar=-6.0)
-    items = [grouped.Item(s.mean, s.raw, s.slot.key, s.slot.buffers) for s in sites(model)]
+def items_of(name: str, device: str) -> list[grouped.Item]:
+    model = bayesify.to_bbb(timm.create_model(name).to(device), logvar=-6.0)
+    return [grouped.Item(s.mean, s.raw, s.slot.key, s.slot.buffers) for s in sites(model)]
+
+
+def on_cpu(items: list[grouped.Item], rounds: int) -> dict[str, Any]:
+    """Times of plain torch over those of the C library, and seconds, by part of a step."""
+    seed = torch.tensor(1)
+    upstream = [torch.ones_like(item.mean) for item in items]
+
+    def drawn() -> list[Any]:
+        return grouped.draw(items, seed)
+
+    def draw() -> None:
+        with torch.no_grad():
+            drawn()
+
+    def with_kl() -> tuple[list[Any], torch.Tensor]:
+        made = drawn()
+        return made, grouped.gaussian_kl([(hook, 0.0, 1.0) for _, hook in made if hook])
+
+    def kl_and_gradients() -> None:
+        made, kl = with_kl()
+        torch.autograd.backward([v for v, _ in made] + [kl], [*upstream, torch.tensor(1e-5)])
+        for item in items:
+            item.mean.grad = item.logvar.grad = None
+
+    parts: dict[str, Callable[[], Any]] = {
+        "draw without gradient": draw, "draw and KL": with_kl,
+        "draw, KL and gradients": kl_and_gradients,
+    }  # fmt: skip
+
+    def plainly(run: Callable[[], Any]) -> Callable[[], Any]:
+        def plain() -> None:
+            with mock.patch.object(native, "there", return_value=False):
+                run()
+
+        return plain
+
+    found = {}
+    for name, run in parts.items():
+        ways = {"library": run, "torch": plainly(run)}
+        for way in ways.values():
+            way()
+        found[name] = paired(ways, "library", rounds)
+        print(name, *(f"{way} {1000 * row['seconds']:.1f} ms" for way, row in found[name].items()))
+    return found
+
+
+def on_card(items: list[grouped.Item], rounds: int) -> dict[str, Any]:
+    """Bytes a second of draw, backward and copy, and over those of the copy."""
     weights = sum(item.mean.numel() for item in items)
     source = torch.empty(1 << 28, device="cuda")
     target = torch.empty_like(source)
     seed = torch.tensor(1)
-    drawn = grouped.draw(items, seed)
-    values = [value for value, _ in drawn]
+    values = [value for value, _ in grouped.draw(items, seed)]
     upstream = [torch.ones_like(value) for value in values]
     logvars = [item.logvar for item in items]
 
@@ -66,7 +113,7 @@ def main() -> None:
     }
     for run, _ in moved.values():
         run()
-    rows = paired({name: run for name, (run, _) in moved.items()}, "copy", options.rounds, "cuda")
+    rows = paired({name: run for name, (run, _) in moved.items()}, "copy", rounds, "cuda")
     found = {}
     for name, (_, size) in moved.items():
         found[name] = {
@@ -76,12 +123,33 @@ def main() -> None:
         }
         print(f"{name:10}{found[name]['bytes_per_second'] / 1e12:.2f} TB/s, "
               f"{100 * found[name]['median']:.0f} % of the copy")  # fmt: skip
+    return found
+
+
+def main() -> None:
+    keep_memory()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args()
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "There is no CUDA device.\n")
+    if device == "cpu" and not native.there():
+        parser.exit(
+            1, "bayesify was installed without a C compiler: there is nothing to compare.\n"
+        )
+    items = items_of("vit_base_patch16_224" if device == "cuda" else "vit_tiny_patch16_224", device)
+    found = (on_card if device == "cuda" else on_cpu)(items, options.rounds)
+    packages = ("torch", "triton", "timm") if device == "cuda" else ("torch", "timm")
     record = {
-        "command": f"benchmarks/draw.py --rounds {options.rounds}", "rounds": options.rounds,
-        "threads": torch.get_num_threads(), "machine": machine("cuda"), "weights": weights,
-        **provenance("torch", "triton", "timm"), "rates": found,
+        "command": f"benchmarks/draw.py --device {device} --rounds {options.rounds}",
+        "rounds": options.rounds, "threads": torch.get_num_threads(), "machine": machine(device),
+        "weights": sum(item.mean.numel() for item in items), **provenance(*packages),
+        "rates": found,
     }  # fmt: skip
-    with replacing(RESULT, overwrite=True) as path:
+    result = RESULTS / ("draw_cuda.json" if device == "cuda" else "draw.json")
+    with replacing(result, overwrite=True) as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
     speed_table.write()
 

@@ -88,6 +88,17 @@ def test_a_card(page: Path) -> None:
     assert "*H100; P, 2 cores" in text
 
 
+def test_the_draw_alone(page: Path) -> None:
+    ways = {"library": {**ROW, "median": 1.0}, "torch": {**ROW, "median": 4.0}}
+    record = {**BASE, "c_library": True, "weights": 1234, "rates": {"draw": ways}}
+    put(page, "draw.json", record)
+    speed_table.write()
+    text = page.read_text()
+    assert "Of the 1,234 weights" in text
+    assert "| draw | 2000.0 | 2000.0 | 4.00 (1.01 to 1.10) |" in text
+    assert "torch 2.15, bayesify with its C library; commit" in text
+
+
 def test_a_fit(page: Path) -> None:
     row = dict.fromkeys(("images_per_second", "once_seconds", "over_loop", "over_fit"), ROW)
     slow = {**row, "over_loop": {"low": 0.8, "median": 0.85, "high": 0.9}}
