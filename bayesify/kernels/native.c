@@ -5,7 +5,6 @@
    compiler's vectoriser; on x86-64 each function is compiled three times and the best one runs. */
 
 #include <math.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 
