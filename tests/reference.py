@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import bayesify
 from bayesify import scope
@@ -35,14 +35,13 @@ class Probe(TorchDispatchMode):
         self.draws: dict[int, tuple[Tensor, str]] = {}
         self.leaks: set[str] = set()
         self.drawn: set[str] = set()
-        self.drawing = False
         self.tracing = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.tracing:
             return func(*args, **(kwargs or {}))  # metadata only
         for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and not self.drawing:
+            if isinstance(leaf, Tensor):
                 if id(leaf) in self.draws:
                     self.drawn.add(self.draws[id(leaf)][1])
                 elif id(leaf) in self.means and "detach" not in str(func):
@@ -54,11 +53,8 @@ class Probe(TorchDispatchMode):
         realise = scope.realise
 
         def marked(module: nn.Module, attribute: str, *args: Any) -> Tensor:
-            outer, self.drawing = self.drawing, True
-            try:
+            with _disable_current_modes():  # so that it is made as in a call that nobody watches
                 draw = realise(module, attribute, *args)
-            finally:
-                self.drawing = outer
             self.draws[id(draw)] = draw, self.means[id(module._parameters[attribute])]
             return draw
 
