@@ -27,7 +27,7 @@ WITHOUT_SIGMA = (
 def write(result: Path, trials: Path, pages: Iterable[Path] = PAGES) -> None:
     """Put the tables between their marks in the pages; what stands around them is left alone."""
     parts = (
-        ("trials", trial_table, trials), ("targets", target_table, result),
+        ("trials", trial_tables, trials), ("targets", target_table, result),
         ("results", tables, result), ("posterior", short_table, result),
     )  # fmt: skip
     for page in pages:
@@ -50,12 +50,23 @@ def marks(name: str) -> tuple[str, str]:
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
+def trial_tables(rows: list[dict[str, Any]]) -> str:
+    """A table for each network that trials were made with, the latest first.
+
+    Its number of training images tells one from the other.
+    """
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["settings"]["train_images"]].append(row)
+    return "\n".join(trial_table(each) for each in reversed(found.values()))
+
+
 def trial_table(rows: list[dict[str, Any]]) -> str:
-    """The trials by which the settings were chosen, the least NLL first."""
+    """The trials with one network, the least NLL first."""
     lines = [
-        "| | epochs | augmentation | learning rates | initial sigma | BatchNorm | top-1 % | NLL "
-        "| ECE |",
-        "| --- | ---: | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| | epochs | augmentation | learning rates | initial sigma | averaged | BatchNorm "
+        "| top-1 % | NLL | ECE | OOD AUROC |",
+        "| --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(rows, key=lambda row: float(row["test"]["nll"])):
         used, found = row["settings"], row["test"]
@@ -66,13 +77,16 @@ def trial_table(rows: list[dict[str, Any]]) -> str:
         cells = [
             row["method"], str(used["epochs"]), used["augment"],
             ", ".join(f"{rate:g}" for rate in rates), sigma,
+            f"{used.get('average', 0.0):.0%}",  # rows from before there was such a setting
             "kept" if used["freeze_batchnorm"] else "gathered",
             f"{100 * found['accuracy']:.2f}", f"{found['nll']:.4f}", f"{found['ece']:.4f}",
+            f"{row['ood']['auroc']:.3f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     used = rows[0]["settings"]
     note = (
-        f"K = {used['samples']}, {used['test_images']:,} held-out images, one seed, prior "
+        f"{used['train_images']:,} training images, {used['test_images']:,} held out, "
+        f"{used['ood_images']:,} strangers, K = {used['samples']}, one seed, prior "
         f"N(0, {used['prior_std']:g}^2). Of two learning rates the second is that of the log "
         "variances."
     )
