@@ -7,8 +7,8 @@ The pretrained network of benchmarks/posterior.py knows every training image by 
 can stand in for a new one. This one begins with the same WEIGHTS, of which the last stage and the
 classifier (three quarters of all) are drawn anew, and learns 20,000 other images: at the rate of a
 training from random weights, in which what the rest may remember of the 5,000 is lost, then at
-falling rates until it knows its own images by heart. Few images make it as sure of itself as the
-pretrained network is, in minutes. After every epoch it prints how it does on both kinds.
+falling rates. Few images make it too sure of itself within minutes, as the pretrained network is,
+though less so. After every epoch it prints how it does on both kinds of images.
 ``posterior.py --holdout --train-images 20000 --weights proxy.safetensors`` measures on the 5,000.
 """
 
