@@ -170,7 +170,8 @@ def run(options: argparse.Namespace) -> None:
         augment=options.augment, lr=options.lr, logvar_lr=options.logvar_lr,
         ivon_lr=options.ivon_lr,
         relative_std=options.relative_std, prior_std=options.prior_std,
-        draws_per_step=options.draws_per_step, freeze_batchnorm=options.freeze_batchnorm,
+        average=options.average, draws_per_step=options.draws_per_step,
+        freeze_batchnorm=options.freeze_batchnorm,
         laplace_examples=options.laplace_examples, amp=options.amp,
     )  # fmt: skip
     images = Images(options, input_config(pretrained(options.weights)))
@@ -247,6 +248,7 @@ def main() -> None:
     choices.add_argument("--ivon-lr", type=float, default=Setup.ivon_lr)
     choices.add_argument("--relative-std", type=float, default=Setup.relative_std)
     choices.add_argument("--prior-std", type=float, default=Setup.prior_std)
+    choices.add_argument("--average", type=float, default=Setup.average)
     choices.add_argument("--draws-per-step", type=int, default=Setup.draws_per_step)
     choices.add_argument(
         "--freeze-batchnorm", action=argparse.BooleanOptionalAction,

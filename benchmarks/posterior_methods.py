@@ -1,7 +1,8 @@
 """The methods of benchmarks/posterior.py: each turns the pretrained network into a predictor.
 
 All that is trained sees the same batches of the same augmented images for the same epochs, with
-AdamW (IVON is its own optimizer), the same warm-up, cosine and gradient clipping.
+AdamW (IVON is its own optimizer), the same warm-up, cosine, gradient clipping and averaging of the
+last steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import bayesify
 from bayesify.data import ImageData
 from bayesify.models import input_config
 from bayesify.planning import BBBConfig
+from bayesify.training.averaging import TailAverage
 from bayesify.training.batches import Order, shuffled_batches
 from bayesify.training.randomness import seeded
 from bayesify.training.settings import warmup_cosine
@@ -48,6 +50,7 @@ class Setup:
     ivon_lr: float = 0.02
     relative_std: float = 0.08
     prior_std: float = 0.1
+    average: float = 0.0
     draws_per_step: int = 1
     freeze_batchnorm: bool = True
     num_data: int = 50_000
@@ -86,7 +89,8 @@ def fitted(setup: Setup, seed: int, kl_weight: float, **selection: Any) -> nn.Mo
     bayesify.fit(
         model, setup.train, epochs=setup.epochs, batch_size=setup.batch_size, lr=setup.lr,
         logvar_lr=setup.logvar_lr, kl_weight=kl_weight * len(setup.train) / setup.num_data,
-        augment=setup.augment, seed=seed, draws_per_step=setup.draws_per_step,
+        augment=setup.augment, seed=seed, average=setup.average,
+        draws_per_step=setup.draws_per_step,
         freeze_batchnorm=setup.freeze_batchnorm, amp=setup.amp,
         model_config=input_config(model),
     )  # fmt: skip
@@ -153,8 +157,8 @@ def fine_tuned_network(setup: Setup, seed: int, dropout: float = 0.0) -> nn.Modu
     model = setup.network(dropout).to(setup.device)
     bayesify.fit(
         model, setup.train, epochs=setup.epochs, batch_size=setup.batch_size, lr=setup.lr,
-        augment=setup.augment, seed=seed, freeze_batchnorm=setup.freeze_batchnorm, amp=setup.amp,
-        model_config=input_config(model),
+        augment=setup.augment, seed=seed, average=setup.average,
+        freeze_batchnorm=setup.freeze_batchnorm, amp=setup.amp, model_config=input_config(model),
     )  # fmt: skip
     recompute_batchnorm(setup, seed, model)
     return model
@@ -198,6 +202,7 @@ def steps(
     batches, order = plain_batches(setup, seed, setup.augment)
     highest = [group["lr"] for group in optimizer.param_groups]
     total, step = setup.epochs * len(batches), 0
+    last = TailAverage(list(model.parameters()), total - round(setup.average * total))
     model.train()
     if setup.freeze_batchnorm:
         for module in model.modules():
@@ -212,6 +217,8 @@ def steps(
                     group["lr"] = factor * lr
                 yield x.to(setup.device, **LAYOUT), y.to(setup.device)
                 step += 1
+                last.look(step)
+        last.put()
         recompute_batchnorm(setup, seed, model)
     model.eval()
 
