@@ -169,7 +169,7 @@ def run(options: argparse.Namespace) -> None:
         device=device, epochs=options.epochs, samples=options.samples, members=options.members,
         augment=options.augment, lr=options.lr, logvar_lr=options.logvar_lr,
         ivon_lr=options.ivon_lr,
-        relative_std=options.relative_std, prior_std=options.prior_std,
+        relative_std=options.relative_std, prior_std=options.prior_std, anchor=options.anchor,
         average=options.average, draws_per_step=options.draws_per_step,
         freeze_batchnorm=options.freeze_batchnorm,
         laplace_examples=options.laplace_examples, amp=options.amp,
@@ -248,6 +248,12 @@ def main() -> None:
     choices.add_argument("--ivon-lr", type=float, default=Setup.ivon_lr)
     choices.add_argument("--relative-std", type=float, default=Setup.relative_std)
     choices.add_argument("--prior-std", type=float, default=Setup.prior_std)
+    choices.add_argument(
+        "--anchor",
+        type=float,
+        metavar="WIDTH",
+        help="of a prior of ours around the pretrained weights, in RMS of each tensor",
+    )
     choices.add_argument("--average", type=float, default=Setup.average)
     choices.add_argument("--draws-per-step", type=int, default=Setup.draws_per_step)
     choices.add_argument(

@@ -50,6 +50,9 @@ class Setup:
     ivon_lr: float = 0.02
     relative_std: float = 0.08
     prior_std: float = 0.1
+    anchor: float | None = None
+    """Width of a prior of ours around the pretrained weights, in RMS of each tensor; None is
+    N(0, prior_std^2), which the peers have either way."""
     average: float = 0.0
     draws_per_step: int = 1
     freeze_batchnorm: bool = True
@@ -76,9 +79,12 @@ class Method:
 
 def converted(setup: Setup, **selection: Any) -> nn.Module:
     """The network with the initial posterior of the benchmark."""
+    prior = bayesify.GaussianPrior(setup.prior_std)
+    if setup.anchor is not None:
+        prior = bayesify.GaussianPrior(setup.anchor, mean="initial", relative=True)
     return bayesify.to_bbb(
         setup.network(0.0).to(setup.device),
-        prior=bayesify.GaussianPrior(setup.prior_std),
+        prior=prior,
         config=BBBConfig(relative_std=setup.relative_std),
         **selection,
     )

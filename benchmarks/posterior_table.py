@@ -64,9 +64,9 @@ def trial_tables(rows: list[dict[str, Any]]) -> str:
 def trial_table(rows: list[dict[str, Any]]) -> str:
     """The trials with one network, the least NLL first."""
     lines = [
-        "| | epochs | augmentation | learning rates | initial sigma | averaged | BatchNorm "
-        "| top-1 % | NLL | ECE | OOD AUROC |",
-        "| --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| | epochs | augmentation | learning rates | initial sigma | prior | averaged "
+        "| BatchNorm | top-1 % | NLL | ECE | OOD AUROC |",
+        "| --- | ---: | --- | ---: | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(rows, key=lambda row: float(row["test"]["nll"])):
         used, found = row["settings"], row["test"]
@@ -76,7 +76,7 @@ def trial_table(rows: list[dict[str, Any]]) -> str:
             rates = [used["ivon_lr"]]
         cells = [
             row["method"], str(used["epochs"]), used["augment"],
-            ", ".join(f"{rate:g}" for rate in rates), sigma,
+            ", ".join(f"{rate:g}" for rate in rates), sigma, prior_of(used) if sigma else "",
             f"{used.get('average', 0.0):.0%}",  # rows from before there was such a setting
             "kept" if used["freeze_batchnorm"] else "gathered",
             f"{100 * found['accuracy']:.2f}", f"{found['nll']:.4f}", f"{found['ece']:.4f}",
@@ -86,11 +86,16 @@ def trial_table(rows: list[dict[str, Any]]) -> str:
     used = rows[0]["settings"]
     note = (
         f"{used['train_images']:,} training images, {used['test_images']:,} held out, "
-        f"{used['ood_images']:,} strangers, K = {used['samples']}, one seed, prior "
-        f"N(0, {used['prior_std']:g}^2). Of two learning rates the second is that of the log "
-        "variances."
+        f"{used['ood_images']:,} strangers, K = {used['samples']}, one seed. Of two learning "
+        "rates the second is that of the log variances; w0 are the weights at the start."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def prior_of(used: dict[str, Any]) -> str:
+    """The prior of ours; rows from before there was a choice have the one around 0."""
+    anchor = used.get("anchor")
+    return f"N(0, {used['prior_std']:g}^2)" if anchor is None else f"N(w0, ({anchor:g} RMS)^2)"
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -202,6 +207,8 @@ def spread(values: list[float], digits: int) -> str:
 def source(rows: list[dict[str, Any]]) -> list[str]:
     row = rows[0]
     used, where = row["settings"], row["machine"]
+    share = used.get("average", 0.0)
+    averaged = f"the last {share:.0%} of the steps averaged, " if share else ""
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
     return [
         "The least NLL first; means ± standard deviation over the seeds. "
@@ -210,7 +217,7 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
         f"{used['corrupted_images']:,} images at each corruption, K = {used['samples']} draws; "
         f"augmentation {used['augment']}, learning rates {used['lr']:g} and "
         f"{used['logvar_lr']:g}, initial sigma {used['relative_std']:g} of each tensor's RMS, "
-        f"prior N(0, {used['prior_std']:g}^2), BatchNorm's statistics "
+        f"prior {prior_of(used)}, {averaged}BatchNorm's statistics "
         f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}; trained and predicted in "
         f"{'bfloat16 autocast' if used['amp'] else 'float32'}.",
         f"*{where['processor']}, {where['cores']} cores, {row['device']}, torch "
