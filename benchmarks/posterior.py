@@ -7,10 +7,9 @@
 The first form measures each (method, seed) that FILE does not have yet, one JSON line each, so that
 it can be interrupted; the second writes the tables of docs/posterior.md and README.md. WEIGHTS are
 those of the CIFAR ResNet-20; benchmarks/cifar_resnet20.py makes the data files. ``--holdout``
-measures on the last 5,000 training images, which no method trains on then,
-instead of the test images. With the
-weights of benchmarks/cifar_proxy.py, which has not seen them either, hyperparameters are chosen so,
-and never on the test set.
+measures on the last 5,000 training images, which no method trains on then, instead of the test
+images. With the weights of benchmarks/cifar_proxy.py, which does not know them either, and
+``--train-images`` as many as it learnt, hyperparameters are chosen so, and never on the test set.
 """
 
 from __future__ import annotations
