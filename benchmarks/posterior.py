@@ -42,7 +42,7 @@ TRIALS = RESULT.with_name("posterior_trials.jsonl")
 SCALED = {
     "deterministic": "temperature scaling",
     "fine-tuned": "fine-tuned, temperature scaling",
-    "ours, beta 0.1": "ours, beta 0.1, temperature scaling",
+    posterior_table.OURS: f"{posterior_table.OURS}, temperature scaling",
 }
 
 
@@ -210,6 +210,10 @@ def run(options: argparse.Namespace) -> None:
                   {k: round(v) for k, v in row["seconds"].items()}, flush=True)  # fmt: skip
 
 
+def width(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
 def vars_of(setup: Setup) -> dict[str, Any]:
     """The fields, without a copy of the data."""
     return {name: getattr(setup, name) for name in setup.__dataclass_fields__}
@@ -248,11 +252,10 @@ def main() -> None:
     choices.add_argument("--relative-std", type=float, default=Setup.relative_std)
     choices.add_argument("--prior-std", type=float, default=Setup.prior_std)
     choices.add_argument(
-        "--anchor",
-        type=float,
-        metavar="WIDTH",
-        help="of a prior of ours around the pretrained weights, in RMS of each tensor",
-    )
+        "--anchor", type=width, default=Setup.anchor, metavar="WIDTH",
+        help="of the prior of ours around the pretrained weights, in RMS of each tensor; none: a "
+        "prior around 0, of --prior-std",
+    )  # fmt: skip
     choices.add_argument("--average", type=float, default=Setup.average)
     choices.add_argument("--draws-per-step", type=int, default=Setup.draws_per_step)
     choices.add_argument(

@@ -50,10 +50,11 @@ class Setup:
     ivon_lr: float = 0.02
     relative_std: float = 0.08
     prior_std: float = 0.1
-    anchor: float | None = None
-    """Width of a prior of ours around the pretrained weights, in RMS of each tensor; None is
+    anchor: float | None = 0.25
+    """Width of the prior of ours around the pretrained weights, in RMS of each tensor; None is
     N(0, prior_std^2), which the peers have either way."""
-    average: float = 0.0
+    average: float = 0.5
+    """Share of the steps, the last ones, over which every method averages."""
     draws_per_step: int = 1
     freeze_batchnorm: bool = True
     num_data: int = 50_000
@@ -319,8 +320,8 @@ METHODS: dict[str, Method] = {
     "ours, beta 0.1": ours(0.1),
     "ours, beta 0.3": ours(0.3),
     "ours, beta 1": ours(1.0),
-    "ours, last layer only": ours(0.1, preset="last-layer"),
-    "ours, without norms": ours(0.1, skip="BatchNorm2d"),
+    "ours, last layer only": ours(0.3, preset="last-layer"),
+    "ours, without norms": ours(0.3, skip="BatchNorm2d"),
     "ours, laplace-diag": Method(laplace),
     "IVON": Method(ivon),
     "bayesian-torch": Method(bayesian_torch),

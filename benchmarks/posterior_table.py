@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "posterior.md", ROOT / "README.md")
-OURS = "ours, beta 0.1"
+OURS = "ours, beta 0.3"
 """The row that stands for ours, as the trials chose it."""
 PEERS = ("IVON", "bayesian-torch", "torchbayesian")
 SHOWN = ("deterministic", "temperature scaling", *PEERS, "MC dropout", "ensemble", OURS)
