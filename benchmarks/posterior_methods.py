@@ -45,7 +45,7 @@ class Setup:
     samples: int = 30
     members: int = 5
     augment: Any = "flip-crop"
-    lr: float = 1e-3
+    lr: float = 3e-4
     logvar_lr: float = 0.03
     ivon_lr: float = 0.02
     relative_std: float = 0.08
