@@ -7,10 +7,9 @@
 The first form measures each (method, seed) that FILE does not have yet, one JSON line each, so that
 it can be interrupted; the second writes the tables of docs/posterior.md and README.md. WEIGHTS are
 those of the CIFAR ResNet-20; benchmarks/cifar_resnet20.py makes the data files. ``--holdout``
-measures on the last 5,000 training images, which no method trains on then,
-instead of the test images. With the
-weights of benchmarks/cifar_proxy.py, which has not seen them either, hyperparameters are chosen so,
-and never on the test set.
+measures on the last 5,000 training images, which no method trains on then, instead of the test
+images. With the weights of benchmarks/cifar_proxy.py, which does not know them either, and
+``--train-images`` as many as it learnt, hyperparameters are chosen so, and never on the test set.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ TRIALS = RESULT.with_name("posterior_trials.jsonl")
 SCALED = {
     "deterministic": "temperature scaling",
     "fine-tuned": "fine-tuned, temperature scaling",
-    "ours, beta 0.1": "ours, beta 0.1, temperature scaling",
+    posterior_table.OURS: f"{posterior_table.OURS}, temperature scaling",
 }
 
 
@@ -169,8 +168,9 @@ def run(options: argparse.Namespace) -> None:
         device=device, epochs=options.epochs, samples=options.samples, members=options.members,
         augment=options.augment, lr=options.lr, logvar_lr=options.logvar_lr,
         ivon_lr=options.ivon_lr,
-        relative_std=options.relative_std, prior_std=options.prior_std,
-        draws_per_step=options.draws_per_step, freeze_batchnorm=options.freeze_batchnorm,
+        relative_std=options.relative_std, prior_std=options.prior_std, anchor=options.anchor,
+        average=options.average, draws_per_step=options.draws_per_step,
+        freeze_batchnorm=options.freeze_batchnorm,
         laplace_examples=options.laplace_examples, amp=options.amp,
     )  # fmt: skip
     images = Images(options, input_config(pretrained(options.weights)))
@@ -210,6 +210,10 @@ def run(options: argparse.Namespace) -> None:
                   {k: round(v) for k, v in row["seconds"].items()}, flush=True)  # fmt: skip
 
 
+def width(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
 def vars_of(setup: Setup) -> dict[str, Any]:
     """The fields, without a copy of the data."""
     return {name: getattr(setup, name) for name in setup.__dataclass_fields__}
@@ -247,6 +251,12 @@ def main() -> None:
     choices.add_argument("--ivon-lr", type=float, default=Setup.ivon_lr)
     choices.add_argument("--relative-std", type=float, default=Setup.relative_std)
     choices.add_argument("--prior-std", type=float, default=Setup.prior_std)
+    choices.add_argument(
+        "--anchor", type=width, default=Setup.anchor, metavar="WIDTH",
+        help="of the prior of ours around the pretrained weights, in RMS of each tensor; none: a "
+        "prior around 0, of --prior-std",
+    )  # fmt: skip
+    choices.add_argument("--average", type=float, default=Setup.average)
     choices.add_argument("--draws-per-step", type=int, default=Setup.draws_per_step)
     choices.add_argument(
         "--freeze-batchnorm", action=argparse.BooleanOptionalAction,

@@ -1,7 +1,8 @@
 """The methods of benchmarks/posterior.py: each turns the pretrained network into a predictor.
 
 All that is trained sees the same batches of the same augmented images for the same epochs, with
-AdamW (IVON is its own optimizer), the same warm-up, cosine and gradient clipping.
+AdamW (IVON is its own optimizer), the same warm-up, cosine, gradient clipping and averaging of the
+last steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import bayesify
 from bayesify.data import ImageData
 from bayesify.models import input_config
 from bayesify.planning import BBBConfig
+from bayesify.training.averaging import TailAverage
 from bayesify.training.batches import Order, shuffled_batches
 from bayesify.training.randomness import seeded
 from bayesify.training.settings import warmup_cosine
@@ -43,11 +45,16 @@ class Setup:
     samples: int = 30
     members: int = 5
     augment: Any = "flip-crop"
-    lr: float = 1e-3
+    lr: float = 3e-4
     logvar_lr: float = 0.03
     ivon_lr: float = 0.02
     relative_std: float = 0.08
     prior_std: float = 0.1
+    anchor: float | None = 0.25
+    """Width of the prior of ours around the pretrained weights, in RMS of each tensor; None is
+    N(0, prior_std^2), which the peers have either way."""
+    average: float = 0.5
+    """Share of the steps, the last ones, over which every method averages."""
     draws_per_step: int = 1
     freeze_batchnorm: bool = True
     num_data: int = 50_000
@@ -73,9 +80,12 @@ class Method:
 
 def converted(setup: Setup, **selection: Any) -> nn.Module:
     """The network with the initial posterior of the benchmark."""
+    prior = bayesify.GaussianPrior(setup.prior_std)
+    if setup.anchor is not None:
+        prior = bayesify.GaussianPrior(setup.anchor, mean="initial", relative=True)
     return bayesify.to_bbb(
         setup.network(0.0).to(setup.device),
-        prior=bayesify.GaussianPrior(setup.prior_std),
+        prior=prior,
         config=BBBConfig(relative_std=setup.relative_std),
         **selection,
     )
@@ -86,7 +96,8 @@ def fitted(setup: Setup, seed: int, kl_weight: float, **selection: Any) -> nn.Mo
     bayesify.fit(
         model, setup.train, epochs=setup.epochs, batch_size=setup.batch_size, lr=setup.lr,
         logvar_lr=setup.logvar_lr, kl_weight=kl_weight * len(setup.train) / setup.num_data,
-        augment=setup.augment, seed=seed, draws_per_step=setup.draws_per_step,
+        augment=setup.augment, seed=seed, average=setup.average,
+        draws_per_step=setup.draws_per_step,
         freeze_batchnorm=setup.freeze_batchnorm, amp=setup.amp,
         model_config=input_config(model),
     )  # fmt: skip
@@ -153,8 +164,8 @@ def fine_tuned_network(setup: Setup, seed: int, dropout: float = 0.0) -> nn.Modu
     model = setup.network(dropout).to(setup.device)
     bayesify.fit(
         model, setup.train, epochs=setup.epochs, batch_size=setup.batch_size, lr=setup.lr,
-        augment=setup.augment, seed=seed, freeze_batchnorm=setup.freeze_batchnorm, amp=setup.amp,
-        model_config=input_config(model),
+        augment=setup.augment, seed=seed, average=setup.average,
+        freeze_batchnorm=setup.freeze_batchnorm, amp=setup.amp, model_config=input_config(model),
     )  # fmt: skip
     recompute_batchnorm(setup, seed, model)
     return model
@@ -198,6 +209,7 @@ def steps(
     batches, order = plain_batches(setup, seed, setup.augment)
     highest = [group["lr"] for group in optimizer.param_groups]
     total, step = setup.epochs * len(batches), 0
+    last = TailAverage(list(model.parameters()), total - round(setup.average * total))
     model.train()
     if setup.freeze_batchnorm:
         for module in model.modules():
@@ -212,6 +224,8 @@ def steps(
                     group["lr"] = factor * lr
                 yield x.to(setup.device, **LAYOUT), y.to(setup.device)
                 step += 1
+                last.look(step)
+        last.put()
         recompute_batchnorm(setup, seed, model)
     model.eval()
 
@@ -306,8 +320,8 @@ METHODS: dict[str, Method] = {
     "ours, beta 0.1": ours(0.1),
     "ours, beta 0.3": ours(0.3),
     "ours, beta 1": ours(1.0),
-    "ours, last layer only": ours(0.1, preset="last-layer"),
-    "ours, without norms": ours(0.1, skip="BatchNorm2d"),
+    "ours, last layer only": ours(0.3, preset="last-layer"),
+    "ours, without norms": ours(0.3, skip="BatchNorm2d"),
     "ours, laplace-diag": Method(laplace),
     "IVON": Method(ivon),
     "bayesian-torch": Method(bayesian_torch),

@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "posterior.md", ROOT / "README.md")
-OURS = "ours, beta 0.1"
+OURS = "ours, beta 0.3"
 """The row that stands for ours, as the trials chose it."""
 PEERS = ("IVON", "bayesian-torch", "torchbayesian")
 SHOWN = ("deterministic", "temperature scaling", *PEERS, "MC dropout", "ensemble", OURS)
@@ -27,7 +27,7 @@ WITHOUT_SIGMA = (
 def write(result: Path, trials: Path, pages: Iterable[Path] = PAGES) -> None:
     """Put the tables between their marks in the pages; what stands around them is left alone."""
     parts = (
-        ("trials", trial_table, trials), ("targets", target_table, result),
+        ("trials", trial_tables, trials), ("targets", target_table, result),
         ("results", tables, result), ("posterior", short_table, result),
     )  # fmt: skip
     for page in pages:
@@ -50,12 +50,23 @@ def marks(name: str) -> tuple[str, str]:
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
+def trial_tables(rows: list[dict[str, Any]]) -> str:
+    """A table for each network that trials were made with, the latest first.
+
+    Its number of training images tells one from the other.
+    """
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["settings"]["train_images"]].append(row)
+    return "\n".join(trial_table(each) for each in reversed(found.values()))
+
+
 def trial_table(rows: list[dict[str, Any]]) -> str:
-    """The trials by which the settings were chosen, the least NLL first."""
+    """The trials with one network, the least NLL first."""
     lines = [
-        "| | epochs | augmentation | learning rates | initial sigma | BatchNorm | top-1 % | NLL "
-        "| ECE |",
-        "| --- | ---: | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| | epochs | augmentation | learning rates | initial sigma | prior | averaged "
+        "| BatchNorm | top-1 % | NLL | ECE | OOD AUROC |",
+        "| --- | ---: | --- | ---: | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(rows, key=lambda row: float(row["test"]["nll"])):
         used, found = row["settings"], row["test"]
@@ -65,18 +76,26 @@ def trial_table(rows: list[dict[str, Any]]) -> str:
             rates = [used["ivon_lr"]]
         cells = [
             row["method"], str(used["epochs"]), used["augment"],
-            ", ".join(f"{rate:g}" for rate in rates), sigma,
+            ", ".join(f"{rate:g}" for rate in rates), sigma, prior_of(used) if sigma else "",
+            f"{used.get('average', 0.0):.0%}",  # rows from before there was such a setting
             "kept" if used["freeze_batchnorm"] else "gathered",
             f"{100 * found['accuracy']:.2f}", f"{found['nll']:.4f}", f"{found['ece']:.4f}",
+            f"{row['ood']['auroc']:.3f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     used = rows[0]["settings"]
     note = (
-        f"K = {used['samples']}, {used['test_images']:,} held-out images, one seed, prior "
-        f"N(0, {used['prior_std']:g}^2). Of two learning rates the second is that of the log "
-        "variances."
+        f"{used['train_images']:,} training images, {used['test_images']:,} held out, "
+        f"{used['ood_images']:,} strangers, K = {used['samples']}, one seed. Of two learning "
+        "rates the second is that of the log variances; w0 are the weights at the start."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def prior_of(used: dict[str, Any]) -> str:
+    """The prior of ours; rows from before there was a choice have the one around 0."""
+    anchor = used.get("anchor")
+    return f"N(0, {used['prior_std']:g}^2)" if anchor is None else f"N(w0, ({anchor:g} RMS)^2)"
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -188,6 +207,8 @@ def spread(values: list[float], digits: int) -> str:
 def source(rows: list[dict[str, Any]]) -> list[str]:
     row = rows[0]
     used, where = row["settings"], row["machine"]
+    share = used.get("average", 0.0)
+    averaged = f"the last {share:.0%} of the steps averaged, " if share else ""
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
     return [
         "The least NLL first; means ± standard deviation over the seeds. "
@@ -196,7 +217,7 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
         f"{used['corrupted_images']:,} images at each corruption, K = {used['samples']} draws; "
         f"augmentation {used['augment']}, learning rates {used['lr']:g} and "
         f"{used['logvar_lr']:g}, initial sigma {used['relative_std']:g} of each tensor's RMS, "
-        f"prior N(0, {used['prior_std']:g}^2), BatchNorm's statistics "
+        f"prior {prior_of(used)}, {averaged}BatchNorm's statistics "
         f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}; trained and predicted in "
         f"{'bfloat16 autocast' if used['amp'] else 'float32'}.",
         f"*{where['processor']}, {where['cores']} cores, {row['device']}, torch "

@@ -75,14 +75,14 @@ def test_every_option_reaches_the_fit() -> None:
     shown = fit(
         "--epochs", 2, "--lr", 0.01, "--logvar-lr", 0.2, "--kl-weight", 0.3, "--kl-warmup", 0.5,
         "--kl-shape", "cosine", "--warmup", 0.2, "--weight-decay", 0.1, "--max-grad-norm", "inf",
-        "--draws-per-step", 2, "--accumulate", 2, "--augment", "flip-crop", "--holdout", 0.25,
-        "--patience", 2, "--seed", 4, "--out", "a",
+        "--average", 0.5, "--draws-per-step", 2, "--accumulate", 2, "--augment", "flip-crop",
+        "--holdout", 0.25, "--patience", 2, "--seed", 4, "--out", "a",
     ).stdout  # fmt: skip
     model = loaded("net")
     result = training.fit(
         model, load_dataset("d.safetensors", split="train"), batch_size=10, epochs=2, lr=0.01,
         logvar_lr=0.2, kl_weight=0.3, kl_warmup=0.5, kl_shape="cosine", warmup=0.2,
-        weight_decay=0.1, max_grad_norm=float("inf"), draws_per_step=2, accumulate=2,
+        weight_decay=0.1, max_grad_norm=float("inf"), average=0.5, draws_per_step=2, accumulate=2,
         augment="flip-crop", holdout=0.25, patience=2, seed=4, model_config=CONFIG,
     )  # fmt: skip
     fitted = loaded("a").state_dict()

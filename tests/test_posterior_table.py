@@ -57,10 +57,22 @@ def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
     assert "50,000 training images" in text
     assert "bfloat16 autocast" in text
     tried = [row for row in shown if row[0] == "ours, tried"]
-    assert [row[-2] for row in tried] == ["0.2000", "0.3000"]
-    assert tried[0][1:6] == ["2", "flip-crop", "0.001, 0.02", "0.05", "kept"]
+    assert [row[-3] for row in tried] == ["0.2000", "0.3000"]
+    assert tried[0][1:5] == ["2", "flip-crop", "0.001, 0.02", "0.05"]
+    assert tried[0][5:8] == ["N(0, 0.1^2)", "0%", "kept"]
+    assert tried[0][-1] == "0.905"
     posterior_table.write(result, trials, [page])
     assert page.read_text() == text
+
+
+def test_trials_of_two_networks_are_two_tables() -> None:
+    earlier, later = line("ours", 0, 0.2), line("ours", 0, 0.4)
+    later["settings"] |= {"train_images": 20_000, "average": 0.5, "anchor": 0.25}
+    text = posterior_table.trial_tables([earlier, later])
+    first, second = text.index("20,000 training images"), text.index("50,000 training images")
+    assert text.index("0.4000") < first < text.index("0.2000") < second
+    assert "| N(w0, (0.25 RMS)^2) | 50% |" in text[:first]
+    assert "| N(0, 0.1^2) | 0% |" in text[first:]
 
 
 def test_the_targets_are_judged_by_the_mean_over_seeds(tmp_path: Path) -> None:

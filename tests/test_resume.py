@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
         images,
         {
             "epochs": 3, "batch_size": 20, "lr": 0.01, "augment": "rand-augment", "accumulate": 2,
-            "draws_per_step": 2, "holdout": 0.1, "model_config": CONFIG,
+            "draws_per_step": 2, "holdout": 0.1, "average": 0.6, "model_config": CONFIG,
         },
     ),
 }  # fmt: skip

@@ -498,6 +498,8 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         ({"lr": math.nan}, "lr must be above 0"),
         ({"warmup": 1.0}, "warmup must be from 0 to below 1"),
         ({"kl_warmup": 1.1}, "kl_warmup must be from 0 to 1"),
+        ({"average": 1.1}, "average must be from 0 to 1, got 1.1"),
+        ({"average": math.nan}, "average must be from 0 to 1"),
         ({"kl_weight": -1.0}, "kl_weight must be"),
         ({"kl_reduction": "mean"}, "kl_reduction must be one of"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),

@@ -35,7 +35,7 @@ _LAPLACE = "With --method laplace-diag"
 _LAPLACE_ONLY = {"fisher", "prior_precision", "temperature", "max_examples"}
 _VI_ONLY = {
     "epochs", "lr", "logvar_lr", "kl_weight", "kl_reduction", "kl_warmup", "kl_shape", "warmup",
-    "weight_decay", "max_grad_norm", "draws_per_step", "accumulate", "patience",
+    "weight_decay", "max_grad_norm", "average", "draws_per_step", "accumulate", "patience",
     "freeze_batchnorm", "checkpoint", "resume", "amp",
 }  # fmt: skip
 
@@ -104,6 +104,13 @@ def fit(
         float,
         typer.Option(help="Gradients are scaled down to it.", rich_help_panel=_SCHEDULE),
     ] = 1.0,
+    average: Annotated[
+        float,
+        typer.Option(
+            help="Share of the run, at its end, over whose steps the weights are averaged.",
+            rich_help_panel=_SCHEDULE,
+        ),
+    ] = 0.0,
     draws_per_step: Annotated[
         int, typer.Option(help="Draws that a step averages.", rich_help_panel=_DATA)
     ] = 1,
@@ -217,8 +224,8 @@ def fit(
                 "epochs": epochs, "lr": lr, "logvar_lr": logvar_lr, "kl_weight": kl_weight,
                 "kl_reduction": kl_reduction, "kl_warmup": kl_warmup, "kl_shape": kl_shape,
                 "warmup": warmup, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-                "draws_per_step": draws_per_step, "accumulate": accumulate, "augment": augment,
-                "holdout": holdout or 0.0, "patience": patience,
+                "average": average, "draws_per_step": draws_per_step, "accumulate": accumulate,
+                "augment": augment, "holdout": holdout or 0.0, "patience": patience,
                 "freeze_batchnorm": freeze_batchnorm, "amp": amp,
             }  # fmt: skip
             state = checkpoint or out.with_name(out.name + ".resume")

@@ -49,6 +49,7 @@ def fit(
     warmup: float = 0.05,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    average: float = 0.0,
     draws_per_step: int = 1,
     accumulate: int = 1,
     augment: Augment = "none",
@@ -92,6 +93,10 @@ def fit(
         weight_decay: Of AdamW; never on log variances. The prior already pulls the means, so leave
             it at 0 with a KL.
         max_grad_norm: Gradients are scaled down to this norm, above 0 (``math.inf``: never).
+        average: Share of the run, at its end, over whose steps the parameters are averaged, from 0
+            to 1: of T steps the model gets :math:`\frac1n \sum_{t=T-n+1}^T \theta_t`, n being that
+            share of T, for means and log variances alike; at 0 it gets :math:`\theta_T`. Held-out
+            losses are those of the average as far as it has come.
         draws_per_step: Draws of the weights whose losses a step averages, one after the other.
         accumulate: Batches whose losses a step averages: ``accumulate * batch_size`` examples in
             the memory of one batch, each batch with draws of its own.
@@ -131,7 +136,8 @@ def fit(
 
     Reference:
         Blundell et al., 2015, arXiv:1505.05424, section 3; Loshchilov and Hutter, 2019,
-        arXiv:1711.05101 (AdamW) and 2017, arXiv:1608.03983 (cosine).
+        arXiv:1711.05101 (AdamW) and 2017, arXiv:1608.03983 (cosine); Izmailov et al., 2018,
+        arXiv:1803.05407, algorithm 1 (average).
 
     >>> import torch, bayesify
     >>> data = torch.utils.data.TensorDataset(torch.randn(20, 2), torch.randint(3, (20,)))
@@ -152,6 +158,7 @@ def fit(
         warmup=warmup,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
+        average=average,
         draws_per_step=draws_per_step,
         accumulate=accumulate,
         augment=augment if isinstance(augment, str) else "callable",

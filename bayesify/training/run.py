@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.swa_utils import update_bn
 
 from ..errors import BayesifyError
 from ..inference import recompute_batchnorm_
@@ -22,6 +23,7 @@ from ..optim import check_optimizer, param_groups
 from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
 from .augmentation import Augment
+from .averaging import TailAverage
 from .batches import (
     Data,
     Loss,
@@ -107,6 +109,8 @@ class Run:
             )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
+        last = round(settings.average * self.steps)
+        self.average = TailAverage(self.parameters, self.steps - last)
         rising = max(1, round(settings.kl_warmup * self.steps))
         self.beta = kl_schedule(settings.kl_shape, 0.0, settings.kl_weight, rising)
         if settings.kl_warmup == 0.0:
@@ -171,7 +175,8 @@ class Run:
             for group in self._grouped(iter(self.batches)):
                 self._take_step(group)
                 if self.step % self.epoch_steps == 0:
-                    self._end_epoch()
+                    with self.average.in_place():
+                        self._end_epoch()
                 if signals.requested:
                     self._interrupt()
                 if time.perf_counter() - self.saved_at > _SAVE_EVERY:
@@ -223,6 +228,7 @@ class Run:
         self.epoch_loss += values[0] / self.epoch_steps
         epoch = self.step // self.epoch_steps
         self.step += 1
+        self.average.look(self.step)
         if self.on_step is not None:
             self.on_step(Progress(self.step, self.steps, epoch, values[0], beta, lr))
 
@@ -266,11 +272,15 @@ class Run:
         return best is not None and patience is not None and len(self.losses) - best >= patience
 
     def finish(self) -> FitResult:
+        self.average.put()
         if self.best:
             put_back(self.model, self.best)
-        if self.bayesian and not self.settings.freeze_batchnorm:
+        if not self.settings.freeze_batchnorm:
             self.order.epoch, self.order.first = self.settings.epochs, 0
-            recompute_batchnorm_(self.model, self.plain_batches, self.device)
+            if self.bayesian:
+                recompute_batchnorm_(self.model, self.plain_batches, self.device)
+            elif self.average.mean:  # the statistics are those of the last iterate
+                update_bn(self.plain_batches, self.model, self.device)
         self.model.eval()
         logvars = None
         if self.bayesian:
@@ -346,6 +356,7 @@ class Run:
         tensors = {f"model.{k}": v for k, v in self._named().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         tensors |= {f"start.{i}": v for i, v in enumerate(self.start)}
+        tensors |= {f"average.{i}": v for i, v in enumerate(self.average.mean)}
         tensors |= {f"random.{k}": v for k, v in random.tensors.items()}
         for index, held in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in held.items()}
@@ -372,6 +383,8 @@ class Run:
         put_back(self.model, _below(tensors, "model."))
         self.best = {k: v.to(self.device) for k, v in _below(tensors, "best.").items()}
         self.start = [tensors[f"start.{i}"] for i in range(len(self.start))]
+        averaged = _below(tensors, "average.")
+        self.average.mean = [averaged[str(i)].to(self.device) for i in range(len(averaged))]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _below(tensors, "optimizer.").items():
             index, _, name = key.partition(".")

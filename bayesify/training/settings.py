@@ -32,6 +32,7 @@ class Settings:
     warmup: float
     weight_decay: float
     max_grad_norm: float
+    average: float
     draws_per_step: int
     accumulate: int
     augment: str
@@ -61,6 +62,7 @@ class Settings:
             ("max_grad_norm", "above 0", self.max_grad_norm > 0.0),
             ("kl_warmup", "from 0 to 1", 0.0 <= self.kl_warmup <= 1.0),
             ("kl_shape", "'linear' or 'cosine'", self.kl_shape in get_args(KLShape)),
+            ("average", "from 0 to 1", 0.0 <= self.average <= 1.0),
             ("warmup", share, within(self.warmup, 0.0, 1.0)),
             ("holdout", share, within(self.holdout, 0.0, 1.0)),
             ("patience", f"None or {whole}", self.patience is None or count(self.patience)),
