@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -160,7 +161,11 @@ def test_model(name: str) -> None:
     build, make = MODELS[name]
     report = check(build(), make)
     assert report.problems == []
-    assert report.fx_owners == report.owners > 15  # only holders of other modules fall back
+    # only holders of other modules fall back; before torch 2.15 also experts, whose grouped
+    # products of float32 have no shapes without being computed
+    experts = {s.split()[0] for s in report.swapped if "Experts.forward: RuntimeError: Exp" in s}
+    assert not experts or torch.__version__ < "2.15"
+    assert report.fx_owners == report.owners - len(experts) > 15
 
 
 def drawn(original: nn.Module, converted: nn.Module, seed: int) -> Any:
@@ -192,6 +197,11 @@ def test_recorded_hidden_states(name: str, called_before: bool) -> None:
 # -- the cache of keys and values ------------------------------------------------------------
 
 
+# as transformers calls it from 5.24 on, and as before
+_ARGUMENTS = inspect.signature(hf.GPT2LMHeadModel.forward).parameters
+CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
+
+
 @pytest.mark.parametrize("build", [gpt2, llama, mixtral], ids=lambda b: b.__name__)
 @torch.no_grad()
 def test_steps_with_a_cache(build: Callable[[], nn.Module]) -> None:
@@ -206,12 +216,12 @@ def test_steps_with_a_cache(build: Callable[[], nn.Module]) -> None:
         assert type(found) is type(expected)
         for place in range(4, 7):
             step = {"input_ids": ids[:, place : place + 1], "use_cache": True}
-            found = converted(**step, past_key_values=found.past_key_values)
-            expected = plain(**step, past_key_values=expected.past_key_values)
+            found = converted(**step, **{CACHE: found[CACHE]})
+            expected = plain(**step, **{CACHE: expected[CACHE]})
             assert torch.equal(found.logits, expected.logits)
             torch.testing.assert_close(found.logits[:, 0], whole[:, place], rtol=1e-4, atol=1e-5)
-    assert found.past_key_values.get_seq_length() == 7
-    for a, b in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    assert found[CACHE].get_seq_length() == 7
+    for a, b in zip(found[CACHE].layers, expected[CACHE].layers, strict=True):
         assert torch.equal(a.keys, b.keys)
         assert torch.equal(a.values, b.values)
         assert type(a.keys) is Tensor
