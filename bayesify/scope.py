@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import gaussian
 from .errors import ArgumentError
 from .kernels import grouped
+from .kernels.buffers import Buffers
 from .kernels.noise import fold, noise
 from .posterior import STATE, Site, Slot, bayesian_sites, owner_state, tensors_of
 
@@ -160,7 +161,7 @@ LOCAL = _Local()
 
 
 def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, key: int) -> Tensor:
-    """Draw one parameter: where possible as draws are made together, elsewhere by plain torch.
+    """Draw one parameter: on the CPU as draws are made together if possible, else by plain torch.
 
     The latter is the reference of :mod:`bayesify.kernels.grouped`. It draws in float32, or in
     float64 for a float64 mean, and has the mean's dtype.
@@ -169,8 +170,10 @@ def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, 
     assert seed is not None
     # Not autocast and not a torch-function mode: the mode that swaps reads must not see this one.
     with torch._C.DisableTorchFunction():
-        if grouped.possible() and _suits_group(slot, mean, raw):
-            [(value, _)] = grouped.draw([grouped.Item(mean, raw, key, slot.buffers)], seed)
+        # On the CPU alone: the backward of a draw on CUDA reads the log variance again, which FSDP2
+        # may have let go of by then. Memory is not kept either, where a unit is to be let go of.
+        if mean.is_cpu and grouped.possible() and _suits_group(slot, mean, raw):
+            [(value, _)] = grouped.draw([grouped.Item(mean, raw, key, Buffers())], seed)
             return value
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
         std = gaussian.std_from_raw(raw, slot.parameterization)
