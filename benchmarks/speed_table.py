@@ -1,4 +1,4 @@
-"""`docs/speed.md`, from the result files of the benchmarks of speed and memory."""
+"""`docs/speed.md`, and the README's table, from the results on speed and memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+README = PAGE.parents[1] / "README.md"
+BEGIN, END = "<!-- speed: begin -->\n", "<!-- speed: end -->"
+ONE_IMAGE = "vit_tiny_patch16_224, 1"
+SHOWN = (
+    "bayesify", "bayesian-torch reparam", "torchbayesian", "torch_blue", "IVON",
+    "posteriors vi.diag",
+)  # fmt: skip
 TARGETS = {
     "vit_tiny_patch16_224": 1.05, "resnet18": 1.09, "mlp": 2.2,
     "vit_base_patch16_224": 1.03, "vit_small_patch16_224": 1.05, "resnet50": 1.05,
@@ -68,6 +75,26 @@ def write() -> None:
             "interpreter and compiled for sm_90 (`tests/test_triton_draw.py`).\n"
         )
     PAGE.write_text("\n".join(parts) + "\n")
+    step, predict = RESULTS / "step.json", RESULTS / "predict.json"
+    if step.exists() and predict.exists():
+        head, _, rest = README.read_text().partition(BEGIN)
+        table = short(json.loads(step.read_text()), json.loads(predict.read_text()))
+        README.write_text(f"{head}{BEGIN}{table}{END}{rest.partition(END)[2]}")
+
+
+def short(step: dict[str, Any], predict: dict[str, Any]) -> str:
+    """Medians of both, method by method."""
+    lines = [
+        f"| time over the deterministic one | {' | '.join(SHAPES[n] for n in step['models'])} "
+        f"| {predict['draws']} draws, vit_tiny, one image |",
+        "| --- |" + " ---: |" * (len(step["models"]) + 1),
+    ]
+    for method in SHOWN:
+        rows = [rows[method] for rows in step["models"].values()]
+        rows.append(predict["cases"][ONE_IMAGE][method])
+        cells = ["fails" if "error" in row else f"{row['median']:.2f}" for row in rows]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def source(record: dict[str, Any]) -> str:
@@ -86,6 +113,13 @@ def ratio(row: dict[str, Any]) -> str:
     if "error" in row:
         return "not installed" if row["error"] == "not installed" else "fails"
     return f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def verdict(value: float, limit: float) -> str:
+    """With a third digit where two would hide that it was missed."""
+    if value <= limit:
+        return "met"
+    return f"missed, {value:.2f}" if round(value, 2) > limit else f"missed, {value:.3f}"
 
 
 def steps(record: dict[str, Any]) -> list[str]:
@@ -108,8 +142,7 @@ def steps(record: dict[str, Any]) -> list[str]:
     if any("peak_bytes" in row for row in record["models"][names[0]].values()):
         lines += peaks(record)
     ours = {n: record["models"][n]["bayesify"]["median"] for n in names}
-    ends = {n: "met" if ours[n] <= TARGETS[n] else f"missed, {ours[n]:.2f}" for n in names}
-    said = [f"{SHAPES[n]}: {TARGETS[n]} ({ends[n]})" for n in names]
+    said = [f"{SHAPES[n]}: {TARGETS[n]} ({verdict(ours[n], TARGETS[n])})" for n in names]
     failed = {
         f"\n{m} on {n}: {row['error'].splitlines()[0]}"
         for n in names for m, row in record["models"][n].items()
@@ -155,7 +188,7 @@ def predictions(record: dict[str, Any]) -> list[str]:
     lines.append(f"| *deterministic* | {' | '.join(base)} |")
     ours = {c: record["cases"][c]["bayesify"]["median"] for c in cases}
     said = [
-        f"{c}: {limit} ({'met' if ours[c] <= limit else f'missed, {ours[c]:.2f}'})"
+        f"{c}: {limit} ({verdict(ours[c], limit)})"
         for c, limit in PREDICT_TARGETS.items() if c in ours
     ]  # fmt: skip
     for case, rows in record["cases"].items():

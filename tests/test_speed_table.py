@@ -28,6 +28,8 @@ SIZES = dict.fromkeys(speed_table.PARTS, 2 << 20)
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(speed_table, "RESULTS", tmp_path)
     monkeypatch.setattr(speed_table, "PAGE", tmp_path / "speed.md")
+    monkeypatch.setattr(speed_table, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(f"before\n{speed_table.BEGIN}old\n{speed_table.END}after\n")
     return tmp_path / "speed.md"
 
 
@@ -44,7 +46,10 @@ def test_nothing_is_said_of_what_was_not_measured(page: Path) -> None:
 
 
 def test_targets_are_met_or_missed(page: Path) -> None:
-    rows = {"deterministic": ROW, "bayesify": {**ROW, "median": 1.06}, "IVON": {"error": "E: no"}}
+    rows = {
+        **dict.fromkeys(("deterministic", *speed_table.SHOWN), ROW),
+        "bayesify": {**ROW, "median": 1.06}, "IVON": {"error": "E: no"},
+    }  # fmt: skip
     put(page, "step.json", {**BASE, "models": {"resnet18": rows, "vit_tiny_patch16_224": rows}})
     cases = {"vit_tiny_patch16_224, 64": rows, "vit_tiny_patch16_224, 1": rows}
     put(page, "predict.json", {**BASE, "draws": 30, "cases": cases})
@@ -55,6 +60,12 @@ def test_targets_are_met_or_missed(page: Path) -> None:
         "vit_tiny_patch16_224, 64: 1.05 (missed, 1.06); vit_tiny_patch16_224, 1: 1.7 (met)" in text
     )
     assert "| IVON | fails | fails |" in text
+    readme = (page.parent / "README.md").read_text()
+    assert readme.startswith("before\n<!-- speed: begin -->\n| time over")
+    assert readme.endswith("<!-- speed: end -->after\n")
+    assert "old" not in readme
+    assert "| bayesify | 1.06 | 1.06 | 1.06 |\n| bayesian-torch reparam | 1.04 |" in readme
+    assert "| IVON | fails | fails | fails |" in readme
     assert "IVON on resnet18: E: no" in text
 
 
@@ -86,6 +97,12 @@ def test_a_card(page: Path) -> None:
     assert "| m, batch 2: full | 7 | 2 | 2 | 2 | 2 | 2 | 10 | 3 |" in text
     assert "80 % of the bandwidth of a copy (3.00 TB/s; target 70 %)" in text
     assert "*H100; P, 2 cores" in text
+
+
+def test_a_target_is_not_rounded_to_what_was_reached() -> None:
+    assert speed_table.verdict(1.05, 1.05) == "met"
+    assert speed_table.verdict(1.0541, 1.05) == "missed, 1.054"
+    assert speed_table.verdict(1.06, 1.05) == "missed, 1.06"
 
 
 def test_the_draw_alone(page: Path) -> None:
