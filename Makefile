@@ -54,7 +54,7 @@ $(PEERS): $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[peers]'
 	@touch $@
 
-bench: $(PEERS) ## speed beside the original and beside peers, which it installs (40 minutes)
+bench: $(PEERS) ## speed beside the original and beside peers, which it installs (50 minutes)
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/predict.py

@@ -17,12 +17,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import speed_table
 import timm
 import torch
-from paired import keep_memory, paired
+from paired import keep_memory, paired, without_library
 from provenance import machine, provenance
 
 import bayesify
@@ -66,16 +65,9 @@ def on_cpu(items: list[grouped.Item], rounds: int) -> dict[str, Any]:
         "draw, KL and gradients": kl_and_gradients,
     }  # fmt: skip
 
-    def plainly(run: Callable[[], Any]) -> Callable[[], Any]:
-        def plain() -> None:
-            with mock.patch.object(native, "there", return_value=False):
-                run()
-
-        return plain
-
     found = {}
     for name, run in parts.items():
-        ways = {"library": run, "torch": plainly(run)}
+        ways = {"library": run, "torch": without_library(run)}
         for way in ways.values():
             way()
         found[name] = paired(ways, "library", rounds)

@@ -9,8 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
+
+from bayesify.kernels import native
 
 _KEEPING = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(1 << 40)}
 
@@ -24,6 +27,17 @@ def keep_memory() -> None:
     """
     if not _KEEPING.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_KEEPING})
+
+
+def without_library(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` as where bayesify was installed without a C compiler."""
+
+    @functools.wraps(run)
+    def plain(*args: Any) -> Any:
+        with mock.patch.object(native, "there", return_value=False):
+            return run(*args)
+
+    return plain
 
 
 _T = TypeVar("_T")

@@ -20,12 +20,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import speed_table
 import timm
 import torch
-from paired import keep_memory, paired
+from paired import keep_memory, paired, without_library
 from provenance import machine, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,21 +118,6 @@ def ours_without_kl(model: nn.Module) -> Step:
         optimizer.zero_grad()
 
     return step
-
-
-def without_library(method: Callable[[nn.Module], Step]) -> Callable[[nn.Module], Step]:
-    """As where bayesify was installed without a C compiler."""
-
-    def plain(model: nn.Module) -> Step:
-        step = method(model)
-
-        def run(x: Tensor, y: Tensor) -> None:
-            with mock.patch.object(native, "there", return_value=False):
-                step(x, y)
-
-        return run
-
-    return plain
 
 
 def bayesian_torch(kind: str) -> Callable[[nn.Module], Step]:
@@ -246,7 +230,7 @@ METHODS: dict[str, tuple[str | None, Callable[[nn.Module], Step]]] = {
     "bayesify flipout": (None, ours("flipout")),
     "bayesify local": (None, ours("local")),
     "bayesify, no KL": (None, ours_without_kl),
-    "bayesify, no C library": (None, without_library(ours("weight"))),
+    "bayesify, no C library": (None, lambda model: without_library(ours("weight")(model))),
     "bayesian-torch reparam": ("bayesian_torch", bayesian_torch("Reparameterization")),
     "bayesian-torch flipout": ("bayesian_torch", bayesian_torch("Flipout")),
     "torchbayesian": ("torchbayesian", torchbayesian),

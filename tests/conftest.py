@@ -1,6 +1,7 @@
 """What holds for every test: fixed random numbers, and no GPU test without a GPU."""
 
 import random
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
@@ -42,6 +43,15 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries that use the global state must be fixed as well
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A test with one thread of torch, and with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -28,7 +28,6 @@ from test_grouped import (
     test_the_gradient_of_the_kl_is_that_of_the_reference,
     test_the_value_of_the_kl_is_that_of_torch_distributions,
     test_two_graphs_at_once_and_a_graph_that_is_kept,
-    threads,
 )
 
 __all__ = [
@@ -40,7 +39,6 @@ __all__ = [
     "test_the_gradient_of_the_kl_is_that_of_the_reference",
     "test_the_value_of_the_kl_is_that_of_torch_distributions",
     "test_two_graphs_at_once_and_a_graph_that_is_kept",
-    "threads",
 ]
 BLOCK = triton_draw.BLOCK
 SIZES = [(1,), (3,), (4,), (4095,), (4096,), (4097,), (3, 5, 7), (2, 6000), (), (0, 2)]

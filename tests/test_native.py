@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +22,6 @@ pytestmark = pytest.mark.skipif(
     not native.there(), reason="bayesify was installed without a C compiler"
 )
 SIZES = [0, 1, 3, 4, 255, 256, 257, 8192, 8193, 50_001]
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def noise(size: int, seed: int, key: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,6 +40,15 @@ def reference(size: int, seed: int, key: int) -> Tensor:
 
 def close(found: Tensor, expected: Tensor, rtol: float = 0.0, atol: float = 0.0) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def test_a_library_that_cannot_be_loaded_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"_native{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    with pytest.warns(RuntimeWarning, match="C library cannot be loaded .*made by plain torch"):
+        assert native._library.__wrapped__() is None
 
 
 # -- noise -----------------------------------------------------------------------------------

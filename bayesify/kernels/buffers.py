@@ -35,7 +35,7 @@ class Buffers:
                 self._like = like.numel(), like.dtype
             kept = self._kept.setdefault(dtype, [])
             for tensor, storage in kept:
-                if _USE_COUNT(storage._cdata) == 2:
+                if _USE_COUNT(storage._cdata) == 2:  # by this pair alone
                     # .data is a tensor of its own, whose version nobody has seen
                     same = tensor.shape == like.shape
                     return tensor.data if same else tensor.data.view(like.shape)

@@ -194,13 +194,22 @@ typedef struct job {
     int64_t taken;
 } job;
 
+INLINE int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
+
+static int64_t chunks_of_all(const int64_t *sizes, int64_t count) {
+    int64_t chunks = 0;
+    for (int64_t row = 0; row < count; row++)
+        chunks += chunks_of(sizes[row]);
+    return chunks;
+}
+
 static void work(void *argument) {
     job *all = argument;
     int64_t row = 0, begin = 0; /* the row of a chunk, and its first chunk */
     for (;;) {
         int64_t chunk = __atomic_fetch_add(&all->taken, 1, __ATOMIC_RELAXED);
-        while (row < all->count && chunk >= begin + (all->sizes[row] + CHUNK - 1) / CHUNK)
-            begin += (all->sizes[row++] + CHUNK - 1) / CHUNK;
+        while (row < all->count && chunk >= begin + chunks_of(all->sizes[row]))
+            begin += chunks_of(all->sizes[row++]);
         if (row == all->count)
             return;
         int64_t first = (chunk - begin) * CHUNK, left = all->sizes[row] - first;
@@ -209,9 +218,7 @@ static void work(void *argument) {
 }
 
 static void start(job *all, int64_t threads) {
-    int64_t chunks = 0;
-    for (int64_t row = 0; row < all->count; row++)
-        chunks += (all->sizes[row] + CHUNK - 1) / CHUNK;
+    int64_t chunks = chunks_of_all(all->sizes, all->count);
     threads = chunks / 2 < threads ? chunks / 2 : threads; /* else the start costs more */
     all->taken = 0;
     if (start_region && threads > 1)
@@ -348,9 +355,7 @@ VERSIONS static void kl_chunk(const job *all, int64_t row, int64_t chunk, int64_
 /* Twice the KL divergence, summed in the same order however many threads there are; NaN if memory
    is short. */
 double bayesify_kl(const kl_row *rows, const int64_t *sizes, int64_t count, int64_t threads) {
-    int64_t chunks = 0;
-    for (int64_t row = 0; row < count; row++)
-        chunks += (sizes[row] + CHUNK - 1) / CHUNK;
+    int64_t chunks = chunks_of_all(sizes, count);
     double *partial = malloc((size_t)(chunks + 1) * sizeof *partial), total = partial ? 0.0 : NAN;
     if (partial) {
         job all = {kl_chunk, rows, sizes, count, partial, 0};

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from array import array
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -80,7 +81,9 @@ def draw(rows: Sequence[DrawRow], seed: int) -> None:
 
 def kl(rows: Sequence[tuple[Tensor, Tensor, Prior]]) -> float:
     """Sum of the KL divergences of N(mean, e^logvar) from N(prior mean, prior variance)."""
-    table = (_KL * len(rows))(*(_kl_row(mean, logvar, *prior) for mean, logvar, prior in rows))
+    table = (_KL * len(rows))(
+        *(_KL(mean.data_ptr(), logvar.data_ptr(), *_prior(*prior)) for mean, logvar, prior in rows)
+    )
     sizes = array("q", [mean.numel() for mean, *_ in rows])
     twice = _loaded().bayesify_kl(table, _at(sizes), len(rows), torch.get_num_threads())
     return 0.5 * float(twice)
@@ -96,13 +99,10 @@ def gradient(
     ``grad * std * noise / 2 + factor (e^logvar / v - 1) / 2``, and
     ``by_mean = grad + factor (mean - m) / v``; without ``grad`` only the terms of the KL.
     """
-    m, v = prior
-    many_m, many_v = isinstance(m, Tensor), isinstance(v, Tensor)
     _loaded().bayesify_gradient(
-        mean.data_ptr(), logvar.data_ptr(),
-        m.data_ptr() if many_m else None, v.data_ptr() if many_v else None,  # type: ignore[union-attr]
-        0.0 if many_m else m, 1.0 if many_v else v, None if grad is None else grad.data_ptr(),
-        by_mean.data_ptr(), by_logvar.data_ptr(), factor, mean.numel(), torch.get_num_threads(),
+        mean.data_ptr(), logvar.data_ptr(), *_prior(*prior),
+        None if grad is None else grad.data_ptr(), by_mean.data_ptr(), by_logvar.data_ptr(),
+        factor, mean.numel(), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -113,13 +113,11 @@ def suits(tensor: Any) -> bool:
     )
 
 
-def _kl_row(mean: Tensor, logvar: Tensor, m: Tensor | float, v: Tensor | float) -> _KL:
-    many_m, many_v = isinstance(m, Tensor), isinstance(v, Tensor)
-    return _KL(
-        mean.data_ptr(), logvar.data_ptr(),
-        m.data_ptr() if many_m else None, v.data_ptr() if many_v else None,  # type: ignore[union-attr]
-        0.0 if many_m else m, 1.0 if many_v else v,
-    )  # fmt: skip
+def _prior(m: Tensor | float, v: Tensor | float) -> tuple[int | None, int | None, float, float]:
+    """Places of tensors, and numbers, which count where there is no tensor."""
+    place_m, one_m = (m.data_ptr(), 0.0) if isinstance(m, Tensor) else (None, m)
+    place_v, one_v = (v.data_ptr(), 1.0) if isinstance(v, Tensor) else (None, v)
+    return place_m, place_v, one_m, one_v
 
 
 def _at(numbers: array[Any]) -> int:
@@ -141,8 +139,15 @@ def _library() -> Any:
         return None
     try:
         library: Any = ctypes.CDLL(str(path))
-    except OSError:
-        return None  # compiled for another machine
+    except OSError as error:  # compiled for another machine, say
+        warnings.warn(
+            f"bayesify's C library cannot be loaded ({error}): draws on the CPU are made by plain "
+            "torch, slower and with other numbers for a seed. Installing bayesify anew compiles it "
+            "for this machine.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
     big, word, pointer = ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
     library.bayesify_noise.argtypes = pointer, big, word, word, ctypes.c_int, big
     library.bayesify_draw.argtypes = pointer, pointer, big, big

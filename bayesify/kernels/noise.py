@@ -65,7 +65,7 @@ def _noise(
 
 
 def fill_normal(wanted: Sequence[tuple[Tensor, int]], seed: int, std: float = 1.0) -> None:
-    """Fill contiguous float32 or float64 CPU tensors with normal noise, each by its own key."""
+    """Fill contiguous CPU tensors with normal noise, each by its own key."""
     if not native.there():
         # torch's CPU engine keeps only the low 32 bits of a seed, so they must depend on all of it
         fill_by_generators([(tensor, fold(seed, key)) for tensor, key in wanted], std)
@@ -165,7 +165,8 @@ def noise(
         seed: int64 scalar on the CPU; may be batched by ``torch.vmap``.
         key: 63-bit integer that identifies the parameter (:func:`key_of` its name).
         size: Shape of the noise.
-        dtype: float32 or float64.
+        dtype: A floating-point one; below float32 the numbers are those of float32, rounded, where
+            they are Philox's.
         device: Where the noise is wanted. CPU and CUDA give the same numbers up to rounding where
             :mod:`.native` was compiled; elsewhere the CPU has numbers of its own.
 
