@@ -66,10 +66,13 @@ class ResNet20(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(64, 10)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
-        logits: Tensor = self.linear(self.dropout(x))
+        found: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.dropout(self.features(x)))
         return logits
 
 

@@ -183,9 +183,10 @@ def ensemble(setup: Setup, seed: int) -> Predictor:
 
 
 def mc_dropout(setup: Setup, seed: int) -> Predictor:
-    model = fine_tuned_network(setup, seed, dropout=0.1)
-    model.get_submodule("dropout").train()
-    return sampling(setup, model, seed)
+    model: Any = fine_tuned_network(setup, seed, dropout=0.1).eval()
+    model.dropout.train()
+    draws = sampling(setup, lambda features: model.linear(model.dropout(features)), seed)
+    return lambda x: draws(model.features(x))  # alike in all draws
 
 
 # -- peers -------------------------------------------------------------------------------------
