@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -540,11 +541,27 @@ def test_labels_of_one_class_are_refused_after_an_epoch() -> None:
         fit(small(), data, epochs=99, batch_size=3, lr=0.1)
 
 
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", 2), ("AVX512", 0)])
+def test_amp_warns_on_a_processor_without_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, capability: str, warned: int
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = bayesify.to_bbb(small())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, blobs(), epochs=1, batch_size=20, lr=0.01, amp=True)
+        evaluate(model, blobs(), num_samples=2, amp=True)
+    found = [w for w in caught if "has no bfloat16 arithmetic" in str(w.message)]
+    assert len(found) == warned
+    assert all(w.filename == __file__ for w in found)
+
+
 def test_soft_labels_with_a_loss_that_takes_them() -> None:
     soft = TensorDataset(torch.randn(9, 2), torch.rand(9, 3).softmax(-1))
     assert fit(small(), soft, epochs=1, batch_size=3, lr=0.1, loss=nn.CrossEntropyLoss()).steps == 3
 
 
+@pytest.mark.filterwarnings("ignore:amp. this processor")
 def test_amp_keeps_the_posterior_in_float32() -> None:
     model = bayesify.to_bbb(small())
     dtypes = set()

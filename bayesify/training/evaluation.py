@@ -26,6 +26,7 @@ from ..metrics import (
 from ..models import InputConfig
 from ..posterior import is_bayesian
 from ..scope import at_mean
+from .autocast import check_amp
 from .batches import (
     Data,
     batches_in_order,
@@ -138,6 +139,7 @@ def evaluate(
     if control and size < 2:
         raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
     target = device_of(model) if device is None else torch.device(device)
+    check_amp(target, amp)
     model.to(target)
 
     def batches_of(wanted: Data) -> DataLoader[Any]:

@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..models import InputConfig
 from ..objective import KLReduction
 from .augmentation import Augment
+from .autocast import check_amp
 from .batches import (
     Data,
     Loss,
@@ -117,7 +118,8 @@ def fit(
             unless the data set draws random numbers of its own).
         seed: Of the batches' order, the draws, augmentation and dropout.
         device: Where the model is moved to; None leaves it where it is.
-        amp: Autocast to bfloat16; means, log variances and KL stay in float32.
+        amp: Autocast to bfloat16; means, log variances and KL stay in float32. A processor
+            without bfloat16 arithmetic is slower with it; a warning says so.
         model_config: How images are prepared, for an ``ImageData``; None asks the model.
         workers: Processes that read the data.
         on_start: Gets one line on the KL's scale and the noise budget.
@@ -172,6 +174,7 @@ def fit(
     if not any(p.requires_grad for p in model.parameters()):
         raise ArgumentError(f"{type(model).__name__} has no trainable parameter: nothing to fit.")
     target = device_of(model) if device is None else torch.device(device)
+    check_amp(target, amp)
     run = Run(model, train, settings, loss, augment, target, model_config, workers, path, on_step)
     saved = read_state(path) if path is not None and resume else None
     if saved is not None:
