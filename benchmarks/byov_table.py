@@ -14,10 +14,19 @@ from byov_cells import CELLS, RESULTS, SCALES, Scale, cards_of
 from bayesify.storage import replacing
 from recipes.byov.assemble import app_c, correlations, overview
 from recipes.byov.cards import ENOUGH, Card, Estimate, estimate
-from recipes.byov.claims import comparison
+from recipes.byov.claims import by_beta, comparison
 from recipes.byov.evaluate import MEANS
 from recipes.byov.figures import FIGURES, publish
-from recipes.byov.page import APP_C, METRICS, NOT_RUN, appendix_c, number, paper_number
+from recipes.byov.page import (
+    APP_C,
+    METRICS,
+    NOT_RUN,
+    WIDTH,
+    appendix_c,
+    number,
+    paper_number,
+    width,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "byov.md"
@@ -95,6 +104,10 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
               "" if r["ours"] is None else r["ours"].n, r["unit"], r["verdict"]) for r in claims),
         ),
         "", "### What did not reproduce", "", *_failures(claims),
+        "", "### The width of the posterior", "",
+        "BYOV, N(0, I), by its final beta. Pruning: SNR over magnitude in points, from 50 to 90 % "
+        "sparsity. Rise: of the variance behind the encoder from no noise to the most, as a share.",
+        "", *table(WIDTH, width(by_beta(cards) or {"rows": []})),
         "", "### Metrics", "", "In percent, NLL in nats.", "",
         *table(
             ("run", "prediction", "n", *(title for _, title in METRICS)),

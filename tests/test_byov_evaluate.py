@@ -31,7 +31,7 @@ from recipes.byov import (
     strangers,
 )
 from recipes.byov.cards import Card, against, estimate, families, paper_like
-from recipes.byov.claims import CLAIMS, judge
+from recipes.byov.claims import CLAIMS, by_beta, judge
 from recipes.byov.config import BYOVConfig
 from recipes.byov.data import eval_batches
 from recipes.byov.measure import features_of
@@ -642,6 +642,37 @@ def test_appendix_c_undoes_one_change_at_a_time() -> None:
     assert found is not None
     assert found.mean == pytest.approx(20)
     assert (found.n, verdict) == (2, "n < 3")
+
+
+def test_by_beta_pairs_no_two_betas() -> None:
+    def card(seed: int, beta: float, gap: float, variances: tuple[float, float]) -> Card:
+        found = _card(seed, 0.8, beta_end=beta)
+        part = {name: [1.0] for name in ("encoder", "projector", "predictor")}
+        levels = [
+            {"noise": n, "raw": part, "unit": {**part, "encoder": [v, v]}}
+            for n, v in zip((0.0, 1.0), variances, strict=True)
+        ]
+        gaps = [
+            {"over": "magnitude", "scope": "tensor", "middle": gap, "points": 2 * gap,
+             "sparser": 0.0},
+            {"over": "random", "scope": "tensor", "middle": 9.0, "points": 9.0, "sparser": 0.0},
+        ]  # fmt: skip
+        more: dict[str, Any] = {
+            "prune": {"settings": {}, "numbers": {"gaps": gaps}},
+            "latents": {"settings": {"draws": 2}, "numbers": {"levels": levels}},
+        }
+        return replace(found, results={**found.results, **more})
+
+    cards = [card(seed, 1.0, 4.0, (2.0, 1.0)) for seed in range(2)]
+    cards += [card(0, 0.1, 1.0, (1.0, 3.0)), _card(0, 0.5, conversion="none")]
+    found = by_beta(cards)
+    assert found is not None
+    wide, narrow = found["rows"]
+    assert (wide["beta"], wide["n"], narrow["beta"], narrow["n"]) == (1.0, 2, 0.1, 1)
+    assert (wide["gap"].mean, wide["most"].mean) == (4, 8)
+    assert (narrow["gap"].mean, narrow["most"].mean) == (1, 2)
+    assert (wide["rise"].mean, narrow["rise"].mean) == (-0.5, 2)
+    assert by_beta([_card(0, 0.5, conversion="none")]) is None
 
 
 def test_correlations_are_scipys() -> None:

@@ -411,9 +411,9 @@ def fig5(cards: Sequence[Card]) -> Numbers | None:
     }  # fmt: skip
 
 
-def fig7(cards: Sequence[Card]) -> Numbers | None:
+def fig7(cards: Sequence[Card], **wanted: Any) -> Numbers | None:
     """Variances behind the three parts, by noise, and how they go together."""
-    known = [c for c in paper_like(cards) if c.numbers("latents")]
+    known = [c for c in paper_like(cards, **wanted) if c.numbers("latents")]
     if not known:
         return None
     summary: list[dict[str, Any]] = []

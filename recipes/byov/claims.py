@@ -119,12 +119,10 @@ def _heads_below(cards: Sequence[Card]) -> Estimate | None:
     return estimate(found)
 
 
-def _pruning(
-    over: str, key: str, prior: str = "zero"
-) -> Callable[[Sequence[Card]], Estimate | None]:
+def _pruning(over: str, key: str, **wanted: Any) -> Callable[[Sequence[Card]], Estimate | None]:
     def ours(cards: Sequence[Card]) -> Estimate | None:
         found = []
-        for card in paper_like(cards, prior=prior):
+        for card in paper_like(cards, **wanted):
             gaps = (card.numbers("prune") or {"gaps": []})["gaps"]
             found += [g[key] for g in gaps if (g["over"], g["scope"]) == (over, "tensor")]
         return estimate(found)
@@ -157,9 +155,9 @@ def _slope(key: str) -> Callable[[Sequence[Card]], Estimate | None]:
     return ours
 
 
-def _latent(what: str, part: str = "encoder") -> Callable[[Sequence[Card]], Estimate | None]:
+def _latent(what: str, **wanted: Any) -> Callable[[Sequence[Card]], Estimate | None]:
     def ours(cards: Sequence[Card]) -> Estimate | None:
-        found = fig7(cards)
+        found = fig7(cards, **wanted)
         if found is None:
             return None
         rows = [r for r in found["summary"] if r["form"] == "unit"]
@@ -169,7 +167,7 @@ def _latent(what: str, part: str = "encoder") -> Callable[[Sequence[Card]], Esti
                 if "pair" in row and row["spearman"] is not None:
                     pairs.setdefault(row["seed"], []).append(row["spearman"])
             return estimate(min(values) for values in pairs.values())
-        parts = [r for r in rows if r.get("part") == part]
+        parts = [r for r in rows if r.get("part") == "encoder"]
         if what == "rise":
             return estimate(None if r["rise"] is None else r["rise"] - 1 for r in parts)
         return estimate(
@@ -283,6 +281,36 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("App. C", "gradient spikes with softplus over those with exp", None, "% of steps",
           _more_spikes),
 )  # fmt: skip
+
+
+def by_beta(cards: Sequence[Card]) -> dict[str, Any] | None:
+    """What hangs on the width of the posterior, for each final beta of BYOV with N(0, I).
+
+    Percent and points, save for the spread of the log variances and the rise of figure 7.
+    """
+    rows = []
+    for beta in sorted({c.config.beta_end for c in cards}, reverse=True):
+        wanted: dict[str, Any] = {"beta_end": beta}
+        group = paper_like(cards, **wanted)
+        if not group:
+            continue
+        known = {
+            MEANS: [_metric(MEANS, "top1")(c) for c in group],
+            AVERAGE: [_metric(AVERAGE, "top1")(c) for c in group],
+        }
+        rows.append(
+            {
+                "beta": beta,
+                "n": len(group),
+                "logvar_spread": estimate(c.facts["logvar_spread"] for c in group),
+                "top1": estimate(None if v is None else 100 * v for v in known[MEANS]),
+                "average": estimate(None if v is None else 100 * v for v in known[AVERAGE]),
+                "gap": _pruning("magnitude", "middle", **wanted)(cards),
+                "most": _pruning("magnitude", "points", **wanted)(cards),
+                "rise": _latent("rise", **wanted)(cards),
+            }
+        )
+    return {"rows": rows, "stamp": None} if rows else None
 
 
 def judge(claim: Claim, cards: Sequence[Card]) -> tuple[Estimate | None, Verdict]:

@@ -183,6 +183,8 @@ def _section(section: Section, folder: Path) -> str:
             parts.append(_table1(section.numbers))
         if section.name == "appC":
             parts.append(table(APP_C, appendix_c(section.numbers), range(1, len(APP_C))))
+        if section.name == "width":
+            parts.append(table(WIDTH, width(section.numbers), range(len(WIDTH))))
         if section.name == "fig4":
             parts.append(_gaps(section.numbers))
         if section.name == "fig4rounds":
@@ -226,6 +228,19 @@ def appendix_c(numbers: dict[str, Any]) -> list[tuple[str, ...]]:
         n = "" if r["top1"] is None else str(r["top1"].n)
         rows.append((r["change"], number(r["top1"]), *shown, n))
     return rows
+
+
+WIDTH = ("final beta", "std(logvar)", "top-1", "top-1, MC average", "SNR pruning over magnitude",
+         "most there", "figure 7: rise", "n")  # fmt: skip
+
+
+def width(numbers: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of the table by final beta: percent and points, but for std(logvar) and rise."""
+    keys = ("logvar_spread", "top1", "average", "gap", "most", "rise")
+    return [
+        (f"{r['beta']:g}", *("" if r[key] is None else number(r[key]) for key in keys), str(r["n"]))
+        for r in numbers["rows"]
+    ]
 
 
 def _gaps(numbers: dict[str, Any]) -> str:
