@@ -180,6 +180,17 @@ def test_convert_as_json() -> None:
     assert {str(p.prior) for p in bayesify.posteriors(model)} == {"N(w0, 0.5^2)"}
 
 
+def test_convert_relative_to_each_tensor() -> None:
+    options = ("--relative-std", 0.08, "--prior-std", 0.25, "--relative-prior")
+    document = json.loads(run("convert", "tinyfactory:tiny", "--json", *options).stdout)
+    model = load(document["file"], model=models.create_model("tinyfactory:tiny"))
+    weight = next(p for p in bayesify.posteriors(model) if p.name == "head.weight")
+    rms = float(weight.mean.detach().square().mean().sqrt())
+    std = float(weight.logvar.detach().max().div(2).exp())
+    assert std == pytest.approx(0.08 * rms, rel=1e-5)
+    assert str(weight.prior) == "N(0, (0.25 rms)^2)"
+
+
 def test_resnet50_has_no_layer_norm() -> None:
     result = run("convert", "resnet50", "--skip", "LayerNorm", "--dry-run")
     assert "LayerNorm" in result.stderr
@@ -554,6 +565,8 @@ def test_prune_draws_a_curve() -> None:
         (["convert", "tinyfactory:tiny", "--prior-std", "0"], 2, "std must be a positive"),
         (["convert", "tinyfactory:tiny", "--prior-mean", "first"], 2, "a number or initial"),
         (["convert", "tinyfactory:tiny", "--logvar", "nan"], 2, "logvar must be a finite"),
+        (["convert", "tinyfactory:tiny", "--relative-std", "0"], 2, "relative_std must be"),
+        (["convert", "tinyfactory:tiny", "--relative-std", "1", "--logvar", "1"], 2, "give one"),
         (["convert", "tinyfactory:tiny", "--num-classes", "7"], 2, "does not reach the factory"),
         (["convert", "tinyfactory:tiny", "--weights", "none.pt"], 2, "no weights file none.pt"),
         (["convert", "tinyfactory:tiny", "--weights", "nan.safetensors"], 2, "NaN"),

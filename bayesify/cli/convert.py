@@ -45,11 +45,24 @@ def convert(
     prior_mean: Annotated[
         str, typer.Option(help="Mean of the prior: a number, or initial for the weights given.")
     ] = "0",
+    relative_prior: Annotated[
+        bool,
+        typer.Option(
+            "--relative-prior", help="--prior-std is a share of each tensor's root mean square."
+        ),
+    ] = False,
+    relative_std: Annotated[
+        float | None,
+        typer.Option(
+            help="Initial sigma as a share of each tensor's root mean square; 0.01 to 0.1 suits "
+            "training from random weights."
+        ),
+    ] = None,
     logvar: Annotated[
         float | None,
         typer.Option(
-            help="Initial log variance of every weight; without it sigma scales with each tensor, "
-            "which keeps a pretrained model's function."
+            help="Initial log variance of every weight, in place of --relative-std; without both "
+            "sigma is so small that a pretrained model keeps its function."
         ),
     ] = None,
     estimator: Annotated[
@@ -104,6 +117,7 @@ def convert(
 
         from .. import storage
         from ..convert import to_bbb_
+        from ..errors import ArgumentError
         from ..models import ModelSpec, create_model
         from ..planning import BBBConfig, plan
         from ..priors import GaussianPrior
@@ -112,14 +126,18 @@ def convert(
         target = out or Path(default_name(name))
         if not dry_run:
             storage.check_target(target, overwrite=force)
+        if logvar is not None and relative_std is not None:
+            raise ArgumentError("--logvar and --relative-std both set the initial sigma: give one.")
         prior = GaussianPrior(
-            prior_std, "initial" if prior_mean == "initial" else _number(prior_mean)
+            prior_std,
+            "initial" if prior_mean == "initial" else _number(prior_mean),
+            relative=relative_prior,
         )
         spec = ModelSpec(name, num_classes, in_chans, img_size)
         arguments: dict[str, Any] = {
             "skip": skip or (), "only": only or (), "preset": preset, "prior": prior,
             "logvar": logvar, "estimator": _estimators(estimator or ()),
-            "config": BBBConfig(strict=strict),
+            "config": BBBConfig(relative_std=relative_std, strict=strict),
         }  # fmt: skip
         with render.status(f"Building {name}..."):
             torch.manual_seed(seed)
