@@ -715,6 +715,14 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert "Usage: bayesify" in shown
 
 
+def test_the_import_leaves_torchs_compilers_alone() -> None:
+    python(
+        "import sys, bayesify\n[getattr(bayesify, name) for name in bayesify.__all__]\n"
+        "found = {'torch.utils.benchmark', 'torch.utils.cpp_extension'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"bayesify {bayesify.__version__}\n"
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ArgumentError
@@ -181,6 +180,9 @@ def latency(call: Callable[..., object], *inputs: Tensor, seconds: float = 1.0) 
     """
     if not seconds > 0:
         raise ArgumentError(f"latency: seconds must be above 0, got {seconds!r}.")
+    # it warns when it is imported, where a CUDA toolkit is but no card
+    from torch.utils.benchmark import Timer
+
     timer = Timer(
         "call(*inputs)", globals={"call": call, "inputs": inputs},
         num_threads=torch.get_num_threads(),
