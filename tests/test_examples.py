@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+import typer
+from typer.core import TyperGroup
 
 import bayesify
+from bayesify.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -51,6 +55,35 @@ def test_a_block_of_the_documentation_runs(
     if printed is not None:
         said = [line.rstrip() for line in capsys.readouterr().out.rstrip().splitlines()]
         assert said == printed.rstrip().splitlines()
+
+
+COMMAND = re.compile(r"^    (bayesify (?:.*\\\n)*.*)$", re.MULTILINE)
+
+
+def command_lines() -> list[Any]:
+    pages = (*PAGES, ROOT / "recipes" / "byov" / "README.md")
+    return [
+        pytest.param(line, id=f"{page.parent.name}-{page.name}-{number}")
+        for page in pages
+        for number, line in enumerate(COMMAND.findall(page.read_text("utf-8")), 1)
+    ]
+
+
+def test_the_documentation_has_commands() -> None:
+    assert len(command_lines()) >= 20
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_command_of_the_documentation_has_only_options_that_there_are(line: str) -> None:
+    """The command line takes it as it stands; it is not run."""
+    _, *left = shlex.split(line.replace("\\\n", ""), comments=True)
+    command: Any = typer.main.get_command(app)
+    context = None
+    while isinstance(command, TyperGroup):
+        context = command.make_context(command.name, list(left), parent=context)
+        command, left = command.get_command(context, left[0]), left[1:]
+    if "--help" not in left:
+        command.make_context(command.name, left, parent=context)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
