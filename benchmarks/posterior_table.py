@@ -151,6 +151,9 @@ def short_table(rows: list[dict[str, Any]]) -> str:
     methods = by_method(rows)
     for method in SHOWN:
         found = methods[method]
+        if not found:
+            lines.append(f"| {method} | not run | | | | | |")
+            continue
         cells = [
             spread([100 * r["test"]["accuracy"] for r in found], 2),
             *(spread([r["test"][key] for r in found], 3) for key in ("nll", "ece")),
@@ -170,12 +173,12 @@ def target_table(rows: list[dict[str, Any]]) -> str:
         return float(statistics.mean(r["test"][key] for r in found))
 
     ends = [r["test"]["intervals"]["ece"] for r in ours]
-    within = any(low <= ECE_AIM <= high for low, high in ends)
+    within = all(low <= ECE_AIM <= high for low, high in ends)
     lines = ["| aim | ours | reached |", "| --- | ---: | --- |"]
     for text, value, reached in (
         ("top-1 >= 91.6 %", 100 * mean(ours, "accuracy"), mean(ours, "accuracy") >= 0.916),
         ("NLL <= 0.240", mean(ours, "nll"), mean(ours, "nll") <= 0.24),
-        (f"ECE <= {ECE_AIM} or an interval that holds it", mean(ours, "ece"),
+        (f"ECE <= {ECE_AIM} or intervals that hold it", mean(ours, "ece"),
          mean(ours, "ece") <= ECE_AIM or within),
         ("OOD AUROC >= 0.905", (auroc := statistics.mean(r["ood"]["auroc"] for r in ours)),
          auroc >= 0.905),
