@@ -145,18 +145,18 @@ def by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def short_table(rows: list[dict[str, Any]]) -> str:
     """The rows that a reader compares first."""
     lines = [
-        "| | top-1 % | NLL | ECE | OOD AUROC | NLL, corrupted | ECE, corrupted |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | top-1 % | NLL | ECE | Brier | OOD AUROC | NLL, corrupted | ECE, corrupted |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     methods = by_method(rows)
     for method in SHOWN:
         found = methods[method]
         if not found:
-            lines.append(f"| {method} | not run | | | | | |")
+            lines.append(f"| {method} | not run | | | | | | |")
             continue
         cells = [
             spread([100 * r["test"]["accuracy"] for r in found], 2),
-            *(spread([r["test"][key] for r in found], 3) for key in ("nll", "ece")),
+            *(spread([r["test"][key] for r in found], 3) for key in ("nll", "ece", "brier")),
             spread([r["ood"]["auroc"] for r in found], 3),
             *(spread([over(r, key) for r in found], 3) for key in ("nll", "ece")),
         ]
@@ -183,13 +183,13 @@ def target_table(rows: list[dict[str, Any]]) -> str:
         ("OOD AUROC >= 0.905", (auroc := statistics.mean(r["ood"]["auroc"] for r in ours)),
          auroc >= 0.905),
     ):  # fmt: skip
-        lines.append(f"| {text} | {value:.4g} | {'yes' if reached else 'no'} |")
+        lines.append(f"| {text} | {value:#.4g} | {'yes' if reached else 'no'} |")
     for key, name in (("nll", "NLL"), ("ece", "ECE")):
         means = {m: statistics.mean(over(r, key) for r in methods[m]) for m in (*PEERS, OURS)}
         best = min(PEERS, key=means.__getitem__)
         lines.append(
-            f"| corrupted: {name} below the packages' (least: {best}, {means[best]:.4g}) "
-            f"| {means[OURS]:.4g} | {'yes' if means[OURS] < means[best] else 'no'} |"
+            f"| corrupted: {name} below the packages' (least: {best}, {means[best]:#.4g}) "
+            f"| {means[OURS]:#.4g} | {'yes' if means[OURS] < means[best] else 'no'} |"
         )
     return "\n".join([*lines, ""])
 

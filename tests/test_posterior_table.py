@@ -87,13 +87,13 @@ def test_the_targets_are_judged_by_the_mean_over_seeds(tmp_path: Path) -> None:
         for li in posterior_table.target_table(rows).splitlines()[2:]
     ]
     assert [row[1:] for row in shown] == [
-        ["91.73", "yes"], ["0.24", "yes"], ["0.0123", "yes"], ["0.87", "no"], ["3.36", "yes"],
-        ["0.2", "no"],
+        ["91.73", "yes"], ["0.2400", "yes"], ["0.01230", "yes"], ["0.8700", "no"],
+        ["3.360", "yes"], ["0.2000", "no"],
     ]  # fmt: skip
     rows[1]["test"]["intervals"] = {"ece": [0.007, 0.02]}  # one does not hold the aim
-    assert "| 0.0123 | no |" in posterior_table.target_table(rows)
+    assert "| 0.01230 | no |" in posterior_table.target_table(rows)
     short = posterior_table.short_table(rows).splitlines()
     assert len(short) == 2 + len(posterior_table.SHOWN)
     assert "| 0.240 ± 0.020 |" in short[-1]
     few = posterior_table.short_table([r for r in rows if r["method"] != "ensemble"]).splitlines()
-    assert [row for row in few if row not in short] == ["| ensemble | not run | | | | | |"]
+    assert [row for row in few if row not in short] == ["| ensemble | not run | | | | | | |"]
