@@ -296,9 +296,10 @@ def test_a_forward_changes_with_the_selected_tensors_only(name: str) -> None:
         converted = to_bbb(model, logvar=-4.0, **options)  # type: ignore[arg-type]
         drawn = draws(converted, seed=3)
         assert set(drawn) == expected
+        # Both without a graph: an LSTM has another kernel then, which rounds differently.
         with torch.no_grad(), one_draw(converted, seed=3):
             y = converted(x)
-        assert torch.equal(y, functional_call(model, drawn, (x,), {})), case
+            assert torch.equal(y, functional_call(model, drawn, (x,), {})), case
         assert not torch.equal(y, plain)
         assert torch.equal(converted(x), plain)  # in eval, at the means
 
