@@ -21,7 +21,7 @@ from .errors import ArgumentError
 from .kernels import grouped
 from .kernels.buffers import Buffers
 from .kernels.noise import fold, noise
-from .posterior import STATE, Site, Slot, bayesian_sites, owner_state, tensors_of
+from .posterior import STATE, Site, Slot, bayesian_sites, owner_state, sites, tensors_of
 
 _SEED_BOUND = 1 << 62
 
@@ -50,9 +50,17 @@ class Scope:
         self.realised.clear()
         self.filled.clear()
 
+    def of(self, module: nn.Module) -> Scope:
+        """The scope in which the parameters of a module are read: this one, unless modes differ."""
+        return self
+
+    def empty(self) -> Scope:
+        """A scope of the same seed."""
+        return Scope(self.seed, self.keys)
+
     def fork(self, *, keep: bool) -> Scope:
         """A scope of the same seed, with a copy of what is realised or with nothing."""
-        child = Scope(self.seed, self.keys)
+        child = self.empty()
         if keep:
             child.realised = dict(self.realised)
             child.filled = set(self.filled)
@@ -94,7 +102,9 @@ class Scope:
         return tensor
 
     def deviation(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
-        """The draw of one slot less its mean: sigma times noise."""
+        """The draw of one slot less its mean: sigma times noise. Zeros, where there is no seed."""
+        if self.seed is None:
+            return torch.zeros_like(tensors_of(module, attribute, slot)[0])
         index = (slot.uid, grad_mode(), "deviation")
         tensor = self.realised.get(index)
         if tensor is None:
@@ -110,9 +120,13 @@ class Scope:
         self, slot: Slot, size: Sequence[int], dtype: torch.dtype, device: torch.device,
         family: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Standard normal noise that belongs to one slot; family 0 is that of its draw."""
-        assert self.seed is not None
+        """Standard normal noise that belongs to one slot; family 0 is that of its draw.
+
+        Zeros, where there is no seed.
+        """
         with torch._C.DisableTorchFunction():
+            if self.seed is None:
+                return torch.zeros(size, dtype=dtype, device=device)
             return noise(self.seed, self.key_of(slot) ^ family, size, dtype, device)
 
     def key_of(self, slot: Slot) -> int:
@@ -158,6 +172,27 @@ class _Local(threading.local):
 
 
 LOCAL = _Local()
+
+
+class _Mixed(Scope):
+    """The scope of one call in which modes of parts of the model differ from its own."""
+
+    __slots__ = ("decided", "training")
+
+    def __init__(
+        self, training: bool, seed: Tensor | None = None, keys: dict[int, int] | None = None
+    ) -> None:
+        super().__init__(new_seed() if seed is None else seed, keys)
+        self.training = training
+        self.decided: dict[int, Scope | None] = {}
+
+    def of(self, module: nn.Module) -> Scope:
+        if id(module) not in self.decided:
+            self.decided[id(module)] = _decided(id(module), self.training)
+        return self.decided[id(module)] or self
+
+    def empty(self) -> Scope:
+        return _Mixed(self.training, self.seed, self.keys)
 
 
 def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, key: int) -> Tensor:
@@ -225,6 +260,9 @@ def read(module: nn.Module, attribute: str, autocast: bool = False) -> Tensor:
     slot = module.__dict__[STATE].slots[attribute]
     scope = LOCAL.scope
     assert scope is not None
+    scope = scope.of(module)
+    if not scope.drawing:
+        return tensors_of(module, attribute, slot)[0]
     if autocast:
         return scope.read_lowered(module, attribute, slot)
     return scope.read(module, attribute, slot)
@@ -232,12 +270,18 @@ def read(module: nn.Module, attribute: str, autocast: bool = False) -> Tensor:
 
 def _wanted(module: nn.Module) -> Scope | None:
     """The scope in which an outermost call of ``module`` runs; None: a new one that draws."""
-    modes = LOCAL.modes
-    if not modes:
+    if not LOCAL.modes:
         return None if module.training else AT_MEAN
+    if _parts_differ(module):
+        return _Mixed(module.training, keys=distinct_keys(list(sites(module))))
+    return _decided(id(module), module.training)
+
+
+def _decided(identity: int, training: bool) -> Scope | None:
+    """The scope that the modes give a module; None: a new one that draws."""
     drawing: bool | None = None
-    for mode in reversed(modes):
-        if id(module) in mode.modules:
+    for mode in reversed(LOCAL.modes):
+        if identity in mode.modules:
             if drawing is None:
                 drawing = mode.drawing
                 if not drawing:
@@ -245,8 +289,19 @@ def _wanted(module: nn.Module) -> Scope | None:
             if mode.scope is not None:
                 return mode.scope
     if drawing is None:
-        drawing = module.training
+        drawing = training
     return None if drawing else AT_MEAN
+
+
+def _parts_differ(module: nn.Module) -> bool:
+    """Whether a mode decides for a part of ``module`` and not for the whole."""
+    of_others: list[frozenset[int]] = []
+    for mode in reversed(LOCAL.modes):
+        if id(module) not in mode.modules:
+            of_others.append(mode.modules)
+        elif mode.scope is not None or not mode.drawing:
+            break  # what lies outside this block decides nothing
+    return bool(of_others) and any(id(m) in o for m in module.modules() for o in of_others)
 
 
 def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
@@ -256,10 +311,11 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     sharded parameter is drawn by the module that reads it, after its own all-gather.
 
     Returns:
-        The slots that were drawn; none while torch.compile traces, which drops what is not read.
+        The slots that were drawn; none while torch.compile traces, which drops what is not read,
+        and none where modes of parts differ, which is rare: all is drawn when it is read.
     """
     mode = grad_mode()
-    if (id(module), mode) in scope.filled:
+    if (id(module), mode) in scope.filled or isinstance(scope, _Mixed):
         return []
     compiling = torch.compiler.is_compiling()
     state = module.__dict__[STATE]
@@ -397,7 +453,8 @@ def distinct_keys(found: list[Site]) -> dict[int, int]:
 def sampled(model: nn.Module) -> Iterator[None]:
     """Every call of ``model`` in this block draws its weights, also in ``eval()``.
 
-    The outermost call decides: given a part, it holds where that part is called by itself.
+    Given a part of a model, it holds for the weights of that part, also when the whole is called.
+    Of several blocks that name a module the innermost decides.
 
     Raises:
         UnsupportedModuleError: ``model`` has no posterior.
@@ -410,7 +467,8 @@ def sampled(model: nn.Module) -> Iterator[None]:
 def at_mean(model: nn.Module) -> Iterator[None]:
     """Every call of ``model`` in this block uses the posterior means, also in ``train()``.
 
-    The outermost call decides: given a part, it holds where that part is called by itself.
+    Given a part of a model, it holds for the weights of that part, also when the whole is called.
+    Of several blocks that name a module the innermost decides.
 
     Raises:
         UnsupportedModuleError: ``model`` has no posterior.
@@ -424,7 +482,7 @@ def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[Non
     """All calls of ``model`` in this block share one draw of its weights, also in ``eval()``.
 
     Args:
-        model: A converted model, or a module that holds one.
+        model: A converted model, a part of one, or a module that holds one.
         seed: The draw is a function of it and of the parameters' names alone, whatever the order
             of the calls; with the estimators ``local`` and ``flipout``, also of an example's place
             in its batch. None takes a number from torch's global generator.

@@ -77,7 +77,7 @@ def local(
         variance = operation(input.square(), spread, shift_spread, *args, **kwargs)
     # not 0, where a square root has no gradient; nor less, which fast convolutions can give
     std = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt().to(center.dtype)
-    return torch.addcmul(center, std, _noise(slot, center))
+    return torch.addcmul(center, std, _noise(module, slot, center))
 
 
 def flipout(
@@ -95,7 +95,7 @@ def flipout(
     Reference:
         Wen, Vicol, Ba, Tran and Grosse, 2018, arXiv:1803.04386, section 3.1, equation 4.
     """
-    scope = _scope()
+    scope = _scope(module)
     mean, _, slot = _posterior(module, weight)
     deviation, bias_deviation = scope.deviation(module, weight, slot), None
     if isinstance(bias, str):
@@ -104,9 +104,9 @@ def flipout(
         bias_deviation = scope.deviation(module, name, own)
     axis = 1 - mean.dim()  # of the channels: spatial dimensions come after them
     center = operation(input, mean, bias, *args, **kwargs)
-    flipped = input * _signs(slot, _IN_SIGNS, input, axis)
+    flipped = input * _signs(module, slot, _IN_SIGNS, input, axis)
     deviating = operation(flipped, deviation, bias_deviation, *args, **kwargs)
-    return torch.addcmul(center, deviating, _signs(slot, _OUT_SIGNS, center, axis))
+    return torch.addcmul(center, deviating, _signs(module, slot, _OUT_SIGNS, center, axis))
 
 
 def local_embedding(
@@ -120,7 +120,7 @@ def local_embedding(
         center = F.embedding(input, mean, *args, **kwargs)
         rows = F.embedding(input, raw, *args, **kwargs)
     std = gaussian.std_from_raw(rows, slot.parameterization).to(center.dtype)
-    return torch.addcmul(center, std, _noise(slot, center))
+    return torch.addcmul(center, std, _noise(module, slot, center))
 
 
 def flipout_embedding(
@@ -128,17 +128,17 @@ def flipout_embedding(
 ) -> Tensor:
     """Look up one shared deviation, with random signs of the columns for each example."""
     slot = _slot(module, weight)
-    deviation = _scope().deviation(module, weight, slot)
+    deviation = _scope(module).deviation(module, weight, slot)
     with torch._C.DisableTorchFunction():
         mean, _ = tensors_of(module, weight, slot)
         center = F.embedding(input, mean, *args, **kwargs)
         deviating = F.embedding(input, deviation, *args, **kwargs)
-    return torch.addcmul(center, deviating, _signs(slot, _OUT_SIGNS, center, -1))
+    return torch.addcmul(center, deviating, _signs(module, slot, _OUT_SIGNS, center, -1))
 
 
-def _scope() -> Scope:
+def _scope(module: nn.Module) -> Scope:
     assert LOCAL.scope is not None
-    return LOCAL.scope
+    return LOCAL.scope.of(module)
 
 
 def _slot(module: nn.Module, attribute: str) -> Slot:
@@ -154,17 +154,17 @@ def _posterior(module: nn.Module, attribute: str) -> tuple[Tensor, Tensor, Slot]
         return mean.view_as(mean), raw, slot
 
 
-def _noise(slot: Slot, like: Tensor) -> Tensor:
-    return _scope().noise(slot, like.shape, like.dtype, like.device, _OUTPUT)
+def _noise(module: nn.Module, slot: Slot, like: Tensor) -> Tensor:
+    return _scope(module).noise(slot, like.shape, like.dtype, like.device, _OUTPUT)
 
 
-def _signs(slot: Slot, family: int, tensor: Tensor, axis: int) -> Tensor:
+def _signs(module: nn.Module, slot: Slot, family: int, tensor: Tensor, axis: int) -> Tensor:
     """A sign for each channel, anew for each index of the first dimension if there is one more."""
     size = [1] * tensor.dim()
     size[axis] = tensor.shape[axis]
     if tensor.dim() > -axis:
         size[0] = tensor.shape[0]
-    normal = _scope().noise(slot, size, torch.float32, tensor.device, family)
+    normal = _scope(module).noise(slot, size, torch.float32, tensor.device, family)
     return torch.ones_like(normal).copysign(normal).to(tensor.dtype)
 
 
