@@ -39,7 +39,10 @@ _CLASS_LOCK = threading.Lock()
 
 
 def methods_to_wrap(cls: type, attributes: frozenset[str]) -> tuple[str, ...]:
-    """Methods that are rewritten: ``forward*``, and public ones that read a parameter."""
+    """Methods that are rewritten: ``forward*``, and public ones that read a parameter.
+
+    These may read it by way of private ones.
+    """
     found = []
     for base in cls.__mro__:
         if base in (nn.Module, object):
@@ -48,19 +51,31 @@ def methods_to_wrap(cls: type, attributes: frozenset[str]) -> tuple[str, ...]:
             if not isinstance(member, types.FunctionType) or name in found:
                 continue
             if name.startswith("forward") or (
-                not name.startswith(("_", *_NOT_WRAPPED)) and _reads(member, attributes)
+                not name.startswith(("_", *_NOT_WRAPPED))
+                and member.__code__.co_argcount >= 2
+                and _reads(cls, member, attributes)
             ):
                 found.append(name)
     return tuple(sorted(found))
 
 
-def _reads(function: types.FunctionType, attributes: frozenset[str]) -> bool:
-    if not attributes or function.__code__.co_argcount < 2:
-        return False
-    return any(
-        i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.argval in attributes
-        for i in dis.get_instructions(function)
-    )
+def _reads(cls: type, function: types.FunctionType, attributes: frozenset[str]) -> bool:
+    """Whether a method of ``cls`` names a parameter, or a private method that does."""
+    waiting, seen = [function], {function}
+    while waiting and attributes:
+        names = {
+            i.argval
+            for i in dis.get_instructions(waiting.pop())
+            if i.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        }
+        if not attributes.isdisjoint(names):
+            return True
+        private = (getattr(cls, name, None) for name in names if name.startswith("_"))
+        for method in private:
+            if isinstance(method, types.FunctionType) and method not in seen:
+                seen.add(method)
+                waiting.append(method)
+    return False
 
 
 def _wrapper(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
