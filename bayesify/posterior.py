@@ -201,7 +201,7 @@ def bayesian_sites(model: nn.Module) -> list[Site]:
     """:func:`sites` as a list that is not empty.
 
     Raises:
-        UnsupportedModuleError: ``model`` has no posterior.
+        UnsupportedModuleError: ``model`` has no posterior, or two for a weight that was tied since.
     """
     found = list(sites(model))
     if not found:
@@ -209,6 +209,15 @@ def bayesian_sites(model: nn.Module) -> list[Site]:
             f"{type(model).__name__} has no Bayesian parameter. Convert it first: "
             "model = bayesify.to_bbb(model)."
         )
+    names: dict[int, str] = {}
+    for site in found:
+        mean = site.module._parameters.get(site.attribute)
+        # what functional_call puts in place of parameters may stand for several
+        if isinstance(mean, nn.Parameter) and names.setdefault(id(mean), site.name) != site.name:
+            raise UnsupportedModuleError(
+                f"{site.name} and {names[id(mean)]} were tied after the conversion: one weight has "
+                "two log variances. Tie them before: to_deterministic(model), tie, to_bbb."
+            )
     return found
 
 

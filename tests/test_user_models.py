@@ -653,16 +653,34 @@ def test_a_parameter_changed_later(
         assert not torch.equal(first, second)
 
 
-@pytest.mark.xfail(strict=True, reason="a parameter tied after the conversion is drawn twice")
-def test_a_parameter_tied_later_has_one_draw() -> None:
+def test_a_parameter_tied_later_is_refused() -> None:
     converted: Any = bayesify.to_bbb(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), logvar=-3.0)
     converted[1].weight = converted[0].weight
-    try:
-        drawn = bayesify.draws(converted, seed=1)
-    except bayesify.BayesifyError as error:
-        assert "1.weight" in str(error)  # noqa: PT017
-    else:
-        assert "1.weight" not in drawn
+    groups = functools.partial(bayesify.param_groups, lr=0.1)
+    for call in (bayesify.draws, bayesify.kl_divergence, groups):
+        with pytest.raises(bayesify.UnsupportedModuleError, match=r"1\.weight and 0\.weight were"):
+            call(converted)
+    plain: Any = bayesify.to_deterministic(converted)
+    assert plain[1].weight is plain[0].weight
+    assert set(bayesify.draws(bayesify.to_bbb(plain))) == {"0.weight", "0.bias", "1.bias"}
+
+
+def test_one_tensor_given_for_two_parameters_is_no_tie() -> None:
+    converted: Any = bayesify.to_bbb(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), logvar=-3.0)
+    given = {"0.weight": (w := torch.zeros(4, 4)), "1.weight": w}
+
+    class WithKL(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = converted
+
+        def forward(self) -> Any:
+            return bayesify.kl_divergence(self.model)
+
+    found = torch.func.functional_call(WithKL(), {f"model.{k}": v for k, v in given.items()}, ())
+    converted[0].weight.data.zero_()
+    converted[1].weight.data.zero_()
+    torch.testing.assert_close(found, bayesify.kl_divergence(converted))
 
 
 # -- factories -------------------------------------------------------------------------------
