@@ -201,7 +201,7 @@ def bayesian_sites(model: nn.Module) -> list[Site]:
     """:func:`sites` as a list that is not empty.
 
     Raises:
-        UnsupportedModuleError: ``model`` has no posterior, or two for a weight that was tied since.
+        UnsupportedModuleError: ``model`` has no posterior, or two for a weight that is tied.
     """
     found = list(sites(model))
     if not found:
@@ -215,8 +215,9 @@ def bayesian_sites(model: nn.Module) -> list[Site]:
         # what functional_call puts in place of parameters may stand for several
         if isinstance(mean, nn.Parameter) and names.setdefault(id(mean), site.name) != site.name:
             raise UnsupportedModuleError(
-                f"{site.name} and {names[id(mean)]} were tied after the conversion: one weight has "
-                "two log variances. Tie them before: to_deterministic(model), tie, to_bbb."
+                f"{names[id(mean)]!r} and {site.name!r} are one tied parameter with two "
+                "posteriors. Tie weights before the conversion, and convert the whole model at "
+                "once, not its parts one by one."
             )
     return found
 

@@ -133,14 +133,7 @@ def _rows(model: nn.Module) -> list[Row]:
         for attribute, slot in state.slots.items() if state is not None else ():
             names[slot.uid].append(f"{prefix}.{attribute}" if prefix else attribute)
     rows = []
-    first: dict[int, str] = {}
-    for name, module, attribute, slot in sites(model):
-        twin = first.setdefault(id(module._parameters[attribute]), name)
-        if twin != name:
-            raise CheckpointError(
-                f"{twin!r} and {name!r} are one tied parameter with two posteriors: convert the "
-                "whole model at once, not its parts one by one."
-            )
+    for name, _, _, slot in sites(model):
         aliases = tuple(sorted(set(names[slot.uid]) - {name}))
         kept = slot.name, slot.parameterization, slot.prior, slot.prior_scale, slot.estimator
         rows.append(Row(name, aliases, *kept))
