@@ -658,6 +658,11 @@ class Embedder(nn.Module):
         return self.embed(x)
 
 
+class Overrides(Embedder):
+    def _product(self, x: Tensor) -> Tensor:
+        return -super()._product(x)
+
+
 class Callable_(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -667,8 +672,9 @@ class Callable_(nn.Module):
         return x @ self.w
 
 
-def test_public_method_that_reads_through_a_private_one() -> None:
-    converted: Any = to_bbb(Embedder())
+@pytest.mark.parametrize("cls", [Embedder, Overrides])
+def test_public_method_that_reads_through_a_private_one(cls: type[nn.Module]) -> None:
+    converted: Any = to_bbb(cls())
     assert leaks(converted, lambda: converted(X)) == set()
     assert leaks(converted, lambda: converted.embed(X)) == set()
 

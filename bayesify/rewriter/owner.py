@@ -66,12 +66,13 @@ def _reads(cls: type, function: types.FunctionType, attributes: frozenset[str]) 
         names = {
             i.argval
             for i in dis.get_instructions(waiting.pop())
-            if i.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            if i.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
         }
         if not attributes.isdisjoint(names):
             return True
-        private = (getattr(cls, name, None) for name in names if name.startswith("_"))
-        for method in private:
+        private = [name for name in names if name.startswith("_")]
+        # overridden ones too: super() may call them
+        for method in (vars(base).get(name) for base in cls.__mro__ for name in private):
             if isinstance(method, types.FunctionType) and method not in seen:
                 seen.add(method)
                 waiting.append(method)
