@@ -58,11 +58,11 @@ def start(weights: Path, seed: int) -> nn.Module:
     return model
 
 
-def quality(model: nn.Module, images: Tensor, labels: Tensor) -> str:
+def quality(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> str:
     """Top-1 and NLL of images as they are, in words."""
     model.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = torch.cat([model(x) for x in images.split(500)]).float()
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        logits = torch.cat([model(x.to(device)) for x in images.split(500)]).float().cpu()
     right = (logits.argmax(1) == labels).double().mean()
     return f"top-1 {100 * right:.2f} %, NLL {F.cross_entropy(logits, labels):.4f}"
 
@@ -76,12 +76,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
 
     train = load_dataset(options.data, split="train")
     source: Any = train.source
     seen = replace(train, source=InMemory(source.images[:SEEN], source.labels[:SEEN]))
-    model = start(options.weights, options.seed)
+    model = start(options.weights, options.seed).to(options.device)
     config = input_config(model)
     sets = {
         "held out": (prepare(source.images[-HOLDOUT:], config), source.labels[-HOLDOUT:]),
@@ -99,13 +100,15 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate(epoch + step / len(order), options.epochs)
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
+            x, y = x.to(options.device), y.to(options.device)
+            with torch.autocast(options.device, torch.bfloat16):
                 loss = F.cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
         for name, (images, labels) in sets.items():
-            print(f"epoch {epoch + 1}, {name}: {quality(model, images, labels)}", flush=True)
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+            found = quality(model, images, labels, options.device)
+            print(f"epoch {epoch + 1}, {name}: {found}", flush=True)
+    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(state, options.out)
 
 

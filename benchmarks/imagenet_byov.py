@@ -6,11 +6,15 @@ r"""The paper-scale run and its pruning experiment, or the same chain on Imagene
     python benchmarks/imagenet_byov.py --data imagenette --path FOLDER         # ViT-S/16, 96 px
     python benchmarks/imagenet_byov.py --data imagenette --path FOLDER --device cpu --epochs 1 \
         --encoder vit_tiny_patch16_224 --batch-size 128 --draws 20
+    python benchmarks/pack_images.py FOLDER --size 96 --out imagenette96.safetensors
+    python benchmarks/imagenet_byov.py --data imagenette --path imagenette96.safetensors \
+        --epochs 100 --logvar-lr-ratio 15 --no-compile    # minutes on one large GPU
 
 Trains BYOL, BYOV and the supervised twin, then measures the linear probe, ECE and Brier parts, the
 pruning curve and figure 1b. What is interrupted (--minutes, Ctrl-C) goes on the next time. Results
 are JSON in `results/byov/imagenet` or `results/byov/imagenette`. The folder holds `train` and `val`
-with one folder of images for each class.
+with one folder of images for each class. A short training needs a higher rate of the log variances,
+for their way is at most the sum of it, and is over before a compilation has paid.
 """
 
 from __future__ import annotations
@@ -51,12 +55,14 @@ def scale_of(asked: argparse.Namespace) -> Scale:
         config = replace(config, batch_size=asked.batch_size)
     if asked.encoder is not None:
         config = replace(config, encoder=asked.encoder)
+    if asked.logvar_lr_ratio is not None:
+        config = replace(config, logvar_lr_ratio=asked.logvar_lr_ratio)
     cpu = asked.device == "cpu"
     run = replace(
         preset.run, data=asked.path or asked.data, accumulate=asked.accumulate,
         workers=asked.workers,
-        amp=not cpu, compile=not cpu, device="cpu" if cpu else "cuda", log_every=5 if cpu else 50,
-        checkpoint_every=max(1, config.epochs // 20), **_KEPT,
+        amp=not cpu, compile=asked.compile and not cpu, device="cpu" if cpu else "cuda",
+        log_every=5 if cpu else 50, checkpoint_every=max(1, config.epochs // 20), **_KEPT,
     )  # fmt: skip
     doubt = DoubtSettings(spread_draws=asked.draws, pruned_images=500 if cpu else 0)
     head = EvalSettings(num_samples=min(30, asked.draws))
@@ -74,6 +80,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--encoder")
+    parser.add_argument("--logvar-lr-ratio", type=float)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

@@ -15,6 +15,7 @@ images. With the weights of benchmarks/cifar_proxy.py, which does not know them 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -156,6 +157,9 @@ def done(path: Path, settings: dict[str, Any]) -> set[tuple[str, int]]:
 
 def run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
+    # on a card as on the CPU: float32 is float32, and a seed one result
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     train = load_dataset(options.data, split="train")
     source: Any = train.source
     last = len(train) - HOLDOUT if options.holdout else len(train)
@@ -178,10 +182,11 @@ def run(options: argparse.Namespace) -> None:
     settings = {k: v for k, v in vars_of(setup).items() if k not in hidden} | {
         "train_images": len(few), "test_images": len(images.stored),
         "ood_images": len(images.strange), "corrupted_images": len(images.subset),
-        "holdout": options.holdout,
+        "holdout": options.holdout, "network": digest(options.weights),
     }  # fmt: skip
     known = done(options.out, settings)
-    source_of_rows = {"device": str(device), "machine": machine(), **provenance("torch")}
+    where = machine(options.device)
+    source_of_rows = {"device": options.device, "machine": where, **provenance("torch")}
     for name, seed in runs(options):
         if (name, seed) in known:
             continue
@@ -210,6 +215,11 @@ def run(options: argparse.Namespace) -> None:
                   {k: round(v) for k, v in row["seconds"].items()}, flush=True)  # fmt: skip
 
 
+def digest(path: Path) -> str:
+    """Tells one file of weights from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+
+
 def width(text: str) -> float | None:
     return None if text == "none" else float(text)
 
@@ -231,7 +241,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--holdout", action="store_true")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--amp", action="store_true", help="train and predict under autocast to bfloat16"
     )

@@ -53,43 +53,56 @@ def marks(name: str) -> tuple[str, str]:
 def trial_tables(rows: list[dict[str, Any]]) -> str:
     """A table for each network that trials were made with, the latest first.
 
-    Its number of training images tells one from the other.
+    The digest of its weights tells one from the other, and where there is none its number of
+    training images.
     """
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    found: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        found[row["settings"]["train_images"]].append(row)
+        used = row["settings"]
+        found[used["train_images"], used.get("network", "")].append(row)
     return "\n".join(trial_table(each) for each in reversed(found.values()))
 
 
 def trial_table(rows: list[dict[str, Any]]) -> str:
     """The trials with one network, the least NLL first."""
     lines = [
-        "| | epochs | augmentation | learning rates | initial sigma | prior | averaged "
-        "| BatchNorm | top-1 % | NLL | ECE | OOD AUROC |",
-        "| --- | ---: | --- | ---: | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| | epochs | draws a step | augmentation | learning rates | initial sigma | prior "
+        "| averaged | BatchNorm | top-1 % | NLL | ECE | OOD AUROC |",
+        "| --- | ---: | ---: | --- | ---: | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    for row in sorted(rows, key=lambda row: float(row["test"]["nll"])):
-        used, found = row["settings"], row["test"]
+    seeds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        seeds[json.dumps([row["method"], row["settings"]])].append(row)
+    for found in sorted(seeds.values(), key=lambda found: mean_of(found, "nll")):
+        row, used = found[0], found[0]["settings"]
         sigma = "" if row["method"] in WITHOUT_SIGMA else f"{used['relative_std']:g}"
         rates = [used["lr"], used["logvar_lr"]] if sigma else [used["lr"]]
         if row["method"] == "IVON":
             rates = [used["ivon_lr"]]
         cells = [
-            row["method"], str(used["epochs"]), used["augment"],
+            row["method"], str(used["epochs"]), str(used["draws_per_step"]) if sigma else "",
+            used["augment"],
             ", ".join(f"{rate:g}" for rate in rates), sigma, prior_of(used) if sigma else "",
             f"{used.get('average', 0.0):.0%}",  # rows from before there was such a setting
             "kept" if used["freeze_batchnorm"] else "gathered",
-            f"{100 * found['accuracy']:.2f}", f"{found['nll']:.4f}", f"{found['ece']:.4f}",
-            f"{row['ood']['auroc']:.3f}",
+            spread([100 * r["test"]["accuracy"] for r in found], 2),
+            *(spread([r["test"][key] for r in found], 4) for key in ("nll", "ece")),
+            spread([r["ood"]["auroc"] for r in found], 3),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     used = rows[0]["settings"]
     note = (
         f"{used['train_images']:,} training images, {used['test_images']:,} held out, "
-        f"{used['ood_images']:,} strangers, K = {used['samples']}, one seed. Of two learning "
-        "rates the second is that of the log variances; w0 are the weights at the start."
+        f"{used['ood_images']:,} strangers, K = {used['samples']}; means ± standard deviation of "
+        "what has several seeds. Of two learning rates the second is that of the log variances; "
+        "w0 are the weights at the start."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def mean_of(rows: list[dict[str, Any]], key: str) -> float:
+    """Mean of a number of the clean images over the seeds."""
+    return float(statistics.mean(row["test"][key] for row in rows))
 
 
 def prior_of(used: dict[str, Any]) -> str:
@@ -100,13 +113,9 @@ def prior_of(used: dict[str, Any]) -> str:
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Two tables, of clean and of corrupted images, and what they were measured with."""
-
-    def nll(item: tuple[str, list[dict[str, Any]]]) -> float:
-        return float(statistics.mean(r["test"]["nll"] for r in item[1]))
-
-    methods = dict(sorted(by_method(rows).items(), key=nll))
+    methods = dict(sorted(by_method(rows).items(), key=lambda item: mean_of(item[1], "nll")))
     lines = [
-        "| | seeds | top-1 % | NLL | ECE | Brier | OOD AUROC | fit, min |",
+        "| | seeds | top-1 % | NLL | ECE | Brier | OOD AUROC | fit, s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method, found in methods.items():
@@ -114,7 +123,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             spread([100 * r["test"]["accuracy"] for r in found], 2),
             *(spread([r["test"][key] for r in found], 4) for key in ("nll", "ece", "brier")),
             spread([r["ood"]["auroc"] for r in found], 3),
-            f"{statistics.mean(r['seconds']['fit'] for r in found) / 60:.1f}",
+            f"{statistics.mean(r['seconds']['fit'] for r in found):.0f}",
         ]
         lines.append(f"| {method} | {len(found)} | {' | '.join(cells)} |")
     kinds = list(rows[0]["corrupted"])
@@ -168,18 +177,14 @@ def target_table(rows: list[dict[str, Any]]) -> str:
     """What was aimed at, what ours reached, and the best of the packages beside it."""
     methods = by_method(rows)
     ours = methods[OURS]
-
-    def mean(found: list[dict[str, Any]], key: str) -> float:
-        return float(statistics.mean(r["test"][key] for r in found))
-
     ends = [r["test"]["intervals"]["ece"] for r in ours]
     within = all(low <= ECE_AIM <= high for low, high in ends)
     lines = ["| aim | ours | reached |", "| --- | ---: | --- |"]
     for text, value, reached in (
-        ("top-1 >= 91.6 %", 100 * mean(ours, "accuracy"), mean(ours, "accuracy") >= 0.916),
-        ("NLL <= 0.240", mean(ours, "nll"), mean(ours, "nll") <= 0.24),
-        (f"ECE <= {ECE_AIM} or intervals that hold it", mean(ours, "ece"),
-         mean(ours, "ece") <= ECE_AIM or within),
+        ("top-1 >= 91.6 %", 100 * mean_of(ours, "accuracy"), mean_of(ours, "accuracy") >= 0.916),
+        ("NLL <= 0.240", mean_of(ours, "nll"), mean_of(ours, "nll") <= 0.24),
+        (f"ECE <= {ECE_AIM} or intervals that hold it", mean_of(ours, "ece"),
+         mean_of(ours, "ece") <= ECE_AIM or within),
         ("OOD AUROC >= 0.905", (auroc := statistics.mean(r["ood"]["auroc"] for r in ours)),
          auroc >= 0.905),
     ):  # fmt: skip
@@ -213,6 +218,7 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
     share = used.get("average", 0.0)
     averaged = f"the last {share:.0%} of the steps averaged, " if share else ""
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
+    there = where.get("card", row["device"])
     return [
         "The least NLL first; means ± standard deviation over the seeds. "
         f"{used['train_images']:,} training images, epochs: {used['epochs']}, "
@@ -223,6 +229,6 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
         f"prior {prior_of(used)}, {averaged}BatchNorm's statistics "
         f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}; trained and predicted in "
         f"{'bfloat16 autocast' if used['amp'] else 'float32'}.",
-        f"*{where['processor']}, {where['cores']} cores, {row['device']}, torch "
+        f"*{where['processor']}, {where['cores']} cores, {there}, torch "
         f"{row['versions']['torch']}, commits {commits}, {row['date']}.*",
     ]

@@ -22,7 +22,7 @@ def line(method: str, seed: int, nll: float) -> dict[str, Any]:
             "train_images": 50_000, "epochs": 2, "test_images": 10_000, "ood_images": 10_000,
             "corrupted_images": 1000, "samples": 30, "augment": "flip-crop", "lr": 1e-3,
             "logvar_lr": 0.02, "relative_std": 0.05, "prior_std": 0.1, "freeze_batchnorm": True,
-            "amp": True,
+            "draws_per_step": 1, "amp": True,
         },
         "machine": {"processor": "a processor", "cores": 2}, "device": "cpu",
         "versions": {"torch": "2.15.0"}, "commit": "abc", "date": "2026-01-01",
@@ -34,7 +34,9 @@ def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
     rows.append(line("control", 0, 0.5))
     result, trials, page = tmp_path / "r.jsonl", tmp_path / "t.jsonl", tmp_path / "p.md"
     result.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trials.write_text("".join(json.dumps(line("ours, tried", 0, nll)) + "\n" for nll in (0.3, 0.2)))
+    tried_rows = [line("ours, tried", seed, nll) for seed, nll in ((0, 0.3), (0, 0.2), (1, 0.22))]
+    tried_rows[0]["settings"]["anchor"] = 0.5
+    trials.write_text("".join(json.dumps(row) + "\n" for row in tried_rows))
     begin, end = posterior_table.marks("results")
     first, last = posterior_table.marks("trials")
     page.write_text(f"{first}\n{last}\nbefore\n{begin}\nold\n{end}\nafter\n")
@@ -47,8 +49,8 @@ def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
     ours, control, worse_ours, _ = [row for row in shown if row[0] in ("ours", "control")]
     std = statistics.stdev((0.24, 0.25, 0.29))
     assert ours[1:4] == ["3", "91.73 ± 0.00", f"0.2600 ± {std:.4f}"]
-    assert ours[-1] == "1.5"
-    assert control[1:] == ["1", "91.73", "0.5000", "0.0123", "0.1000", "0.905", "1.5"]
+    assert ours[-1] == "90"
+    assert control[1:] == ["1", "91.73", "0.5000", "0.0123", "0.1000", "0.905", "90"]
     # corrupted: mean over severities adds 2, and the second kind is doubled
     assert worse_ours[1].startswith("2.260 ±")
     assert worse_ours[2].startswith("4.520 ±")
@@ -57,10 +59,11 @@ def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
     assert "50,000 training images" in text
     assert "bfloat16 autocast" in text
     tried = [row for row in shown if row[0] == "ours, tried"]
-    assert [row[-3] for row in tried] == ["0.2000", "0.3000"]
-    assert tried[0][1:5] == ["2", "flip-crop", "0.001, 0.02", "0.05"]
-    assert tried[0][5:8] == ["N(0, 0.1^2)", "0%", "kept"]
-    assert tried[0][-1] == "0.905"
+    # two seeds of the same settings are one row
+    assert [row[-3] for row in tried] == ["0.2100 ± 0.0141", "0.3000"]
+    assert tried[0][1:6] == ["2", "1", "flip-crop", "0.001, 0.02", "0.05"]
+    assert tried[0][6:9] == ["N(0, 0.1^2)", "0%", "kept"]
+    assert tried[0][-1] == "0.905 ± 0.000"
     posterior_table.write(result, trials, [page])
     assert page.read_text() == text
 
@@ -68,6 +71,9 @@ def test_the_tables_have_mean_and_spread(tmp_path: Path) -> None:
 def test_trials_of_two_networks_are_two_tables() -> None:
     earlier, later = line("ours", 0, 0.2), line("ours", 0, 0.4)
     later["settings"] |= {"train_images": 20_000, "average": 0.5, "anchor": 0.25}
+    latest = line("ours", 0, 0.1)
+    latest["settings"] |= {**later["settings"], "network": "0123abcd"}
+    assert posterior_table.trial_tables([later, latest]).count("20,000 training images") == 2
     text = posterior_table.trial_tables([earlier, later])
     first, second = text.index("20,000 training images"), text.index("50,000 training images")
     assert text.index("0.4000") < first < text.index("0.2000") < second
