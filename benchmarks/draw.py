@@ -1,7 +1,7 @@
 """The draw alone: on the CPU with and without the C library, on a card beside a copy of memory.
 
     python benchmarks/draw.py [--rounds 30]                  1 minute on 2 cores
-    python benchmarks/draw.py --device cuda [--rounds 30]    1 minute on a card, by estimate
+    python benchmarks/draw.py --device cuda [--rounds 30]    half a minute on a card
 
 On the CPU: draws, KL divergence and the gradients of both, of the weights of ViT-Tiny/16. On a
 card those of ViT-B/16, in bytes a second: a draw reads mean and log variance and writes the weight,

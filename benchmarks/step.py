@@ -1,7 +1,7 @@
 """A training step beside the deterministic one, for bayesify and every peer that is installed.
 
     python benchmarks/step.py [--rounds 15] [--only resnet18]     10 minutes on 2 cores
-    python benchmarks/step.py --device cuda [--rounds 15]         5 minutes on a card, by estimate
+    python benchmarks/step.py --device cuda [--rounds 15]         2 minutes on a card with 5 rounds
 
 In every round each method takes one step (forward, loss with its KL term, backward, AdamW,
 gradients set to None), in an order that turns, and its time is divided by that of the deterministic
@@ -124,6 +124,7 @@ def bayesian_torch(kind: str) -> Callable[[nn.Module], Step]:
     def method(model: nn.Module) -> Step:
         from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn, get_kl_loss
 
+        device = next(model.parameters()).device
         dnn_to_bnn(
             model,
             {
@@ -132,6 +133,7 @@ def bayesian_torch(kind: str) -> Callable[[nn.Module], Step]:
                 "moped_delta": 0.1,
             },
         )  # fmt: skip
+        model.to(device)  # the package makes its parameters on the CPU
         optimizer = adamw(model.parameters())
 
         def step(x: Tensor, y: Tensor) -> None:
@@ -148,7 +150,8 @@ def bayesian_torch(kind: str) -> Callable[[nn.Module], Step]:
 def torchbayesian(model: nn.Module) -> Step:
     import torchbayesian.bnn as bnn
 
-    bayesian: Any = bnn.BayesianModule(model)
+    device = next(model.parameters()).device
+    bayesian: Any = bnn.BayesianModule(model).to(device)  # makes its parameters on the CPU
     optimizer = adamw(bayesian.parameters())
 
     def step(x: Tensor, y: Tensor) -> None:
