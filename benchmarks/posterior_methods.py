@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from posterior_table import BETA
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
@@ -321,8 +322,8 @@ METHODS: dict[str, Method] = {
     "ours, beta 0.1": ours(0.1),
     "ours, beta 0.3": ours(0.3),
     "ours, beta 1": ours(1.0),
-    "ours, last layer only": ours(0.3, preset="last-layer"),
-    "ours, without norms": ours(0.3, skip="BatchNorm2d"),
+    "ours, last layer only": ours(BETA, preset="last-layer"),
+    "ours, without norms": ours(BETA, skip="BatchNorm2d"),
     "ours, laplace-diag": Method(laplace),
     "IVON": Method(ivon),
     "bayesian-torch": Method(bayesian_torch),
