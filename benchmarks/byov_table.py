@@ -62,8 +62,13 @@ _COMMANDS = (
     ("the same grid on a CPU",
      "python benchmarks/cifar10_byov.py --scale cpu --minutes 60 --jobs 2"),
     ("what is missing", "python benchmarks/cifar10_byov.py --list"),
-    ("Imagenette: BYOL, BYOV and the supervised twin",
+    ("Imagenette: BYOL, BYOV and the supervised twin, 300 epochs",
      "python benchmarks/imagenet_byov.py --data imagenette --path FOLDER"),
+    ("the same in minutes, as below",
+     "python benchmarks/imagenet_byov.py --data imagenette --path imagenette96.safetensors "
+     "--epochs 40 --logvar-lr-ratio 25 --no-compile --draws 100"),
+    ("the file of it", "python benchmarks/pack_images.py FOLDER --size 96 --out "
+     "imagenette96.safetensors"),
     ("ImageNet-1k, the paper's scale",
      "torchrun --nproc-per-node 8 benchmarks/imagenet_byov.py --data imagenet"),
     ("pruning in rounds of training", "bayesify recipe byov prune RUN_DIR... --iterative 4"),
@@ -149,7 +154,8 @@ def _trained(card: Card) -> str:
     encoder = f"{config.encoder} ({changed})" if changed else config.encoder
     return (
         f"{encoder}, {config.image_size} px, batches of {config.batch_size}, "
-        f"{config.epochs} epochs, {card.facts['steps']:,} steps"
+        f"{config.epochs} epochs, {card.facts['steps']:,} steps, log variances at "
+        f"{config.logvar_lr_ratio:g} times the rate of the means"
     )
 
 

@@ -152,6 +152,20 @@ def test_trajectories_are_those_of_the_log(folders: dict[str, Path], made: Path)
     assert parts["predictor.1.weight"] == ("predictor", "vector")
 
 
+@pytest.mark.parametrize("priors", [1, 2, 3])
+def test_the_key_of_the_trajectories_is_inside_the_picture(priors: int) -> None:
+    figure_module = pytest.importorskip("matplotlib.figure")
+    tensors = [{"part": "encoder", "kind": "matrix", "mean_snr": [1.0, 2.0], "max_snr": [2.0, 3.0]}]
+    shown = {"epochs": [1, 2], "seed": 0, "tensors": tensors}
+    figure = figure_module.Figure(layout="constrained")
+    plots.DRAWN["fig6"](figure, {"columns": dict.fromkeys(map(str, range(priors)), shown)})
+    figure.draw_without_rendering()
+    [key] = figure.legends
+    box = key.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+
+
 def test_table_1_has_the_papers_rows_and_ours(folders: dict[str, Path], made: Path) -> None:
     rows = assemble.table1([read_card(folder) for folder in folders.values()])["rows"]
     assert [r["paper_top1"] for r in rows][:4] == [73.68, 73.97, 69.73, 73.62]

@@ -233,7 +233,7 @@ def _trajectories(figure: Any, numbers: Numbers, rows: tuple[tuple[str, str], ..
     handles = [Line2D([], [], color=c, label=p) for p, c in _PART_COLOUR.items()]
     handles.append(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.6,
                           label="pale: biases, norms, tokens"))  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, 2 * len(columns)))
 
 
 def _pretty(name: str) -> str:
