@@ -124,11 +124,15 @@ def verdict(value: float, limit: float) -> str:
 def steps(record: dict[str, Any]) -> list[str]:
     names = list(record["models"])
     methods = list(next(iter(record["models"].values())))
+    count = record.get("in_a_row", 1)  # older results have one
+    together = f", {count} steps at a time" if count > 1 else ""
+    if "card" in record["machine"] and count == 1:
+        together = ", the card waited for after each step"
     lines = [
         "## A training step\n",
         "Forward, loss with its KL term, backward and AdamW (fused), over the deterministic step "
-        f"of the same round: median of {record['rounds']} rounds (quartiles). Peers in the "
-        "settings that `benchmarks/step.py` states.\n",
+        f"of the same round: median of {record['rounds']} rounds (quartiles){together}. "
+        "Peers in the settings that `benchmarks/step.py` states.\n",
         "| | " + " | ".join(SHAPES[n] for n in names) + " |",
         "| --- |" + " ---: |" * len(names),
     ]
