@@ -146,8 +146,11 @@ def done(path: Path, settings: dict[str, Any]) -> set[tuple[str, int]]:
         return set()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     same = set()
+    # results are all of one network, also those from before it was noted; trials are of several
+    noted = {} if settings["holdout"] else {"network": settings["network"]}
     for row in rows:
-        other = {k for k in settings if row["settings"].get(k) != settings[k]}
+        used = noted | row["settings"]
+        other = {k for k in settings if used.get(k) != settings[k]}
         if not other:
             same.add((row["method"], row["seed"]))
         elif not settings["holdout"]:
