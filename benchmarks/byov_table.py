@@ -13,7 +13,7 @@ from byov_cells import CELLS, RESULTS, SCALES, Scale, cards_of
 
 from bayesify.storage import replacing
 from recipes.byov.assemble import app_c, correlations, overview
-from recipes.byov.cards import ENOUGH, Card, Estimate, estimate
+from recipes.byov.cards import ENOUGH, Card, Estimate, distinct, estimate
 from recipes.byov.claims import by_beta, comparison
 from recipes.byov.evaluate import MEANS
 from recipes.byov.figures import FIGURES, publish
@@ -91,7 +91,7 @@ def main() -> None:
 
 def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
     """One scale: hardware, claims, tables, figures, what did not reproduce, what was not run."""
-    cards = [card for _, card in found]
+    cards = distinct(card for _, card in found)  # an ablation can be what the scale has anyway
     folder = IMAGES / scale.name
     folder.mkdir(parents=True, exist_ok=True)
     publish(cards, folder, told=lambda line: None)

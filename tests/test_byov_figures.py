@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bayesify import ArgumentError
 from byov_small import CONFIG, small_run
 from recipes.byov import assemble, figures, plots
-from recipes.byov.cards import Estimate, read_card
+from recipes.byov.cards import Card, Estimate, distinct, read_card
 from recipes.byov.cli import app
 from recipes.byov.doubt import DoubtSettings
 from recipes.byov.evaluate import EvalSettings
@@ -98,6 +98,27 @@ def test_figures_are_the_same_files_again(
     figures.make(list(folders.values()), tmp_path, only=["fig4", "fig5"], measured=True)
     for name in ("fig4.svg", "fig5.svg", "fig4.json"):
         assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
+
+
+def test_a_run_that_is_given_twice_is_one_seed(
+    folders: dict[str, Path], made: Path, tmp_path: Path
+) -> None:
+    twice = [*folders.values(), folders["zero"], folders["byol"]]
+    figures.make(twice, tmp_path, only=["fig4", "table1"], measured=True)
+    for name in ("fig4.json", "table1.json"):
+        assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
+
+
+def test_of_two_cards_of_one_run_that_with_more_stays() -> None:
+    def card(seed: int, *measured: str, data: str = "a") -> Card:
+        facts = {"data": data}
+        return Card(replace(CONFIG, seed=seed), facts, [], {name: {} for name in measured})
+
+    first, more, other, elsewhere = (
+        card(0, "eval"), card(0, "eval", "prune"), card(1), card(0, data="b")
+    )  # fmt: skip
+    assert distinct([first, more, other, elsewhere]) == [more, other, elsewhere]
+    assert distinct([more, first]) == [more]
 
 
 def test_a_posterior_that_stands_still_is_stamped(folders: dict[str, Path], made: Path) -> None:

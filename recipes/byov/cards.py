@@ -83,6 +83,19 @@ class Card:
         return next((r for r in rows if r["prediction"] == prediction), None)
 
 
+def distinct(cards: Iterable[Card]) -> list[Card]:
+    """One card for each config, seed and data set: that with the most measurements.
+
+    A run that is given twice, or trained twice, would else pass for two seeds.
+    """
+    found: dict[str, Card] = {}
+    for card in cards:
+        key = json.dumps([card.config.to_json(), card.facts.get("data")], sort_keys=True)
+        if key not in found or len(card.results) > len(found[key].results):
+            found[key] = card
+    return list(found.values())
+
+
 def read_card(folder: Path) -> Card:
     """The results that lie in the folder of a run.
 

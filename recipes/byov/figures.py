@@ -10,7 +10,7 @@ from typing import Any
 from bayesify import ArgumentError
 
 from . import arms, assemble, claims, plots
-from .cards import Card, read_card
+from .cards import Card, distinct, read_card
 from .doubt import DoubtSettings, corrupted, draws_needed, latent_variance, spread
 from .evaluate import EvalSettings, evaluate
 from .gradients import gradient_noise
@@ -171,7 +171,8 @@ def make(
 def publish(
     cards: Sequence[Card], out: Path, wanted: Sequence[Figure] = FIGURES, told: Told = print
 ) -> Path:
-    """Write the figures that the cards allow, and the page."""
+    """Write the figures that the cards allow, and the page; the same run counts once."""
+    cards = distinct(cards)
     out.mkdir(parents=True, exist_ok=True)
     sections = []
     for figure in wanted:
