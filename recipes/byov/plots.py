@@ -442,6 +442,8 @@ def _fig7(figure: Any, numbers: Numbers) -> None:
 
 
 def _app_b(figure: Any, numbers: Numbers) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     figure.set_size_inches(4.8, 3.5)
     axes = figure.subplots()
     looks = {"weight": (BLUE, "o"), "local": (GREEN, "s"), "flipout": (RED, "^")}
@@ -449,12 +451,16 @@ def _app_b(figure: Any, numbers: Numbers) -> None:
         rows = [r for r in numbers["rows"] if r["estimator"] == name and r["relative"] is not None]
         axes.plot([r["batch"] for r in rows], [r["relative"].mean for r in rows], color=colour,
                   marker=marker, label=name)  # fmt: skip
+    seeds = max((r["relative"].n for r in numbers["rows"] if r["relative"] is not None), default=0)
     axes.set(xscale="log", yscale="log", xlabel="images in a batch",
              ylabel="variance of the gradient\nover its squared mean",
-             title=f"{numbers['draws']} draws, same images")  # fmt: skip
+             title=f"{numbers['draws']} draws, same images; mean of {seeds} "
+             f"{'seed' if seeds == 1 else 'seeds'}")  # fmt: skip
     sizes = sorted({r["batch"] for r in numbers["rows"]})
     axes.set_xticks(sizes, [str(s) for s in sizes])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
+                   major_formatter=StrMethodFormatter("{x:g}"))  # fmt: skip
     axes.legend(title="one draw of each")
 
 
