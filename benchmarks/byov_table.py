@@ -64,7 +64,7 @@ _COMMANDS = (
     ("what is missing", "python benchmarks/cifar10_byov.py --list"),
     ("Imagenette: BYOL, BYOV and the supervised twin, 300 epochs",
      "python benchmarks/imagenet_byov.py --data imagenette --path FOLDER"),
-    ("the same in minutes, as below",
+    ("the same, shortened, as below",
      "python benchmarks/imagenet_byov.py --data imagenette --path imagenette96.safetensors "
      "--epochs 40 --logvar-lr-ratio 25 --no-compile --draws 100"),
     ("the file of it", "python benchmarks/pack_images.py FOLDER --size 96 --out "

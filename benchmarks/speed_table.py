@@ -33,7 +33,7 @@ NOTHING_SAID = ("not installed", "not measured")
 PARTS = ("parameters", "gradients", "optimizer", "draws", "activations")
 CUDA = {
     "step_cuda.json": "a training step of ViT-B/16, ViT-S/16 and resnet50 (`benchmarks/step.py "
-    "--device cuda`, 2 minutes)",
+    "--device cuda`, 3 minutes by estimate)",
     "predict_cuda.json": "30 draws (`benchmarks/predict.py --device cuda`, 3 minutes)",
     "byov_step_cuda.json": "a step of BYOV (`benchmarks/byov.py --device cuda`, 2 minutes)",
     "memory_cuda.json": "memory (`benchmarks/memory.py --device cuda`, 2 minutes)",
@@ -127,7 +127,7 @@ def steps(record: dict[str, Any]) -> list[str]:
     count = record.get("in_a_row", 1)  # older results have one
     together = f", {count} steps at a time" if count > 1 else ""
     if "card" in record["machine"] and count == 1:
-        together = ", the card waited for after each step"
+        together = ", the card waited for after each step, all models on it at once"
     lines = [
         "## A training step\n",
         "Forward, loss with its KL term, backward and AdamW (fused), over the deterministic step "

@@ -1,7 +1,7 @@
 """A training step beside the deterministic one, for bayesify and every peer that is installed.
 
     python benchmarks/step.py [--rounds 15] [--only resnet18]     10 minutes on 2 cores
-    python benchmarks/step.py --device cuda [--rounds 15]         2 minutes on a card with 5 rounds
+    python benchmarks/step.py --device cuda [--rounds 15]         3 minutes on a card, by estimate
 
 In every round each method takes one step (forward, loss with its KL term, backward, AdamW,
 gradients set to None), in an order that turns, and its time is divided by that of the deterministic
