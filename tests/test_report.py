@@ -288,7 +288,10 @@ def test_pictures(report: Report) -> None:
 )
 def test_findings_follow_the_interval(report: Report, ends: Interval, verdict: str) -> None:
     changed = replace(report, rows=(*report.rows[:-1], replace(report.rows[-1], difference=ends)))
-    assert any(verdict in line for line in findings(changed))
+    line = next(line for line in findings(changed) if verdict in line)
+    # whichever won, each number says whose it is
+    draws, scalar = (report.rows[i].values["nll"] for i in (-1, 1))
+    assert f"{draws:.3f} nats with the draws, {scalar:.3f} with the scalar" in line
 
 
 @pytest.mark.parametrize(

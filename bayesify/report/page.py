@@ -170,7 +170,10 @@ def findings(report: Report) -> list[str]:
     control = report.row("temperature scaled")
     if control is not None and average.difference is not None:
         ends = average.difference
-        gap = f"NLL {average.values['nll']:.3f} against {control.values['nll']:.3f} nats"
+        gap = (
+            f"an NLL of {average.values['nll']:.3f} nats with the draws, "
+            f"{control.values['nll']:.3f} with the scalar"
+        )
         if ends.high < 0:
             verdict = f"The draws beat temperature scaling, the control: {gap}."
         elif ends.low > 0:
