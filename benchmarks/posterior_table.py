@@ -219,6 +219,8 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
     share = used.get("average", 0.0)
     averaged = f"the last {share:.0%} of the steps averaged, " if share else ""
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
+    days = sorted({r["date"] for r in rows})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     there = where.get("card", row["device"])
     return [
         "The least NLL first; means ± standard deviation over the seeds. "
@@ -231,5 +233,5 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
         f"{'kept' if used['freeze_batchnorm'] else 'gathered anew'}; trained and predicted in "
         f"{'bfloat16 autocast' if used['amp'] else 'float32'}.",
         f"*{where['processor']}, {where['cores']} cores, {there}, torch "
-        f"{row['versions']['torch']}, commits {commits}, {row['date']}.*",
+        f"{row['versions']['torch']}, commits {commits}, {when}.*",
     ]
