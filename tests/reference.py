@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import bayesify
-from bayesify import scope
 from bayesify.convert import copy_detached
 from bayesify.posterior import sites
 from bayesify.rewriter import variants
 from bayesify.rewriter.variants import rungs
+from bayesify.scope import drawing
 
 
 class Probe(TorchDispatchMode):
@@ -50,7 +50,7 @@ class Probe(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[Probe]:
-        realise = scope.realise
+        realise = drawing.realise
 
         def marked(module: nn.Module, attribute: str, *args: Any) -> Tensor:
             with _disable_current_modes():  # so that it is made as in a call that nobody watches
@@ -68,7 +68,7 @@ class Probe(TorchDispatchMode):
                 self.tracing = outer
 
         patch = mock.patch.object
-        with patch(scope, "realise", marked), patch(variants, "make", traced), self:
+        with patch(drawing, "realise", marked), patch(variants, "make", traced), self:
             yield self
 
 

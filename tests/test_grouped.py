@@ -65,7 +65,7 @@ def test_values_and_gradients_are_those_of_the_plain_draw(
     model.frozen_mean.requires_grad_(False)
     values, gradients = step(model, 3)
     drawn: dict[str, Tensor] = {}
-    monkeypatch.setattr(scope, "realise", spy(scope.realise, drawn))
+    monkeypatch.setattr(scope.drawing, "realise", spy(scope.drawing.realise, drawn))
     step(model, 3)
     assert set(drawn) == {"conv.weight"}  # the one that is not contiguous
     plainly(monkeypatch)

@@ -662,7 +662,7 @@ class Mixture(nn.Module):
 def drawn_in(call: Callable[[], Any]) -> set[str]:
     """Names of the slots that are drawn during a call, together or one by one."""
     names: set[str] = set()
-    together, alone = grouped.draw, bayesify.scope.realise
+    together, alone = grouped.draw, bayesify.scope.drawing.realise
     keys = {key_of(f"{n}.{k}"): n for n in [*MIXTURE, "router"] for k in ("weight", "bias")}
 
     def draw(items: Any, seed: Tensor) -> Any:
@@ -674,7 +674,7 @@ def drawn_in(call: Callable[[], Any]) -> set[str]:
         return alone(module, attribute, slot, *rest)
 
     patch = mock.patch.object
-    with patch(grouped, "draw", draw), patch(bayesify.scope, "realise", realise):
+    with patch(grouped, "draw", draw), patch(bayesify.scope.drawing, "realise", realise):
         call()
     return names
 
@@ -723,7 +723,7 @@ def test_each_method_has_what_it_reads_drawn_together() -> None:
     for _ in range(2):
         model.forward_a(x)
         model.forward_b(x)
-    with mock.patch.object(bayesify.scope, "realise", side_effect=AssertionError):
+    with mock.patch.object(bayesify.scope.drawing, "realise", side_effect=AssertionError):
         model.forward_a(x)
         model.forward_b(x)
     assert {site.name: site.slot.drawn is None for site in sites(model)} == {

@@ -1,0 +1,154 @@
+"""An outermost call opens a scope and draws its weights together; its reads find them there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import grouped
+from ..kernels.noise import fold
+from ..posterior import STATE, Slot, owner_state, tensors_of
+from .checkpoints import SEAM
+from .drawing import AT_MEAN, Scope, autocast_dtype, grad_mode, suits_group
+from .local import LOCAL
+from .modes import Mixed, wanted
+from .seeds import new_seed
+
+
+def enter(
+    module: nn.Module, method: str, run: Callable[..., Any], args: Any, kwargs: Any, at_mean: Any
+) -> Any:
+    """Run an outermost call of a method: ``run`` inside a scope that draws, else ``at_mean``."""
+    scope = wanted(module)
+    if scope is AT_MEAN:
+        LOCAL.scope = scope
+        try:
+            return at_mean(*args, **kwargs)
+        finally:
+            LOCAL.scope = None
+    held = scope is not None
+    if scope is None:
+        scope = Scope(new_seed())
+    LOCAL.scope = scope
+    try:
+        if torch.compiler.is_compiling():
+            _prefill(module, method, scope)
+            return run(*args, **kwargs)
+        with SEAM:
+            drawn = _prefill(module, method, scope)
+            result = run(*args, **kwargs)
+        _note_unread(module, method, scope, drawn)
+        return result
+    finally:
+        LOCAL.scope = None
+        if not held:
+            scope.clear()
+
+
+def read(module: nn.Module, attribute: str, autocast: bool = False) -> Tensor:
+    """What a rewritten forward reads instead of ``module.attribute``.
+
+    Args:
+        module: The owner.
+        attribute: Of the parameter.
+        autocast: Whether autocast lowers the weight in every operation that takes this read.
+    """
+    slot = module.__dict__[STATE].slots[attribute]
+    scope = LOCAL.scope
+    assert scope is not None
+    scope = scope.of(module)
+    if not scope.drawing:
+        return tensors_of(module, attribute, slot)[0]
+    if autocast:
+        return scope.read_lowered(module, attribute, slot)
+    return scope.read(module, attribute, slot)
+
+
+def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
+    """Draw every weight below ``module`` now, except those that are sharded or seldom read.
+
+    Made here, a draw lies outside every checkpointed region and every compiled sub-graph; a
+    sharded parameter is drawn by the module that reads it, after its own all-gather.
+
+    Returns:
+        The slots that were drawn; none while torch.compile traces, which drops what is not read,
+        and none where modes of parts differ, which is rare: all is drawn when it is read.
+    """
+    mode = grad_mode()
+    if (id(module), mode) in scope.filled or isinstance(scope, Mixed):
+        return []
+    compiling = torch.compiler.is_compiling()
+    state = module.__dict__[STATE]
+    seldom = set() if compiling else state.seldom.get((method, mode), set())
+    lowered = {} if compiling else state.lowered.get((method, mode), {})
+    drawn: list[Slot] = []
+    scope.filled.add((id(module), mode))
+    seen: dict[int, int] = {}
+    together = grouped.possible()
+    items: dict[tuple[Any, ...], grouped.Item] = {}
+    slots: list[Slot] = []
+    for child in module.modules():
+        state = owner_state(child)
+        if state is None:
+            continue
+        for attribute, slot in state.slots.items():
+            if seen.setdefault(slot.key, slot.uid) != slot.uid:
+                # a copy of a layer in the same model: not the same noise
+                scope.keys.setdefault(slot.uid, fold(slot.key, 1 + len(scope.keys)))
+            mean, raw = tensors_of(child, attribute, slot)
+            index: tuple[Any, ...] = (slot.uid, mode)
+            dtype = lowered.get(slot.uid)
+            if dtype is not None and dtype == autocast_dtype(mean):
+                index = (*index, dtype)
+            else:
+                dtype = None
+            if type(mean) is not nn.Parameter or index in scope.realised:
+                continue
+            if slot.estimator != "weight" or slot.uid in seldom:
+                continue  # most of its reads need no draw, or there is none
+            if not compiling:
+                drawn.append(slot)
+            if together and suits_group(slot, mean, raw):
+                if index not in items:
+                    items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers, dtype)
+                    slots.append(slot)
+                    slot.drawn = None
+            elif dtype is None:
+                scope.draw(child, attribute, slot)
+            else:
+                scope.read_lowered(child, attribute, slot)
+    if items:
+        assert scope.seed is not None
+        # as in realise
+        with torch._C.DisableTorchFunction():
+            made = grouped.draw(list(items.values()), scope.seed)
+        for index, slot, (value, hook) in zip(items, slots, made, strict=True):
+            scope.realised[index], slot.drawn = value, hook
+    return drawn
+
+
+def _note_unread(module: nn.Module, method: str, scope: Scope, drawn: list[Slot]) -> None:
+    """Remember which weights a call drew in vain: later calls draw them when they read them.
+
+    And which it read in autocast's dtype alone: later calls draw them in it.
+    """
+    if scope.compiled:
+        return
+    mode = grad_mode()
+    used = {(uid, of): dtype for uid, of, dtype in scope.lowered}
+    whole = module.__dict__[STATE].lowered.setdefault((method, mode), {})
+    for slot in drawn:
+        dtype = used.get((slot.uid, mode))
+        if dtype is not None and (slot.uid, mode) not in scope.reads:
+            whole[slot.uid] = dtype
+        elif (slot.uid, mode) in scope.reads:
+            whole.pop(slot.uid, None)
+    unread = [s for s in drawn if (s.uid, mode) not in scope.reads and (s.uid, mode) not in used]
+    if unread:
+        seldom = module.__dict__[STATE].seldom.setdefault((method, mode), set())
+        seldom.update(slot.uid for slot in unread)
+        for slot in unread:
+            slot.drawn = None
