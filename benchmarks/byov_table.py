@@ -5,6 +5,7 @@ PYTHONPATH=. python benchmarks/byov_table.py
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ OTHERS = {
         SCALES["gpu"].config, SCALES["gpu"].run, SCALES["gpu"].head, SCALES["gpu"].doubt,
     ),
 }  # fmt: skip
+TRAINED = (
+    "encoder", "pixels", "batch", "epochs", "steps", "rate of log variances over means'", "results",
+)  # fmt: skip
 _INTRO = """# Bootstrap Your Own Variance, remade
 
 Every claim of [arXiv:2312.03213](https://arxiv.org/abs/2312.03213) that has a number or a sign,
@@ -101,7 +105,8 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
     lines = [
         f"## Scale: {scale.name}", "", scale.about, "",
         f"{len(found)} results, commits {', '.join(sorted({v['commit'] for v, _ in found}))}, "
-        f"{'; '.join(machines)}. Trained: {'; '.join(sorted({_trained(c) for c in cards}))}.", "",
+        f"{'; '.join(machines)}.", "",
+        *table(TRAINED, _trained(found)), "",
         "### Claims", "",
         *table(
             ("paper", "claim", "paper's number", "ours", "n", "unit", "verdict"),
@@ -147,16 +152,18 @@ def _failures(claims: Sequence[dict[str, Any]]) -> list[str]:
     return lines or ["Nothing that was run with enough seeds."]
 
 
-def _trained(card: Card) -> str:
-    """The encoder and for how long it was trained, on what."""
-    config = card.config
-    changed = ", ".join(f"{name}={value}" for name, value in config.encoder_args.items())
-    encoder = f"{config.encoder} ({changed})" if changed else config.encoder
-    return (
-        f"{encoder}, {config.image_size} px, batches of {config.batch_size}, "
-        f"{config.epochs} epochs, {card.facts['steps']:,} steps, log variances at "
-        f"{config.logvar_lr_ratio:g} times the rate of the means"
-    )
+def _trained(found: Sequence[tuple[dict[str, Any], Card]]) -> list[tuple[Any, ...]]:
+    """What was trained and for how long, the most frequent first."""
+    ways: Counter[tuple[Any, ...]] = Counter()
+    for _, card in found:
+        config = card.config
+        changed = ", ".join(f"{name}={value}" for name, value in config.encoder_args.items())
+        ways[
+            f"{config.encoder} ({changed})" if changed else config.encoder,
+            config.image_size, config.batch_size, config.epochs, f"{card.facts['steps']:,}",
+            f"{config.logvar_lr_ratio:g}",
+        ] += 1  # fmt: skip
+    return [(*way, count) for way, count in ways.most_common()]
 
 
 def _cells(found: Sequence[tuple[dict[str, Any], Card]], grid: bool) -> list[str]:
