@@ -70,6 +70,16 @@ def test_options_replace_those_of_the_preset() -> None:
     assert chosen.config.encoder_args == {"depth": 2}
 
 
+def test_skip_may_be_given_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(cli, "_train", lambda chosen, resume: seen.append(chosen))
+    for given in ([], ["encoder.fc_norm.bias"], ["LayerNorm", "re:a{1,2}"]):
+        invoke("train", *[f"--skip={pattern}" for pattern in given])
+    assert [chosen.config.skip for chosen in seen] == [
+        (), ("encoder.fc_norm.bias",), ("LayerNorm", "re:a{1,2}"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

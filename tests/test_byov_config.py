@@ -1,5 +1,6 @@
 """Configs that cannot work are refused by the name of the field; presets build what they say."""
 
+import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from recipes.byov.model import Student, build_student, convert_
         ({"encoder_args": {"x": torch.zeros(1)}}, "encoder_args"),
         ({"min_crop": 0.0}, "min_crop"),
         ({"parameterization": "log"}, "parameterization"),
+        ({"skip": "LayerNorm"}, "skip must be a list"),
+        ({"skip": ("a",), "conversion": "none"}, "skip has no use"),
         ({"relative_std": -0.01}, "relative_std"),
         ({"relative_std": 0.01, "logvar_init": -6.0}, "logvar_init has no use"),
     ],
@@ -71,11 +74,12 @@ def test_every_field_is_described(cls: type) -> None:
 
 
 def test_json_both_ways() -> None:
-    config = replace(CONFIG, betas=(0.8, 0.9), prior="teacher")
-    assert BYOVConfig.from_json(config.to_json()) == config
+    config = replace(CONFIG, betas=(0.8, 0.9), prior="teacher", skip=("LayerNorm",))
+    assert BYOVConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert differences(config.to_json(), CONFIG.to_json()) == [
         "betas: [0.8, 0.9] here, [0.9, 0.95] there",
         "prior: 'teacher' here, 'zero' there",
+        "skip: ['LayerNorm'] here, [] there",
     ]
     with pytest.raises(ArgumentError, match="colour"):
         BYOVConfig.from_json({"colour": 1})

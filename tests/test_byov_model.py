@@ -116,6 +116,23 @@ def test_presets_of_table_1(conversion: Any, left_out: tuple[str, ...]) -> None:
     assert bayesian == {n for n in names if not any(part in n for part in left_out)}
 
 
+def test_skip_leaves_out_more_than_the_conversion() -> None:
+    config = replace(CONFIG, conversion="no-conv", skip=("encoder.norm.bias", "projector"))
+    model = build_student(config, 2)
+    names = [name for name, _ in model.named_parameters()]
+    bayesian = {p.name for p in bayesify.posteriors(convert_(model, config))}
+    left_out = ("patch_embed", "encoder.norm.bias", "projector")
+    assert bayesian == {n for n in names if not any(part in n for part in left_out)}
+
+
+def test_a_skip_that_matches_nothing_is_refused() -> None:
+    config = replace(CONFIG, skip=("encoder.fc_norm.bais",))
+    model = build_student(config, 2)
+    with pytest.raises(bayesify.ArgumentError, match=r"fc_norm\.bais"):
+        convert_(model, config)
+    assert not list(bayesify.posterior.sites(model))
+
+
 def test_one_draw_serves_both_views_and_each_call_draws_anew() -> None:
     config = replace(CONFIG, head_norm="none", logvar_init=-4.0)
     model = convert_(build_student(config, 2), config).train()

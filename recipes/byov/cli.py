@@ -80,6 +80,8 @@ def _options(cls: type) -> list[inspect.Parameter]:
         hint = hints[each.name]
         if each.name == "encoder_args":
             hint = str
+        elif hint == tuple[str, ...]:
+            hint = list[str]  # may be given several times
         names = [f"--{each.name.replace('_', '-')}"]
         if hint is bool:
             names = [f"{names[0]}/--no-{each.name.replace('_', '-')}"]

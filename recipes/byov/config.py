@@ -42,6 +42,8 @@ class BYOVConfig:
             presumably; narrow encoders see little but the average patch with it
         conversion: Which parameters get a posterior: a preset of bayesify, or "none" for
             deterministic BYOL. [BYOV] table 1
+        skip: Patterns of bayesify for further parameters without a posterior, such as
+            encoder.fc_norm.bias. [BYOV]: none
         prior: "zero" is N(0, I), "teacher-mean" N(mu_T, I), "teacher" N(mu_T, Sigma_T). [BYOV] 3
         prior_var_floor: Least variance of Sigma_T, which starts at 0. Assumed
         parameterization: "exp" trains the log variance; "softplus" a rho, sigma = softplus(rho), of
@@ -99,6 +101,7 @@ class BYOVConfig:
     objective: Objective = "byol"
     init_std: float = 0.02
     conversion: Conversion = "full"
+    skip: tuple[str, ...] = ()
     prior: PriorName = "zero"
     prior_var_floor: float = 1e-6
     parameterization: Parameterization = "exp"
@@ -173,7 +176,7 @@ class BYOVConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that :meth:`from_json` reads."""
-        return {**asdict(self), "betas": [*self.betas]}
+        return {**asdict(self), "skip": [*self.skip], "betas": [*self.betas]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BYOVConfig:
@@ -182,10 +185,7 @@ class BYOVConfig:
         strangers = sorted(set(data) - known)
         if strangers:
             raise ArgumentError(f"BYOVConfig has no field {', '.join(strangers)}.")
-        values = dict(data)
-        if "betas" in values:
-            values["betas"] = tuple(values["betas"])
-        return cls(**values)
+        return cls(**data)
 
 
 @dataclass(frozen=True)
@@ -299,6 +299,10 @@ def _check_types(config: Any) -> None:
                 raise ArgumentError(f"{name} must be one of {known}, not {value!r}.")
         elif hint is Path:
             object.__setattr__(config, name, Path(value))
+        elif hint == tuple[str, ...]:
+            if not isinstance(value, tuple | list) or not all(type(v) is str for v in value):
+                raise ArgumentError(f"{name} must be a list of texts, not {value!r}.")
+            object.__setattr__(config, name, tuple(value))
         elif get_origin(hint) is tuple:
             numbers = isinstance(value, tuple | list) and all(map(_is_number, value))
             if not numbers or len(value) != len(get_args(hint)):
@@ -378,6 +382,7 @@ def _problems(c: BYOVConfig) -> list[str]:
         not c.relative_std or c.logvar_init == BYOVConfig.logvar_init,
         "logvar_init has no use with a relative_std: each tensor starts at its own.",
     )
+    want(not c.skip or c.bayesian, "skip has no use with conversion 'none': nothing is converted.")
     want(
         c.predictor != "none" or c.predictor_lr_ratio == 1.0,
         "predictor_lr_ratio has no use with predictor 'none'.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from bayesify import (
     BBBConfig,
     GaussianPrior,
     ModelSpec,
+    NoMatchWarning,
     create_model,
     to_bbb_,
 )
@@ -160,18 +162,31 @@ def build_student(config: BYOVConfig, num_classes: int | None) -> nn.Module:
 
 
 def convert_(model: nn.Module, config: BYOVConfig) -> nn.Module:
-    """Give ``model`` the posterior of the config, N(0, I) being the prior for now."""
-    if config.bayesian:
-        to_bbb_(
-            model,
-            preset=config.conversion,
-            prior=GaussianPrior(),
-            logvar=None if config.relative_std else config.logvar_init,
-            estimator=config.estimator,  # type: ignore[arg-type]
-            config=BBBConfig(
-                relative_std=config.relative_std or None, parameterization=config.parameterization
-            ),
-        )
+    """Give ``model`` the posterior of the config, N(0, I) being the prior for now.
+
+    Raises:
+        ArgumentError: A pattern of ``config.skip`` matches nothing.
+    """
+    if not config.bayesian:
+        return model
+    with warnings.catch_warnings():
+        if config.skip:  # too late to notice after a day of training
+            warnings.simplefilter("error", NoMatchWarning)
+        try:
+            to_bbb_(
+                model,
+                preset=config.conversion,
+                skip=config.skip,
+                prior=GaussianPrior(),
+                logvar=None if config.relative_std else config.logvar_init,
+                estimator=config.estimator,  # type: ignore[arg-type]
+                config=BBBConfig(
+                    relative_std=config.relative_std or None,
+                    parameterization=config.parameterization,
+                ),
+            )
+        except NoMatchWarning as warning:
+            raise ArgumentError(str(warning)) from None
     return model
 
 

@@ -218,6 +218,8 @@ def label(config: BYOVConfig) -> str:
     if c.bayesian:
         if c.conversion != "full":
             name += f", {c.conversion}"
+        if c.skip:
+            name += f", without {', '.join(c.skip)}"
         if (c.beta_start, c.beta_end) != (0.0, 1.0):
             name += f", beta {c.beta_start:g}->{c.beta_end:g}"
     if c.weight_decay:
