@@ -18,7 +18,7 @@ import torch
 from provenance import machine, provenance
 
 from recipes.byov.cards import Card, card_of
-from recipes.byov.config import PRESETS, BYOVConfig, RunConfig
+from recipes.byov.config import PRESETS, UNSEEN_SHIFTS, BYOVConfig, RunConfig
 from recipes.byov.doubt import DoubtSettings
 from recipes.byov.evaluate import EvalSettings, evaluate
 from recipes.byov.figures import measure
@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "byov"
 BYOL = {"conversion": "none"}
 _DECAY = 0.05  # of BYOL, as ViT recipes have it
 _STEPS_KEPT = 200
+_LAYERS_KEPT = ("core", "beta", "unseen shifts")  # groups
 _EVERYTHING = ("eval", "prune", "iterative", "spread", "corrupted", "draws", "latents", "gradients")
 
 
@@ -76,6 +77,10 @@ CELLS: tuple[Cell, ...] = (
     Cell("byov-zero-b0.3", "beta", {"beta_end": 0.3}, ("eval", "prune", "latents"),
          "MC average +0.34 points"),
     Cell("byov-zero-b0.1", "beta", {"beta_end": 0.1}, ("eval", "prune", "latents")),
+    Cell("byov-zero-no-shift", "unseen shifts", {"skip": UNSEEN_SHIFTS},
+         ("eval", "prune", "latents", "spread")),
+    Cell("byov-zero-no-shift-b0.3", "unseen shifts", {"skip": UNSEEN_SHIFTS, "beta_end": 0.3},
+         ("eval", "prune", "latents", "spread")),
     Cell("byov-teacher-mean-b0.3", "beta", {"prior": "teacher-mean", "beta_end": 0.3}),
     Cell("byov-teacher-b0.3", "beta", {"prior": "teacher", "beta_end": 0.3}),
     Cell("no-conv-zero", "table 1", {"conversion": "no-conv"}, source="73.68"),
@@ -294,7 +299,7 @@ def run_cell(
             "seed": seed,
             "facts": opened.facts(),
             "collapse": collapse(opened.log),
-            "log": list(thinned(opened.log, layers=cell.group in ("core", "beta"))),
+            "log": list(thinned(opened.log, layers=cell.group in _LAYERS_KEPT)),
             "results": results,
             "seconds": {"train": spent, "measure": time.perf_counter() - started},
             "machine": {**machine(), "device": opened.facts()["device"],

@@ -24,6 +24,11 @@ OptimizerName = Literal["adamw", "lars"]
 Augmentation = Literal["imagenet", "cifar"]
 Parameterization = Literal["exp", "softplus"]
 
+UNSEEN_SHIFTS = ("encoder.*norm.bias", "projector.3.bias")
+"""Patterns for ``skip``: the biases of a ViT's last norm and of the projector's last layer. The
+BatchNorm behind the next layer subtracts what they add, so that no loss depends on them and their
+posterior becomes their prior."""
+
 _PATCH = re.compile(r"_patch(\d+)")
 
 
