@@ -22,6 +22,7 @@ from recipes.byov.page import (
     APP_C,
     METRICS,
     NOT_RUN,
+    SHIFTS,
     WIDTH,
     appendix_c,
     number,
@@ -116,7 +117,8 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
         "", "### What did not reproduce", "", *_failures(claims),
         "", "### The width of the posterior", "",
         "BYOV, N(0, I), by its final beta. Pruning: SNR over magnitude in points, from 50 to 90 % "
-        "sparsity. Rise: of the variance behind the encoder from no noise to the most, as a share.",
+        "sparsity. Figure 1b: rank correlation of the predictive std with the supervised twin's. "
+        f"Rise: of the variance behind the encoder from no noise to the most, as a share. {SHIFTS}",
         "", *table(WIDTH, width(by_beta(cards) or {"rows": []})),
         "", "### Metrics", "", "In percent, NLL in nats.", "",
         *table(

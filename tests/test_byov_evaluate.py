@@ -32,7 +32,7 @@ from recipes.byov import (
 )
 from recipes.byov.cards import Card, against, estimate, families, paper_like
 from recipes.byov.claims import CLAIMS, by_beta, judge
-from recipes.byov.config import BYOVConfig
+from recipes.byov.config import UNSEEN_SHIFTS, BYOVConfig
 from recipes.byov.data import eval_batches
 from recipes.byov.measure import features_of
 from recipes.byov.optimizer import make_optimizer
@@ -665,9 +665,14 @@ def test_by_beta_pairs_no_two_betas() -> None:
 
     cards = [card(seed, 1.0, 4.0, (2.0, 1.0)) for seed in range(2)]
     cards += [card(0, 0.1, 1.0, (1.0, 3.0)), _card(0, 0.5, conversion="none")]
+    seen = card(0, 1.0, 7.0, (1.0, 4.0))
+    cards.append(replace(seen, config=replace(seen.config, skip=UNSEEN_SHIFTS)))
     found = by_beta(cards)
     assert found is not None
-    wide, narrow = found["rows"]
+    wide, narrow, without = found["rows"]
+    assert (without["skip"], without["beta"], without["n"]) == ("unseen shifts", 1.0, 1)
+    assert (without["gap"].mean, without["rise"].mean) == (7, 3)
+    assert wide["skip"] == ""
     assert (wide["beta"], wide["n"], narrow["beta"], narrow["n"]) == (1.0, 2, 0.1, 1)
     assert (wide["gap"].mean, wide["most"].mean) == (4, 8)
     assert (narrow["gap"].mean, narrow["most"].mean) == (1, 2)

@@ -1,5 +1,6 @@
 """Heads, initial weights and what becomes Bayesian."""
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 import bayesify
 from byov_small import CONFIG
+from recipes.byov.config import UNSEEN_SHIFTS
 from recipes.byov.model import (
     MLP,
     StandardisedLinear,
@@ -131,6 +133,31 @@ def test_a_skip_that_matches_nothing_is_refused() -> None:
     with pytest.raises(bayesify.ArgumentError, match=r"fc_norm\.bais"):
         convert_(model, config)
     assert not list(bayesify.posterior.sites(model))
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_no_loss_sees_the_unseen_shifts(pool: str) -> None:
+    config = replace(CONFIG, skip=UNSEEN_SHIFTS)
+    config = replace(config, encoder_args={**config.encoder_args, "global_pool": pool})
+    model = build_student(config, 2)
+    names = {name for name, _ in model.named_parameters()}
+    images = torch.randn(8, config.channels, config.image_size, config.image_size)
+
+    def predictions() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [branch.prediction for branch in model.train()(images, images.flip(-1))]
+
+    converted = convert_(copy.deepcopy(model), config)
+    shifts = sorted(names - {p.name for p in bayesify.posteriors(converted)})
+    assert len(shifts) == 2
+    before = predictions()
+    with torch.no_grad():
+        for name in shifts:
+            model.get_parameter(name).add_(torch.randn_like(model.get_parameter(name)))
+    torch.testing.assert_close(predictions(), before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # another bias is seen
+        model.get_parameter("predictor.3.bias").add_(1.0)
+    assert not torch.allclose(predictions()[0], before[0], atol=0.1)
 
 
 def test_one_draw_serves_both_views_and_each_call_draws_anew() -> None:

@@ -75,12 +75,14 @@ def _pearson(a: Tensor, b: Tensor) -> float | None:
     return float((x * y).sum() / size) if size > 0 else None
 
 
-def fig1b(cards: Sequence[Card]) -> Numbers | None:
+def fig1b(cards: Sequence[Card], **wanted: Any) -> Numbers | None:
     """Predictive std of BYOV against that of the supervised twin, image by image."""
     twins = [c for c in select(cards, objective="supervised") if c.config.bayesian]
     twin_of = {c.seed: c for c in twins if c.numbers("spread")}
     pairs = [
-        (c, twin_of[c.seed]) for c in paper_like(cards) if c.numbers("spread") and c.seed in twin_of
+        (c, twin_of[c.seed])
+        for c in paper_like(cards, **wanted)
+        if c.numbers("spread") and c.seed in twin_of
     ]
     if not pairs:
         return None

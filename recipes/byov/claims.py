@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .assemble import PRIORS, fig1b, fig3, fig4shift, fig5, fig7, spikes
@@ -22,6 +22,7 @@ from .cards import (
     estimate,
     paper_like,
 )
+from .config import UNSEEN_SHIFTS
 from .evaluate import AVERAGE, MEANS, SCALED
 
 Verdict = Literal["agrees", "disagrees", "undecided", "n < 3", "not converged", "not run"]
@@ -38,6 +39,7 @@ class Claim:
         unit: Of both numbers.
         ours: From the runs at hand; None where they do not allow it.
         posterior: Whether it means nothing without a posterior that moved.
+        wanted: What the runs that it speaks of have in place of the paper's configuration.
         low: Bounds between which our interval must lie, for a claim that is no sign.
         high: Likewise.
     """
@@ -50,6 +52,7 @@ class Claim:
     posterior: bool = False
     low: float = 0.0
     high: float = float("inf")
+    wanted: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _metric(prediction: str, metric: str) -> Callable[[Card], float | None]:
@@ -82,15 +85,21 @@ def _between(
     return ours
 
 
-def _average_gain(cards: Sequence[Card]) -> Estimate | None:
-    """What the MC average gains in top-1 at beta_end 0.3, else at 1."""
-    group = paper_like(cards, beta_end=0.3) or paper_like(cards)
-    return against(group, group, _metric(AVERAGE, "top1"), _metric(MEANS, "top1"), "top1")
+def _average_gain(**wanted: Any) -> Callable[[Sequence[Card]], Estimate | None]:
+    def ours(cards: Sequence[Card]) -> Estimate | None:
+        """What the MC average gains in top-1 at beta_end 0.3, else at 1."""
+        group = paper_like(cards, **(wanted | {"beta_end": 0.3})) or paper_like(cards, **wanted)
+        return against(group, group, _metric(AVERAGE, "top1"), _metric(MEANS, "top1"), "top1")
+
+    return ours
 
 
-def _rank_correlation(cards: Sequence[Card]) -> Estimate | None:
-    found = fig1b(cards)
-    return None if found is None else found["spearman"]
+def _rank_correlation(**wanted: Any) -> Callable[[Sequence[Card]], Estimate | None]:
+    def ours(cards: Sequence[Card]) -> Estimate | None:
+        found = fig1b(cards, **wanted)
+        return None if found is None else found["spearman"]
+
+    return ours
 
 
 def _snr_alike(cards: Sequence[Card]) -> Estimate | None:
@@ -216,6 +225,8 @@ def _fully_best(cards: Sequence[Card]) -> Estimate | None:
     return against(paper_like(cards), best, read, read, "top1")
 
 
+_SEEN = {"skip": UNSEEN_SHIFTS}
+
 CLAIMS: tuple[Claim, ...] = (
     Claim("Fig. 2", "top-1 over BYOL, N(0, I), at the means", -0.40, "points",
           _over_byol("top1"), low=-1.0, high=1.0),
@@ -231,13 +242,17 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("Fig. 2", "Brier resolution over BYOL", -0.57, "points", _over_byol("resolution"),
           low=float("-inf"), high=0.0),
     Claim("4.1", "MC average over the means, top-1, N(0, I), beta_end 0.3", 0.34, "points",
-          _average_gain, True),
+          _average_gain(), True),
+    Claim("control", "MC average over the means, no posterior on unseen shifts", None, "points",
+          _average_gain(**_SEEN), True, wanted=_SEEN),
     Claim("4.1", "N(0, I) over N(mu_T, Sigma_T), top-1", None, "points",
           _between("top1", {}, {"prior": "teacher"})),
     Claim("4.1", "N(0, I) near N(mu_T, I), top-1", None, "points",
           _between("top1", {}, {"prior": "teacher-mean"}), low=-1.0, high=1.0),
     Claim("Fig. 1b", "rank correlation of BYOV's std with supervised BBB's", None, "Spearman",
-          _rank_correlation, True),
+          _rank_correlation(), True),
+    Claim("control", "rank correlation, no posterior on unseen shifts", None, "Spearman",
+          _rank_correlation(**_SEEN), True, wanted=_SEEN),
     Claim("Fig. 3", "priors further apart in sigma than in SNR", None, "log ratio",
           _snr_alike, True),
     Claim("Fig. 6, E", "SNR of the heads below that of the encoder", None, "log ratio",
@@ -286,11 +301,13 @@ CLAIMS: tuple[Claim, ...] = (
 def by_beta(cards: Sequence[Card]) -> dict[str, Any] | None:
     """What hangs on the width of the posterior, for each final beta of BYOV with N(0, I).
 
-    Percent and points, save for the spread of the log variances and the rise of figure 7.
+    Percent and points, save for the spread of the log variances, the rank correlation of figure 1b
+    and the rise of figure 7.
     """
     rows = []
-    for beta in sorted({c.config.beta_end for c in cards}, reverse=True):
-        wanted: dict[str, Any] = {"beta_end": beta}
+    ways = {(c.config.skip, -c.config.beta_end) for c in cards}
+    for skip, beta in sorted(ways):
+        wanted: dict[str, Any] = {"skip": skip, "beta_end": -beta}
         group = paper_like(cards, **wanted)
         if not group:
             continue
@@ -300,11 +317,13 @@ def by_beta(cards: Sequence[Card]) -> dict[str, Any] | None:
         }
         rows.append(
             {
-                "beta": beta,
+                "beta": -beta,
+                "skip": "unseen shifts" if skip == UNSEEN_SHIFTS else ", ".join(skip),
                 "n": len(group),
                 "logvar_spread": estimate(c.facts["logvar_spread"] for c in group),
                 "top1": estimate(None if v is None else 100 * v for v in known[MEANS]),
                 "average": estimate(None if v is None else 100 * v for v in known[AVERAGE]),
+                "rank": _rank_correlation(**wanted)(cards),
                 "gap": _pruning("magnitude", "middle", **wanted)(cards),
                 "most": _pruning("magnitude", "points", **wanted)(cards),
                 "rise": _latent("rise", **wanted)(cards),
@@ -318,8 +337,8 @@ def judge(claim: Claim, cards: Sequence[Card]) -> tuple[Estimate | None, Verdict
     found = claim.ours(cards)
     if found is None:
         return None, "not run"
-    moved = [c for c in paper_like(cards) if not c.facts["converged"]]
-    if claim.posterior and moved:
+    still = [c for c in paper_like(cards, **claim.wanted) if not c.facts["converged"]]
+    if claim.posterior and still:
         return found, "not converged"
     if found.n < ENOUGH or found.half is None:
         return found, "n < 3"

@@ -68,7 +68,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("fig7", "Figure 7: variance under noise",
            "It rises with noise, its spread shrinks, and the three parts go together.",
            ("latents",), assemble.fig7),
-    Figure("width", "The width of the posterior, by beta",
+    Figure("width", "The width of the posterior, by beta and without unseen shifts",
            "Beta is from 0 to 1 at the most; what hangs on it beside figures 2 and 6 is ours.",
            ("eval", "prune", "latents"), claims.by_beta),
     Figure("appB", "Appendix B: variance of the gradient by estimator",

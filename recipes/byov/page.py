@@ -184,6 +184,7 @@ def _section(section: Section, folder: Path) -> str:
         if section.name == "appC":
             parts.append(table(APP_C, appendix_c(section.numbers), range(1, len(APP_C))))
         if section.name == "width":
+            parts.append(f"<p>{escape(SHIFTS)}</p>")
             parts.append(table(WIDTH, width(section.numbers), range(len(WIDTH))))
         if section.name == "fig4":
             parts.append(_gaps(section.numbers))
@@ -230,17 +231,25 @@ def appendix_c(numbers: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-WIDTH = ("final beta", "std(logvar)", "top-1", "top-1, MC average", "SNR pruning over magnitude",
-         "most there", "figure 7: rise", "n")  # fmt: skip
+SHIFTS = (
+    "Unseen shifts are the biases of the encoder's last norm and of the projector's last layer: "
+    "the BatchNorm behind the next layer subtracts what they add, so that no loss depends on "
+    "them and their posterior becomes the prior. A probe has no such BatchNorm: each draw moves "
+    "all its inputs by one random vector."
+)
+WIDTH = ("without posterior", "final beta", "std(logvar)", "top-1", "top-1, MC average",
+         "figure 1b: Spearman", "SNR pruning over magnitude", "most there", "figure 7: rise",
+         "n")  # fmt: skip
 
 
 def width(numbers: dict[str, Any]) -> list[tuple[str, ...]]:
     """The cells of the table by final beta: percent and points, but for std(logvar) and rise."""
-    keys = ("logvar_spread", "top1", "average", "gap", "most", "rise")
+    keys = ("logvar_spread", "top1", "average", "rank", "gap", "most", "rise")
     return [
-        (f"{r['beta']:g}", *("" if r[key] is None else number(r[key]) for key in keys), str(r["n"]))
+        (r["skip"] or "none", f"{r['beta']:g}",
+         *("" if r[key] is None else number(r[key]) for key in keys), str(r["n"]))
         for r in numbers["rows"]
-    ]
+    ]  # fmt: skip
 
 
 def _gaps(numbers: dict[str, Any]) -> str:
