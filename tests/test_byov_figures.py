@@ -17,6 +17,7 @@ from byov_small import CONFIG, small_run
 from recipes.byov import assemble, figures, plots
 from recipes.byov.cards import Card, Estimate, distinct, read_card
 from recipes.byov.cli import app
+from recipes.byov.config import UNSEEN_SHIFTS
 from recipes.byov.doubt import DoubtSettings
 from recipes.byov.evaluate import EvalSettings
 from recipes.byov.iterative import IterativeSettings, iterative_pruning
@@ -32,6 +33,7 @@ DOUBT = DoubtSettings(
 CELLS: dict[str, dict[str, Any]] = {
     "byol": {"conversion": "none"},
     "zero": {"logvar_lr_ratio": 40.0},
+    "seen": {"logvar_lr_ratio": 40.0, "skip": UNSEEN_SHIFTS},
     "sigma": {"logvar_lr_ratio": 40.0, "prior": "teacher"},
     "twin": {"logvar_lr_ratio": 40.0, "objective": "supervised"},
 }
@@ -142,7 +144,7 @@ def test_a_panel_is_stamped_for_its_own_posterior_only(
     assert found is not None
     assert found["stamp"] is None
     stamps = {panel["run"]: panel["stamp"] for panel in found["panels"]}
-    assert sorted(map(str, stamps.values())) == ["None", "posterior not converged"]
+    assert sorted(map(str, stamps.values())) == ["None", "None", "posterior not converged"]
     plots.draw("fig4", found, tmp_path)
     drawn = (tmp_path / "fig4.svg").read_text()
     assert drawn.count("posterior not converged") == 1
@@ -199,7 +201,7 @@ def test_table_1_has_the_papers_rows_and_ours(folders: dict[str, Path], made: Pa
 
 
 def test_an_unknown_figure_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="fig1b, fig2"):
+    with pytest.raises(ArgumentError, match="fig1b, fig1b-seen, fig2"):
         figures.make([folders["byol"]], tmp_path, only=["fig9"])
 
 

@@ -318,7 +318,7 @@ def by_beta(cards: Sequence[Card]) -> dict[str, Any] | None:
         rows.append(
             {
                 "beta": -beta,
-                "skip": "unseen shifts" if skip == UNSEEN_SHIFTS else ", ".join(skip),
+                "skip": group[0].config.left_out,
                 "n": len(group),
                 "logvar_spread": estimate(c.facts["logvar_spread"] for c in group),
                 "top1": estimate(None if v is None else 100 * v for v in known[MEANS]),

@@ -160,6 +160,11 @@ class BYOVConfig:
         return self.conversion != "none"
 
     @property
+    def left_out(self) -> str:
+        """What ``skip`` leaves out, in words; nothing if it is empty."""
+        return "unseen shifts" if self.skip == UNSEEN_SHIFTS else ", ".join(self.skip)
+
+    @property
     def patch(self) -> int | None:
         """Side of a patch in pixels, as far as the encoder's name or arguments tell."""
         given = self.encoder_args.get("patch_size")

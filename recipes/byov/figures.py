@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bayesify import ArgumentError
 
 from . import arms, assemble, claims, plots
 from .cards import Card, distinct, read_card
+from .config import UNSEEN_SHIFTS
 from .doubt import DoubtSettings, corrupted, draws_needed, latent_variance, spread
 from .evaluate import EvalSettings, evaluate
 from .gradients import gradient_noise
@@ -45,6 +47,9 @@ FIGURES: tuple[Figure, ...] = (
     Figure("fig1b", "Figure 1b: doubt with and without labels",
            "The predictive std of BYOV against that of a supervised BBB model is well captured by "
            "a Gaussian.", ("spread",), assemble.fig1b),
+    Figure("fig1b-seen", "Figure 1b without posteriors on unseen shifts",
+           "All weights have a posterior; what is left out here is ours.", ("spread",),
+           partial(assemble.fig1b, skip=UNSEEN_SHIFTS)),
     Figure("fig2", "Figure 2: priors and beta",
            "The best BYOV models beat BYOL in ECE (+2.83) and reliability (+1.03) and are behind "
            "in top-1 (-0.4), top-5 (-0.22) and resolution (-0.57).", ("eval",), assemble.fig2),

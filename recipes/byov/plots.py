@@ -466,6 +466,7 @@ def _app_b(figure: Any, numbers: Numbers) -> None:
 
 DRAWN: dict[str, Callable[[Any, Numbers], None]] = {
     "fig1b": _fig1b,
+    "fig1b-seen": _fig1b,
     "fig2": _fig2,
     "stability": _stability,
     "fig3": _fig3,

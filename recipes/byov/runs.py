@@ -219,7 +219,7 @@ def label(config: BYOVConfig) -> str:
         if c.conversion != "full":
             name += f", {c.conversion}"
         if c.skip:
-            name += f", without {', '.join(c.skip)}"
+            name += f", without {c.left_out}"
         if (c.beta_start, c.beta_end) != (0.0, 1.0):
             name += f", beta {c.beta_start:g}->{c.beta_end:g}"
     if c.weight_decay:
