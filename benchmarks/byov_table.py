@@ -108,7 +108,7 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
         f"{len(found)} results, commits {', '.join(sorted({v['commit'] for v, _ in found}))}, "
         f"{'; '.join(machines)}.", "",
         *table(TRAINED, _trained(found)), "",
-        "### Claims", "",
+        "### Claims", "", _verdicts(claims), "",
         *table(
             ("paper", "claim", "paper's number", "ours", "n", "unit", "verdict"),
             ((r["where"], r["claim"], paper_number(r), number(r["ours"]),
@@ -138,6 +138,12 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
             lines += [f"**{figure.title}.** Paper: {figure.says}", "",
                       f"![{figure.title}]({relative.as_posix()})", ""]  # fmt: skip
     return "\n".join(lines)
+
+
+def _verdicts(claims: Sequence[dict[str, Any]]) -> str:
+    """How often each verdict was given, the most frequent first."""
+    counts = Counter(r["verdict"] for r in claims)
+    return f"{len(claims)} in all. " + ", ".join(f"{v}: {n}" for v, n in counts.most_common()) + "."
 
 
 def _failures(claims: Sequence[dict[str, Any]]) -> list[str]:
