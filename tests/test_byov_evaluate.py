@@ -642,6 +642,10 @@ def test_appendix_c_undoes_one_change_at_a_time() -> None:
     assert found is not None
     assert found.mean == pytest.approx(20)
     assert (found.n, verdict) == (2, "n < 3")
+    same = [card(s, 0.8, calm) for s in range(3)]
+    same += [card(s, 0.8, calm, parameterization="softplus") for s in range(3)]
+    # no spike here and none there: no difference is none of the claimed sign
+    assert judge(next(c for c in CLAIMS if "spikes" in c.text), same)[1] == "undecided"
 
 
 def test_by_beta_pairs_no_two_betas() -> None:

@@ -343,7 +343,7 @@ def judge(claim: Claim, cards: Sequence[Card]) -> tuple[Estimate | None, Verdict
     if found.n < ENOUGH or found.half is None:
         return found, "n < 3"
     low, high = found.mean - found.half, found.mean + found.half
-    if claim.low <= low and high <= claim.high:
+    if claim.low < low and high < claim.high:
         return found, "agrees"
     if high < claim.low or low > claim.high:
         return found, "disagrees"
