@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import bayesify
-from bayesify import gaussian, objective, scope
+from bayesify import gaussian, objective
 from bayesify.kernels import grouped, philox, triton_draw, triton_kernels
 from bayesify.kernels.buffers import Buffers
+from bayesify.scope import drawing
 from test_grouped import (
     mixed,
     plainly,
@@ -60,7 +61,7 @@ def reference_noise(
 def _by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA device decides is decided for the CPU."""
     monkeypatch.setattr(grouped, "by_triton", lambda device: True)
-    for module in (grouped, scope, objective):
+    for module in (grouped, drawing, objective):
         monkeypatch.setattr(module, "noise", reference_noise)
     monkeypatch.setattr(triton_draw, "BLOCK", 1 << 16)  # the interpreter is slow by block
 
