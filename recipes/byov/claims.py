@@ -86,8 +86,9 @@ def _between(
 
 
 def _average_gain(**wanted: Any) -> Callable[[Sequence[Card]], Estimate | None]:
+    """What the MC average gains in top-1 at beta_end 0.3, else at 1."""
+
     def ours(cards: Sequence[Card]) -> Estimate | None:
-        """What the MC average gains in top-1 at beta_end 0.3, else at 1."""
         group = paper_like(cards, **(wanted | {"beta_end": 0.3})) or paper_like(cards, **wanted)
         return against(group, group, _metric(AVERAGE, "top1"), _metric(MEANS, "top1"), "top1")
 
@@ -305,9 +306,9 @@ def by_beta(cards: Sequence[Card]) -> dict[str, Any] | None:
     and the rise of figure 7.
     """
     rows = []
-    ways = {(c.config.skip, -c.config.beta_end) for c in cards}
-    for skip, beta in sorted(ways):
-        wanted: dict[str, Any] = {"skip": skip, "beta_end": -beta}
+    ways = {(c.config.skip, c.config.beta_end) for c in cards}
+    for skip, beta in sorted(ways, key=lambda way: (way[0], -way[1])):
+        wanted: dict[str, Any] = {"skip": skip, "beta_end": beta}
         group = paper_like(cards, **wanted)
         if not group:
             continue
@@ -317,7 +318,7 @@ def by_beta(cards: Sequence[Card]) -> dict[str, Any] | None:
         }
         rows.append(
             {
-                "beta": -beta,
+                "beta": beta,
                 "skip": group[0].config.left_out,
                 "n": len(group),
                 "logvar_spread": estimate(c.facts["logvar_spread"] for c in group),
