@@ -74,12 +74,13 @@ class OwnerState:
     """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``.
 
     ``seldom`` are the slots that a call of the module left unread, ``lowered`` the dtypes of those
-    that it read in autocast's alone, both by method and grad mode.
+    that it read in autocast's alone, both by method and grad mode. ``variants`` are by method and
+    number: of a dict, torch.compile guards on the entries that it read, of a list on the length.
     """
 
     slots: dict[str, Slot] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
-    variants: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[int, Any]] = field(default_factory=dict)
     strict: bool = False
     spec: Any = None
     extend: Callable[[nn.Module], None] | None = None

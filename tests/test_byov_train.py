@@ -243,7 +243,7 @@ def test_accumulation_with_checkpointed_activations_is_the_same_run(tmp_path: Pa
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_first_step_on_cuda_has_the_loss_of_the_cpu(tmp_path: Path, compiled: bool) -> None:
-    config = replace(CONFIG, prior="teacher", logvar_init=-20.0)  # other devices draw other noise
+    config = replace(CONFIG, prior="teacher", logvar_init=-40.0)  # noise differs without C library
     losses = []
     for device, fast in (("cpu", False), ("cuda", compiled)):
         run = small_run(tmp_path, out=tmp_path / device, device=device, compile=fast, amp=fast)

@@ -144,6 +144,49 @@ def test_compile_a_vision_transformer(compiler: Any) -> None:
     assert compiler.frame_count == 1
 
 
+class _BySize(nn.Module):
+    """Its graph hangs on the number of rows, and on whether there are more than four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y[: len(x) // 2].sum(0) if len(x) > 4 else y.mean(0)
+
+
+def _pooled() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (_pooled, [(4, 3, 9, 9), (4, 3, 12, 12), (4, 3, 10, 14), (6, 3, 10, 14), (7, 3, 10, 14)]),
+        (_BySize, [(3, 4), (4, 4), (6, 4), (2, 4), (9, 4), (8, 4)]),
+    ],
+)
+def test_compile_takes_one_graph_for_each_size(
+    make: Callable[[], nn.Module], sizes: list[tuple[int, ...]], dynamic: bool | None
+) -> None:
+    torch._dynamo.reset()
+    model, compiler = converted(make()), CompileCounterWithBackend("eager")
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=compiler)
+    for seed, size in enumerate([*sizes, *sizes]):
+        x = normal(*size, seed=seed)
+        with one_draw(model, seed=seed):
+            found = compiled(x)
+        torch.testing.assert_close(found, at(model, seed, x), rtol=1e-5, atol=1e-5)
+    assert compiler.frame_count == len(sizes)
+    torch._dynamo.reset()
+
+
 # torch says so of any compiled part whose input is not a leaf
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compile_a_part(compiler: Any) -> None:

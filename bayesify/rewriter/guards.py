@@ -47,13 +47,10 @@ class Guard:
 def held(module: nn.Module, name: str) -> Any:
     """What a module holds under a name, whether plain, a parameter, a buffer or a child."""
     own = module.__dict__
-    found = own.get(name, MISSING)
-    if found is MISSING:
-        for kind in ("_parameters", "_buffers", "_modules"):
-            found = own[kind].get(name, MISSING)
-            if found is not MISSING:
-                break
-    return found
+    for place in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+        if name in place:  # torch 2.11's compiler cannot compare a number with MISSING by "is"
+            return place[name]
+    return MISSING
 
 
 def plain(value: Any, depth: int = 0) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -90,7 +91,7 @@ def rungs(model: nn.Module) -> list[Rung]:
             continue
         own = sum(p is not None for p in module._parameters.values())
         for method, variants in state.variants.items():
-            for variant in variants:
+            for variant in variants.values():
                 found.append(
                     Rung(name, type(module).__name__, method, variant.rung, variant.reason, own)
                 )
@@ -102,7 +103,8 @@ def generated_code(module: nn.Module) -> dict[str, str]:
     state = owner_state(module)
     if state is None:
         return {}
-    return {m: v[-1].source for m, v in state.variants.items() if v and v[-1].source}
+    last = {m: [*v.values()][-1] for m, v in state.variants.items() if v}
+    return {m: variant.source for m, variant in last.items() if variant.source}
 
 
 def _ambient() -> tuple[Any, ...]:
@@ -195,9 +197,13 @@ def _draw(
         return _swap(owner, state, method, original, args, kwargs, str(error))
     key = (structure, _ambient())
     if torch.compiler.is_compiling():
-        shapes = tuple((tuple(int(s) for s in t.shape), tuple(t.stride())) for t in tensors)
-        index = _prepare(state.handle, method, key, shapes)
-        variant = state.variants[method][index]
+        # a constant needs numbers: operator.index guards on a size that is a symbol, int does not
+        shapes = tuple(
+            (tuple(map(operator.index, t.shape)), tuple(map(operator.index, t.stride())))
+            for t in tensors
+        )
+        number = _prepare(state.handle, method, key, shapes)
+        variant = state.variants[method][number]
         if not variant.matches(owner, tensors):
             raise RuntimeError("bayesify: the module changed while it was compiled")
     else:
@@ -213,7 +219,7 @@ def find(
     owner: nn.Module, state: OwnerState, method: str, key: Any, tensors: list[Tensor]
 ) -> Variant | None:
     """The variant that was made for such a call, if there is one."""
-    for variant in state.variants.get(method, ()):
+    for variant in state.variants.get(method, {}).values():
         if variant.key == key and variant.matches(owner, tensors):
             found: Variant = variant
             return found
@@ -222,7 +228,7 @@ def find(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(handle: int, method: str, key: Any, shapes: Any) -> int:
-    """Make the variant of a call that torch.compile is tracing; gives its index."""
+    """Make the variant of a call that torch.compile is tracing; gives its number."""
     owner = _OWNERS.get(handle)
     if owner is None:
         raise UnsupportedModuleError(
@@ -244,7 +250,8 @@ def _prepare(handle: int, method: str, key: Any, shapes: Any) -> int:
     found: Any = find(owner, state, method, key, tensors)  # type: ignore[arg-type]
     if found is None:
         found, _ = make(owner, state, method, original, key, tensors)  # type: ignore[arg-type]
-    return int(state.variants[method].index(found))
+    variants: dict[int, Variant] = state.variants[method]
+    return next(number for number, variant in variants.items() if variant is found)
 
 
 def make(
@@ -256,10 +263,10 @@ def make(
     Returns:
         The variant, and what it gives with examples for tensors.
     """
-    known = state.variants.setdefault(method, [])
+    known = state.variants.setdefault(method, {})
     trace: Trace | None = None
     reason = ""
-    if sum(v.code is not None for v in known) >= MAX_VARIANTS:
+    if sum(v.code is not None for v in known.values()) >= MAX_VARIANTS:
         reason = f"more than {MAX_VARIANTS} variants: something it reads changes at every call"
     else:
         attempts = [False, True]  # whether to hide caches, the last one first
@@ -297,7 +304,7 @@ def make(
             key, trace.guards, trace.dims, trace.layout, shapes, code, source, rung,
             "; ".join([f"{drawn} draws" + (f", {estimated} estimated" * bool(estimated)), *kept]),
         )  # fmt: skip
-    known.append(variant)
+    known[len(known)] = variant
     return variant, None if trace is None else trace.result
 
 
@@ -361,14 +368,14 @@ def _swap(
 ) -> Any:  # fmt: skip
     """The fallback: run the original method with its parameter reads exchanged for draws."""
     if reason is not None:
-        known = state.variants.setdefault(method, [])
-        if not any(v.code is None and v.reason == reason for v in known):
+        known = state.variants.setdefault(method, {})
+        if not any(v.code is None and v.reason == reason for v in known.values()):
             if state.strict:
                 raise UnsupportedModuleError(
                     f"{type(owner).__name__}.{method} cannot become a graph: {reason}. Convert "
                     "without strict, or skip this module."
                 )
-            known.append(Variant(None, (), frozenset(), False, (), None, "", "swap", reason))
+            known[len(known)] = Variant(None, (), frozenset(), False, (), None, "", "swap", reason)
     mode = SwapMode(owner)
     outer, LOCAL.reads = LOCAL.reads, functools.partial(SwapMode, owner)
     try:
