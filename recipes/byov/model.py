@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,8 @@ from bayesify import (
     BBBConfig,
     GaussianPrior,
     ModelSpec,
-    NoMatchWarning,
     create_model,
+    plan,
     to_bbb_,
 )
 
@@ -169,25 +168,20 @@ def convert_(model: nn.Module, config: BYOVConfig) -> nn.Module:
     """
     if not config.bayesian:
         return model
-    with warnings.catch_warnings():
-        if config.skip:  # too late to notice after a day of training
-            warnings.simplefilter("error", NoMatchWarning)
-        try:
-            to_bbb_(
-                model,
-                preset=config.conversion,
-                skip=config.skip,
-                prior=GaussianPrior(),
-                logvar=None if config.relative_std else config.logvar_init,
-                estimator=config.estimator,  # type: ignore[arg-type]
-                config=BBBConfig(
-                    relative_std=config.relative_std or None,
-                    parameterization=config.parameterization,
-                ),
-            )
-        except NoMatchWarning as warning:
-            raise ArgumentError(str(warning)) from None
-    return model
+    wanted: Any = {
+        "preset": config.conversion,
+        "skip": config.skip,
+        "prior": GaussianPrior(),
+        "logvar": None if config.relative_std else config.logvar_init,
+        "estimator": config.estimator,
+        "config": BBBConfig(
+            relative_std=config.relative_std or None, parameterization=config.parameterization
+        ),
+    }
+    notes = plan(model, **wanted).notes
+    if config.skip and notes:  # after a day of training it is too late to read them
+        raise ArgumentError("; ".join(notes))
+    return to_bbb_(model, **wanted)
 
 
 def batch_optimal(projections: Tensor, targets: Tensor) -> Tensor:
