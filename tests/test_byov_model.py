@@ -1,5 +1,6 @@
 """Heads, initial weights and what becomes Bayesian."""
 
+import contextlib
 import copy
 import math
 from dataclasses import replace
@@ -177,3 +178,43 @@ def test_resnets_are_encoders_too(encoder: str) -> None:
         model = convert_(build_student(config, 2), config)
         first, _ = model(torch.zeros(2, 1, 32, 32), torch.zeros(2, 1, 32, 32))
         assert first.features.shape == (2, 512)
+
+
+@pytest.mark.parametrize("conversion", ["full", "none"])
+@pytest.mark.parametrize(
+    ("encoder", "calls"), [("vit_tiny_patch16_224", 1), ("recipes.byov.resnet:cifar_resnet18", 2)]
+)
+def test_views_share_a_batch_where_no_batchnorm_ties_them(
+    encoder: str, calls: int, conversion: Any
+) -> None:
+    """Also in one batch each view's features, heads and gradients are those it has alone."""
+    args = CONFIG.encoder_args if calls == 1 else {"channels": [4, 4, 8, 8]}
+    config = replace(
+        CONFIG, encoder=encoder, encoder_args=args, conversion=conversion, logvar_init=-6.0
+    )
+    together = convert_(build_student(config, 2), config).train()
+    assert isinstance(together, Student)
+    alone = copy.deepcopy(together)
+    sizes: list[int] = []
+    together.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    views = torch.randn(2, 5, 1, 28, 28)
+
+    def draw(model: nn.Module) -> Any:
+        return bayesify.one_draw(model, 3) if conversion == "full" else contextlib.nullcontext()
+
+    with draw(together):
+        found = together(*views)
+    with draw(alone):
+        expected = [alone.forward_view(view) for view in views]
+    for a, b in zip(found, expected, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    for branches in (found, expected):
+        torch.stack([branch.prediction for branch in branches]).square().sum().backward()
+    for (name, p), (_, q) in zip(
+        together.named_parameters(), alone.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=name)
+    for (name, x), (_, y) in zip(together.named_buffers(), alone.named_buffers(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, msg=name)
+    assert sizes == [10 // calls] * calls

@@ -71,10 +71,8 @@ class Teacher(nn.Module):
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
         """Projections (B, out) of both views, each BatchNorm with the statistics of one view."""
         network: Any = self.network
-        return (
-            network.projector(network.encoder(view1)),
-            network.projector(network.encoder(view2)),
-        )
+        first, second = network.encode(view1, view2)
+        return network.projector(first), network.projector(second)
 
     @torch.no_grad()
     def update(self, student: nn.Module, tau: float) -> None:
