@@ -32,7 +32,7 @@ from recipes.byov import (
 )
 from recipes.byov.cards import Card, against, estimate, families, paper_like
 from recipes.byov.claims import CLAIMS, by_beta, judge
-from recipes.byov.config import UNSEEN_SHIFTS, BYOVConfig
+from recipes.byov.config import PRESETS, UNSEEN_SHIFTS, BYOVConfig
 from recipes.byov.data import eval_batches
 from recipes.byov.measure import features_of
 from recipes.byov.optimizer import make_optimizer
@@ -682,6 +682,24 @@ def test_by_beta_pairs_no_two_betas() -> None:
     assert (narrow["gap"].mean, narrow["most"].mean) == (1, 2)
     assert (wide["rise"].mean, narrow["rise"].mean) == (-0.5, 2)
     assert by_beta([_card(0, 0.5, conversion="none")]) is None
+
+
+def test_a_resnet_is_compared_with_its_own_optimizer_and_no_ablation() -> None:
+    def card(seed: int, gap: float, **changes: Any) -> Card:
+        gaps = [{"over": "magnitude", "scope": "tensor", "middle": gap, "points": gap}]
+        found = _card(seed, 0.8, **changes)
+        return replace(found, results={**found.results, "prune": {"numbers": {"gaps": gaps}}})
+
+    resnet = PRESETS["cifar10-resnet18"].config
+    own = {"encoder": resnet.encoder, "encoder_args": {}, "optimizer": "lars", "lr": 1.0}
+    cards = [card(seed, 5.0) for seed in range(4)]
+    cards += [card(seed, 9.0 + seed, **own) for seed in range(2)]
+    cards.append(card(0, 1.0, **own, tau_base=0.9))
+    found = {c.text: c.ours(cards) for c in CLAIMS if c.text.startswith("SNR pruning over magn")}
+    assert {text: (e.mean, e.n) for text, e in found.items() if e is not None} == {
+        "SNR pruning over magnitude, mean over 50 to 90 % sparsity": (5.0, 4),
+        "SNR pruning over magnitude, ResNet-18, mean over 50 to 90 % sparsity": (9.5, 2),
+    }
 
 
 def test_correlations_are_scipys() -> None:

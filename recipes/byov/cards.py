@@ -194,10 +194,18 @@ def baselines(cards: Sequence[Card]) -> dict[str, list[Card]]:
 
 
 def paper_like(cards: Sequence[Card], **wanted: Any) -> list[Card]:
-    """BYOV as the paper has it: annealed beta, all else untouched, save for what is wanted."""
+    """BYOV as the paper has it: annealed beta, all else untouched, save for what is wanted.
+
+    Another encoder than most cards have comes with its own optimizer.
+    """
     paper = {"objective": "byol", "conversion": "full", "beta_start": 0.0, "beta_end": 1.0,
              "prior": "zero", "weight_decay": 0.0}  # fmt: skip
-    return _usual(cards, select(cards, **(paper | wanted)), but=set(wanted))
+    but = {*wanted, *(_OF_ENCODER if "encoder" in wanted else ())}
+    return _usual(cards, select(cards, **(paper | wanted)), but=but)
+
+
+_OF_ENCODER = ("encoder_args", "optimizer", "lr", "trust_coefficient", "logvar_lr_ratio",
+               "clip_norm", "epochs")  # fmt: skip
 
 
 # What the table of priors and betas varies; all else makes a run an ablation.

@@ -22,7 +22,7 @@ from .cards import (
     estimate,
     paper_like,
 )
-from .config import UNSEEN_SHIFTS
+from .config import PRESETS, UNSEEN_SHIFTS
 from .evaluate import AVERAGE, MEANS, SCALED
 
 Verdict = Literal["agrees", "disagrees", "undecided", "n < 3", "not converged", "not run"]
@@ -227,6 +227,7 @@ def _fully_best(cards: Sequence[Card]) -> Estimate | None:
 
 
 _SEEN = {"skip": UNSEEN_SHIFTS}
+_RESNET = {"encoder": PRESETS["cifar10-resnet18"].config.encoder}
 
 CLAIMS: tuple[Claim, ...] = (
     Claim("Fig. 2", "top-1 over BYOL, N(0, I), at the means", -0.40, "points",
@@ -266,6 +267,8 @@ CLAIMS: tuple[Claim, ...] = (
           "points", _pruning("magnitude", "sparser"), True),
     Claim("control", "SNR pruning over SNR with sigma shuffled in a tensor, same mean", None,
           "points", _pruning("SNR, sigma shuffled", "middle"), True),
+    Claim("control", "SNR pruning over magnitude, ResNet-18, mean over 50 to 90 % sparsity", None,
+          "points", _pruning("magnitude", "middle", **_RESNET), True, wanted=_RESNET),
     Claim("abstract", "ECE better under salt and pepper", 2.4, "points",
           _shift("salt and pepper", "ece"), True),
     Claim("abstract", "reliability better under salt and pepper", 1.2, "points",
