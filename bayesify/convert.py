@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import BayesifyError, NoMatchWarning, UnsupportedModuleError
+from .errors import BayesifyError, NoMatchWarning, UnseenBiasWarning, UnsupportedModuleError
 from .gaussian import raw_from_logvar
 from .obstacles import Found, check_model
 from .planning import (
@@ -58,7 +58,7 @@ def to_bbb(
     Args:
         model: Any module; it is copied and left as it is.
         skip: Patterns of what stays deterministic: a class, a class name or glob, a module's
-            name, a glob on qualified names, or ``re:...``.
+            name, a glob on qualified names, ``re:...``, ``@last-layer`` or ``@before-batchnorm``.
         only: Patterns of what may become Bayesian; skip beats only.
         preset: ``full``, ``no-conv``, ``linear-only``, ``no-layernorm`` or ``last-layer``.
         prior: Prior over the weights; N(0, 1) if None.
@@ -146,7 +146,8 @@ def to_bbb_(
             "or to_deterministic(model) first."
         )
     spec = specify(skip, only, preset, prior, logvar, estimator, config)
-    apply_(model, spec)
+    for hint in apply_(model, spec).hints:
+        warnings.warn(hint, UnseenBiasWarning, stacklevel=2)
     return model
 
 

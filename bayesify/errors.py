@@ -34,3 +34,7 @@ class CheckpointError(BayesifyError):
 
 class NoMatchWarning(UserWarning):
     """A ``skip`` or ``only`` pattern matches nothing in the model."""
+
+
+class UnseenBiasWarning(UserWarning):
+    """A bias gets a posterior and no loss depends on it: a BatchNorm takes it off again."""

@@ -16,7 +16,7 @@ from .posterior import RAW_SUFFIX, Estimator, root_mean_square, sites
 from .priors import GaussianPrior, Prior
 from .rewriter.estimators import may_take
 from .rewriter.owner import methods_to_wrap, original_class
-from .selection import Pattern, assign, parse_patterns, select
+from .selection import Pattern, assign, before_batchnorm, parse_patterns, select
 
 Estimators = Estimator | Mapping[Any, Estimator]
 """One for all, or by pattern."""
@@ -90,11 +90,15 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What :func:`to_bbb` will do: one row for each floating-point parameter, and visible notes."""
+    """What :func:`to_bbb` will do: one row for each floating-point parameter.
+
+    ``notes`` say what the patterns may not have meant, ``hints`` what the model makes of it.
+    """
 
     model: str
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -119,6 +123,7 @@ class ConversionPlan:
             "bayesian_elements": self.bayesian_elements,
             "share": self.share,
             "notes": list(self.notes),
+            "hints": list(self.hints),
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -133,7 +138,7 @@ class ConversionPlan:
             f"{self.model}: {self.bayesian_elements:,} of {self.elements:,} parameters "
             f"({100 * self.share:.2f} %) get a posterior"
         )
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.notes, *self.hints])
 
 
 @dataclass(frozen=True)
@@ -292,7 +297,21 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
         )
         for item in found
     ]
-    return ConversionPlan(type(model).__name__, tuple(rows), notes), chosen
+    return ConversionPlan(type(model).__name__, tuple(rows), notes, _hints(model, bayes)), chosen
+
+
+def _hints(model: nn.Module, bayes: list[Found]) -> tuple[str, ...]:
+    names = {name for item in bayes for name, _, _ in item.places}
+    unseen = [name for name in before_batchnorm(model) if name in names]
+    if not unseen:
+        return ()
+    more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+    return (
+        f"Right before a BatchNorm, which takes a bias off again in training: "
+        f"{', '.join(unseen[:3])}{more}. No loss depends on such a bias: the KL alone moves its "
+        "posterior, to the prior, and its draws shift predictions. Leave it out by skipping "
+        "@before-batchnorm.",
+    )
 
 
 def specify(

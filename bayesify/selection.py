@@ -12,12 +12,15 @@ A pattern is one of:
 ``@last-layer``             the classifier: what ``model.get_classifier()`` returns (timm), or else
                             the last module in definition order that owns a tensor of two or more
                             dimensions
+``@before-batchnorm``       the biases that a BatchNorm takes off again, see
+                            :func:`before_batchnorm`
 ==========================  =======================================================================
 
 Matching is case-sensitive. ``skip`` beats ``only``. A tied parameter counts under all its names.
 """
 
 import difflib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,12 +29,16 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from bayesify.errors import ArgumentError, NoMatchError
 
 Pattern = str | type[nn.Module]
 
 _LAST_LAYER = "@last-layer"
+_BEFORE_BATCHNORM = "@before-batchnorm"
+_TOKENS = (_LAST_LAYER, _BEFORE_BATCHNORM)
 _MAX_LISTED = 6
 
 
@@ -120,8 +127,8 @@ def _parse_item(item: object) -> list[Pattern]:
                 f"Pattern {item!r} holds a regular expression in a comma list: give "
                 f"the regular expression as a pattern of its own."
             )
-        if part.startswith("@") and part != _LAST_LAYER:
-            raise ArgumentError(f"Unknown token {part!r}: the only one is {_LAST_LAYER!r}.")
+        if part.startswith("@") and part not in _TOKENS:
+            raise ArgumentError(f"Unknown token {part!r}: there are {', '.join(_TOKENS)}.")
         parts.append(part)
     return parts
 
@@ -253,6 +260,29 @@ def _preset(name: str | None) -> Preset:
     return PRESETS[name]
 
 
+def before_batchnorm(model: nn.Module) -> list[str]:
+    """The biases that a BatchNorm takes off again in training, by their qualified names.
+
+    They belong to a Linear layer or convolution with a BatchNorm of as many channels defined right
+    after it. What a forward does between the two is not looked at.
+
+    >>> before_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    ['0.bias']
+    """
+    found = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        for (name, layer), (_, norm) in itertools.pairwise(module._modules.items()):
+            outputs = getattr(layer, "out_features", getattr(layer, "out_channels", None))
+            if (
+                isinstance(layer, nn.Linear | _ConvNd)
+                and isinstance(norm, _BatchNorm)
+                and norm.num_features == outputs
+                and layer._parameters.get("bias") is not None
+            ):
+                found.append(f"{path}.{name}.bias".removeprefix("."))
+    return found
+
+
 class _View:
     """Names, classes and floating-point parameters of a model, read once for all patterns.
 
@@ -306,6 +336,8 @@ def _match(view: _View, pattern: Pattern) -> _Match:
         as_class = [path for path, module in view.modules.items() if isinstance(module, pattern)]
     elif pattern == _LAST_LAYER:
         as_name = _last_layer(view)
+    elif pattern == _BEFORE_BATCHNORM:
+        as_name = [name for name in before_batchnorm(view.model) if name in view.parameters]
     elif pattern.startswith("re:"):
         search = re.compile(pattern[3:]).search
         as_name = [name for name in view.parameters if search(name)]
@@ -412,6 +444,8 @@ def _nearest(view: _View, match: _Match) -> list[str]:
     pattern = match.pattern
     if pattern == _LAST_LAYER:
         return ["It has no layer with a tensor of two or more dimensions."]
+    if pattern == _BEFORE_BATCHNORM:
+        return ["It has no bias right before a BatchNorm."]
     if isinstance(pattern, str) and pattern.startswith("re:"):
         examples = dict.fromkeys(_collapse(name) for name in view.parameters)
         return [f"Its parameters have names such as {_quoted(list(examples)[:3])}."]

@@ -66,6 +66,10 @@ def tiny():
     return Net(3)
 
 
+def normed():
+    return nn.Sequential(nn.Conv2d(3, 6, 4), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6, 3))
+
+
 def no_parameters():
     return nn.ReLU()
 
@@ -157,6 +161,19 @@ def test_the_python_lines_run(folder: Path) -> None:
             names["images"] = torch.zeros(2, 3, 32, 32)
         exec("\n".join(line.strip() for line in lines), names)
         assert names["outputs"].shape == (16, 2, 3)
+
+
+def test_convert_tells_of_biases_that_no_loss_sees() -> None:
+    told = run("convert", "tinyfactory:normed", "--img-size", 4)
+    assert "takes a bias off again in training: 0.bias. " in " ".join(told.stderr.split())
+    found = run(
+        "convert", "tinyfactory:normed", "--img-size", 4, "--skip", "@before-batchnorm", "--json",
+        "--force",
+    )  # fmt: skip
+    rows = {row["name"]: row["action"] for row in json.loads(found.stdout)["rows"]}
+    assert rows["0.bias"] == "skipped: @before-batchnorm"
+    assert [name for name, action in rows.items() if action != "bayes"] == ["0.bias"]
+    assert "BatchNorm" not in found.stderr
 
 
 def test_convert_as_json() -> None:

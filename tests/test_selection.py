@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +15,19 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+import bayesify
 from bayesify.errors import ArgumentError, NoMatchError
-from bayesify.selection import PRESETS, Pattern, Selection, parse_patterns, select
+from bayesify.selection import (
+    PRESETS,
+    Pattern,
+    Selection,
+    before_batchnorm,
+    parse_patterns,
+    select,
+)
 
 
 class RmsNorm(nn.Module):
@@ -329,6 +338,58 @@ def test_models_with_little_or_nothing_in_them() -> None:
     assert "Its top names: 'weight', 'bias'" in select(nn.Linear(2, 2), skip="a.b").notes[0]
     bias_only = nn.Sequential(nn.LayerNorm(3))
     assert "no layer with a tensor" in select(bias_only, only="@last-layer").notes[0]
+
+
+class _Normalised(nn.Module):
+    """Biases that BatchNorm takes off again, and such that it does not."""
+
+    taken_off = ("squeeze.bias", "stem.0.bias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.before_relu = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
+        self.without = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.squeeze = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.grouped = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4))
+        self.head = nn.Linear(6, 5)
+        self.elsewhere = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.grouped(self.without(self.before_relu(self.stem(x)))).relu().mean((2, 3))
+        y: Tensor = self.head(self.norm(self.squeeze(self.elsewhere(x).relu())).relu())
+        return y
+
+
+def test_no_loss_depends_on_a_bias_before_batchnorm() -> None:
+    torch.manual_seed(0)
+    model = _Normalised().double().train()
+    assert tuple(before_batchnorm(model)) == model.taken_off
+    assert set(select(model, skip="@before-batchnorm").skipped) == set(model.taken_off)
+    model(torch.randn(8, 3, 7, 7, dtype=torch.float64)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        flat = float(parameter.grad.abs().max()) < 1e-10
+        assert flat == (name in model.taken_off), name
+
+
+def test_the_plan_tells_of_biases_before_batchnorm_that_get_a_posterior() -> None:
+    model = _Normalised()
+    [hint] = bayesify.plan(model).hints
+    assert "squeeze.bias, stem.0.bias. " in hint
+    assert hint in str(bayesify.plan(model))
+    many = nn.Sequential(*[m for _ in range(5) for m in (nn.Linear(2, 2), nn.BatchNorm1d(2))])
+    assert "0.bias, 2.bias, 4.bias and 2 more. " in bayesify.plan(many).hints[0]
+    with pytest.warns(bayesify.UnseenBiasWarning, match="squeeze.bias, stem.0.bias"):
+        bayesify.to_bbb(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bayesify.to_bbb(model, skip="@before-batchnorm")
+    assert bayesify.plan(model, skip="@before-batchnorm").hints == ()
+    assert bayesify.plan(model, only="head").hints == ()
+    [note] = select(nn.Linear(2, 2), skip="@before-batchnorm").notes
+    assert "no bias right before a BatchNorm" in note
 
 
 def test_another_class_of_the_same_name() -> None:

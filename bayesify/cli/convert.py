@@ -147,7 +147,7 @@ def convert(
             )  # fmt: skip
         result = plan(model, **arguments)
         to_bbb_(model, **arguments)
-        notes = list(result.notes)
+        notes = [*result.notes, *result.hints]
         if weights is None and not pretrained:
             notes.append(
                 f"The weights of {name} are random. Give real ones: --weights FILE"
