@@ -297,6 +297,8 @@ CLAIMS: tuple[Claim, ...] = (
           _between("top1", {}, {"weight_decay": 0.05})),
     Claim("App. C", "beta 0 -> 1 over 1 -> 1, BYOV, top-1", None, "points",
           _between("top1", {}, {"beta_start": 1.0})),
+    Claim("App. C", "log variances from -10 over from -6, BYOV, top-1", None, "points",
+          _between("top1", {}, {"logvar_init": -6.0})),
     Claim("App. C", "gradient spikes with softplus over those with exp", None, "% of steps",
           _more_spikes),
 )  # fmt: skip
