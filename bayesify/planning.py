@@ -16,7 +16,8 @@ from .posterior import RAW_SUFFIX, Estimator, root_mean_square, sites
 from .priors import GaussianPrior, Prior
 from .rewriter.estimators import may_take
 from .rewriter.owner import methods_to_wrap, original_class
-from .selection import Pattern, assign, before_batchnorm, parse_patterns, select
+from .selection import Pattern, assign, parse_patterns, select
+from .unseen import hints
 
 Estimators = Estimator | Mapping[Any, Estimator]
 """One for all, or by pattern."""
@@ -92,7 +93,7 @@ class PlanRow:
 class ConversionPlan:
     """What :func:`to_bbb` will do: one row for each floating-point parameter.
 
-    ``notes`` say what the patterns may not have meant, ``hints`` what the model makes of it.
+    ``notes`` are of patterns that may not mean what was meant, ``hints`` of the model.
     """
 
     model: str
@@ -297,21 +298,8 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
         )
         for item in found
     ]
-    return ConversionPlan(type(model).__name__, tuple(rows), notes, _hints(model, bayes)), chosen
-
-
-def _hints(model: nn.Module, bayes: list[Found]) -> tuple[str, ...]:
-    names = {name for item in bayes for name, _, _ in item.places}
-    unseen = [name for name in before_batchnorm(model) if name in names]
-    if not unseen:
-        return ()
-    more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
-    return (
-        f"Right before a BatchNorm, which takes a bias off again in training: "
-        f"{', '.join(unseen[:3])}{more}. No loss depends on such a bias: the KL alone moves its "
-        "posterior, to the prior, and its draws shift predictions. Leave it out by skipping "
-        "@before-batchnorm.",
-    )
+    told = hints(model, {name for item in bayes for name, _, _ in item.places})
+    return ConversionPlan(type(model).__name__, tuple(rows), notes, told), chosen
 
 
 def specify(

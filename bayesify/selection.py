@@ -13,14 +13,13 @@ A pattern is one of:
                             the last module in definition order that owns a tensor of two or more
                             dimensions
 ``@before-batchnorm``       the biases that a BatchNorm takes off again, see
-                            :func:`before_batchnorm`
+                            :func:`.unseen.before_batchnorm`
 ==========================  =======================================================================
 
 Matching is case-sensitive. ``skip`` beats ``only``. A tied parameter counts under all its names.
 """
 
 import difflib
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,10 +28,9 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from bayesify.errors import ArgumentError, NoMatchError
+from bayesify.unseen import before_batchnorm
 
 Pattern = str | type[nn.Module]
 
@@ -258,29 +256,6 @@ def _preset(name: str | None) -> Preset:
     if name not in PRESETS:
         raise ArgumentError(f"Unknown preset {name!r}. Known presets: {', '.join(PRESETS)}.")
     return PRESETS[name]
-
-
-def before_batchnorm(model: nn.Module) -> list[str]:
-    """The biases that a BatchNorm takes off again in training, by their qualified names.
-
-    They belong to a Linear layer or convolution with a BatchNorm of as many channels defined right
-    after it. What a forward does between the two is not looked at.
-
-    >>> before_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
-    ['0.bias']
-    """
-    found = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        for (name, layer), (_, norm) in itertools.pairwise(module._modules.items()):
-            outputs = getattr(layer, "out_features", getattr(layer, "out_channels", None))
-            if (
-                isinstance(layer, nn.Linear | _ConvNd)
-                and isinstance(norm, _BatchNorm)
-                and norm.num_features == outputs
-                and layer._parameters.get("bias") is not None
-            ):
-                found.append(f"{path}.{name}.bias".removeprefix("."))
-    return found
 
 
 class _View:

@@ -35,6 +35,7 @@ from recipes.byov.claims import CLAIMS, by_beta, judge
 from recipes.byov.config import PRESETS, UNSEEN_SHIFTS, BYOVConfig
 from recipes.byov.data import eval_batches
 from recipes.byov.measure import features_of
+from recipes.byov.model import Student
 from recipes.byov.optimizer import make_optimizer
 from recipes.byov.predictive import Moments, classify, drawn_probs, labels_of, outputs, seed_of
 from recipes.byov.runs import Run, open_run
@@ -414,11 +415,12 @@ def test_latent_variances_are_those_of_the_draws(byov: Run) -> None:
     settings = doubt.DoubtSettings(latent_draws=4, noises=(0.0, 0.5))
     levels = doubt.latent_variance(byov, settings)["numbers"]["levels"]
     images = torch.cat([x for x, _ in eval_batches(byov.source, "test", batch_size=999)])
-    kept = []
+    model, kept = byov.model, []
+    assert isinstance(model, Student)
     with torch.no_grad():
         for m in range(4):
-            with bb.one_draw(byov.model, seed_of(0, m)):
-                kept.append(byov.model.forward_view(images))  # type: ignore[operator]
+            with bb.one_draw(model, seed_of(0, m)):
+                kept.append(model.branch(model.encoder(images)))
     for part, field in (("encoder", "features"), ("projector", "projection")):
         expected = torch.stack([getattr(b, field) for b in kept]).double().var(0).mean(1)
         assert levels[0]["raw"][part] == pytest.approx(expected.tolist(), rel=1e-3)

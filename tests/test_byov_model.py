@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.layers.evo_norm import EvoNorm2dB0
 from torch import nn
 
 import bayesify
@@ -180,6 +181,22 @@ def test_resnets_are_encoders_too(encoder: str) -> None:
         assert first.features.shape == (2, 512)
 
 
+@pytest.mark.parametrize(
+    ("norm", "apart"),
+    [
+        (nn.BatchNorm2d(4), True),
+        (nn.BatchNorm2d(4, track_running_stats=False), True),
+        (nn.SyncBatchNorm(4), True),
+        (EvoNorm2dB0(4), True),
+        (nn.GroupNorm(2, 4), False),
+        (nn.LayerNorm(4), False),
+    ],
+)
+def test_what_ties_the_images_of_a_batch(norm: nn.Module, apart: bool) -> None:
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(norm))
+    assert Student(encoder, nn.Identity(), nn.Identity()).apart == apart
+
+
 @pytest.mark.parametrize("conversion", ["full", "none"])
 @pytest.mark.parametrize(
     ("encoder", "calls"), [("vit_tiny_patch16_224", 1), ("recipes.byov.resnet:cifar_resnet18", 2)]
@@ -205,7 +222,7 @@ def test_views_share_a_batch_where_no_batchnorm_ties_them(
     with draw(together):
         found = together(*views)
     with draw(alone):
-        expected = [alone.forward_view(view) for view in views]
+        expected = [alone.branch(alone.encoder(view)) for view in views]
     for a, b in zip(found, expected, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)

@@ -157,7 +157,6 @@ class _BySize(nn.Module):
 
 
 def _pooled() -> nn.Module:
-    torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(4, 2),

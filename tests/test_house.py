@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("priors",),
     ("posterior",),
-    ("scope",),
+    ("scope", "unseen"),
     ("selection",),
     ("rewriter",),
     ("obstacles",),

@@ -20,14 +20,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import bayesify
 from bayesify.errors import ArgumentError, NoMatchError
-from bayesify.selection import (
-    PRESETS,
-    Pattern,
-    Selection,
-    before_batchnorm,
-    parse_patterns,
-    select,
-)
+from bayesify.selection import PRESETS, Pattern, Selection, parse_patterns, select
+from bayesify.unseen import before_batchnorm
 
 
 class RmsNorm(nn.Module):

@@ -147,7 +147,7 @@ def convert(
             )  # fmt: skip
         result = plan(model, **arguments)
         to_bbb_(model, **arguments)
-        notes = [*result.notes, *result.hints]
+        notes = list(result.notes)
         if weights is None and not pretrained:
             notes.append(
                 f"The weights of {name} are random. Give real ones: --weights FILE"
@@ -165,7 +165,7 @@ def convert(
             return
         if not quiet:
             print_plan(result, verbose)
-        for line in notes:
+        for line in (*result.hints, *notes):
             render.note(line)
         for entry in listing or ():
             print_code(entry)

@@ -193,6 +193,10 @@ def baselines(cards: Sequence[Card]) -> dict[str, list[Card]]:
     return {"BYOL": decayed or free, "BYOL, no weight decay": free}
 
 
+_OF_ENCODER = ("encoder_args", "optimizer", "lr", "trust_coefficient", "logvar_lr_ratio",
+               "clip_norm")  # fmt: skip
+
+
 def paper_like(cards: Sequence[Card], **wanted: Any) -> list[Card]:
     """BYOV as the paper has it: annealed beta, all else untouched, save for what is wanted.
 
@@ -202,10 +206,6 @@ def paper_like(cards: Sequence[Card], **wanted: Any) -> list[Card]:
              "prior": "zero", "weight_decay": 0.0}  # fmt: skip
     but = {*wanted, *(_OF_ENCODER if "encoder" in wanted else ())}
     return _usual(cards, select(cards, **(paper | wanted)), but=but)
-
-
-_OF_ENCODER = ("encoder_args", "optimizer", "lr", "trust_coefficient", "logvar_lr_ratio",
-               "clip_norm", "epochs")  # fmt: skip
 
 
 # What the table of priors and betas varies; all else makes a run an ablation.

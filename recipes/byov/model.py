@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayesify import (
     ArgumentError,
@@ -84,18 +85,15 @@ class Student(nn.Module):
         self.encoder = encoder
         self.projector = projector
         self.predictor = predictor
-        self.apart = any("running_" in name for name, _ in encoder.named_buffers())
+        self.apart = any(map(_ties_images, encoder.modules()))
 
     def forward(self, view1: Tensor, view2: Tensor) -> Views:
         """Both views; each BatchNorm sees one view at a time."""
         first, second = self.encode(view1, view2)
         return Views(self.branch(first), self.branch(second))
 
-    def forward_view(self, view: Tensor) -> Branch:
-        return self.branch(self.encoder(view))
-
     def encode(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, d) of both views, in one batch where no running statistics tie images.
+        """Features (B, d) of both views, in one batch where no statistics of it tie images.
 
         One batch of 2B takes half the kernels of two, whose launches bound small models on a GPU.
         """
@@ -107,6 +105,12 @@ class Student(nn.Module):
     def branch(self, features: Tensor) -> Branch:
         projection = self.projector(features)
         return Branch(features, projection, self.predictor(projection))
+
+
+def _ties_images(module: nn.Module) -> bool:
+    """BatchNorm, and what keeps running statistics as it does, such as timm's EvoNorm-B."""
+    running = any(name.startswith("running_") for name in module._buffers)
+    return running or isinstance(module, _BatchNorm)
 
 
 def encoder_spec(config: BYOVConfig, num_classes: int | None) -> ModelSpec:
@@ -192,9 +196,8 @@ def convert_(model: nn.Module, config: BYOVConfig) -> nn.Module:
             relative_std=config.relative_std or None, parameterization=config.parameterization
         ),
     }
-    notes = plan(model, **wanted).notes
-    if config.skip and notes:  # after a day of training it is too late to read them
-        raise ArgumentError("; ".join(notes))
+    if config.skip and (notes := plan(model, **wanted).notes):
+        raise ArgumentError("; ".join(notes))  # after a day of training it is too late to read them
     return to_bbb_(model, **wanted)
 
 
