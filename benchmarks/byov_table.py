@@ -13,20 +13,24 @@ from typing import Any
 from byov_cells import CELLS, RESULTS, SCALES, Scale, cards_of
 
 from bayesify.storage import replacing
-from recipes.byov.assemble import app_c, correlations, overview
+from recipes.byov.assemble import app_c, correlations, fig7, overview
 from recipes.byov.cards import ENOUGH, Card, Estimate, distinct, estimate
 from recipes.byov.claims import by_beta, comparison
+from recipes.byov.config import UNSEEN_SHIFTS
 from recipes.byov.evaluate import MEANS
 from recipes.byov.figures import FIGURES, publish
 from recipes.byov.page import (
     APP_C,
     METRICS,
     NOT_RUN,
+    RISES,
     SHIFTS,
     WIDTH,
     appendix_c,
+    noise_levels,
     number,
     paper_number,
+    rises,
     width,
 )
 
@@ -120,6 +124,10 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
         "sparsity. Figure 1b: rank correlation of the predictive std with the supervised twin's. "
         f"Rise: of the variance behind the encoder from no noise to the most, as a share. {SHIFTS}",
         "", *table(WIDTH, width(by_beta(cards) or {"rows": []})),
+        "", "### Variance under noise", "",
+        "Figure 7, vectors of unit length: means over the images, relative to those without noise. "
+        "Figure 4's Gaussian noise goes up to a std of 0.26; at 1 most pixels are black or white.",
+        "", *_variances(cards),
         "", "### Metrics", "", "In percent, NLL in nats.", "",
         *table(
             ("run", "prediction", "n", *(title for _, title in METRICS)),
@@ -212,6 +220,19 @@ def _rank_correlation(card: Card, found: Sequence[tuple[dict[str, Any], Card]]) 
     if not twins or mine is None or twins[0] is card:
         return None
     return correlations(twins[0].results["spread"]["numbers"]["std"], mine["std"])["spearman"]
+
+
+def _variances(cards: Sequence[Card]) -> list[str]:
+    """Figure 7 in numbers, with all posteriors and without those on unseen shifts."""
+    columns: list[str] = []
+    rows: list[tuple[str, ...]] = []
+    for left_out, skip in (("none", ()), ("unseen shifts", UNSEEN_SHIFTS)):
+        numbers = fig7(cards, skip=skip)
+        if numbers is not None:
+            columns = ["without posterior", RISES, *noise_levels(numbers), "n"]
+            n = str(numbers["curves"][0]["over_none"][0].n)
+            rows += [(left_out, *cells, n) for cells in rises(numbers)]
+    return table(columns, rows) if rows else [NOT_RUN]
 
 
 def _strangers(found: Sequence[tuple[dict[str, Any], Card]]) -> list[str]:

@@ -37,6 +37,7 @@ from recipes.byov.data import eval_batches
 from recipes.byov.measure import features_of
 from recipes.byov.model import Student
 from recipes.byov.optimizer import make_optimizer
+from recipes.byov.page import noise_levels, rises
 from recipes.byov.predictive import Moments, classify, drawn_probs, labels_of, outputs, seed_of
 from recipes.byov.runs import Run, open_run
 from recipes.byov.train import train
@@ -684,6 +685,40 @@ def test_by_beta_pairs_no_two_betas() -> None:
     assert (narrow["gap"].mean, narrow["most"].mean) == (1, 2)
     assert (wide["rise"].mean, narrow["rise"].mean) == (-0.5, 2)
     assert by_beta([_card(0, 0.5, conversion="none")]) is None
+
+
+def test_the_variance_rises_by_noise_and_part() -> None:
+    def card(seed: int, predictor: tuple[float, float, float]) -> Card:
+        found = _card(seed, 0.8)
+        levels = [
+            {
+                "noise": noise,
+                "raw": {part: [9.0] for part in doubt.PARTS},
+                "unit": {"encoder": [4.0, 4.0], "projector": [2.0], "predictor": [value]},
+            }
+            for noise, value in zip((0.0, 0.25, 1.0), predictor, strict=True)
+        ]
+        latents = {"settings": {"draws": 2}, "numbers": {"levels": levels}}
+        return replace(found, results={**found.results, "latents": latents})
+
+    cards = [card(0, (1.0, 2.0, 0.5)), card(1, (2.0, 5.0, 2.0)), card(2, (1.0, 3.0, 0.25))]
+    found = {c.text: c.ours(cards) for c in CLAIMS if "rises with noise" in c.text}
+    assert len(found) == 6
+    visible = found["variance behind the predictor rises with noise, to a std of 0.3"]
+    most = found["variance behind the predictor rises with noise, to a std of 1"]
+    flat = found["variance behind the encoder rises with noise, to a std of 1"]
+    assert visible is not None
+    assert most is not None
+    assert flat is not None
+    assert visible.mean == pytest.approx((1 + 1.5 + 2) / 3)
+    # Student's t of 2 degrees of freedom at 97.5 %: 4.3027, of the standard error of 1, 1.5, 2
+    assert visible.half == pytest.approx(4.3027 * 0.5 / math.sqrt(3), rel=1e-4)
+    assert most.mean == pytest.approx((-0.5 + 0 - 0.75) / 3)
+    assert (flat.mean, flat.n) == (0, 3)
+    numbers = assemble.fig7(cards)
+    assert numbers is not None
+    assert noise_levels(numbers) == ["noise 0", "noise 0.25", "noise 1"]
+    assert rises(numbers)[0] == ("encoder", *["1.00"] * 3)
 
 
 def test_a_resnet_is_compared_with_its_own_optimizer_and_no_ablation() -> None:

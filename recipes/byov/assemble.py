@@ -430,16 +430,21 @@ def fig7(cards: Sequence[Card], **wanted: Any) -> Numbers | None:
                     for lev, m in zip(levels, means, strict=True)
                 ]
                 summary.append({"seed": card.seed, "form": form, "part": part, "mean": means,
-                                "relative_spread": widths,
-                                "rise": means[-1] / means[0] if means[0] else None})  # fmt: skip
+                                "relative_spread": widths})  # fmt: skip
             for i, one in enumerate(PARTS):
                 for other in PARTS[i + 1 :]:
                     x, y = (torch.tensor(together[p], dtype=torch.float64) for p in (one, other))
                     summary.append({"seed": card.seed, "form": form, "pair": [one, other],
                                     "spearman": _pearson(rank(x), rank(y))})  # fmt: skip
     settings = known[0].results["latents"]["settings"]
-    return {"levels": known[0].results["latents"]["numbers"]["levels"], "summary": summary,
-            "draws": settings["draws"], "stamp": None}  # fmt: skip
+    curves = []
+    for part in PARTS:
+        runs = [r["mean"] for r in summary if (r["form"], r.get("part")) == ("unit", part)]
+        over_none = zip(*([m / run[0] for m in run] for run in runs if run[0]), strict=True)
+        curves.append({"part": part, "over_none": [estimate(at) for at in over_none]})
+    levels = known[0].results["latents"]["numbers"]["levels"]
+    return {"levels": levels, "summary": summary, "curves": curves, "draws": settings["draws"],
+            "noises": [level["noise"] for level in levels], "stamp": None}  # fmt: skip
 
 
 def app_b(cards: Sequence[Card]) -> Numbers | None:

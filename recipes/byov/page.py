@@ -186,6 +186,9 @@ def _section(section: Section, folder: Path) -> str:
         if section.name == "width":
             parts.append(f"<p>{escape(SHIFTS)}</p>")
             parts.append(table(WIDTH, width(section.numbers), range(len(WIDTH))))
+        if section.name == "fig7":
+            columns = (RISES, *noise_levels(section.numbers))
+            parts.append(table(columns, rises(section.numbers), range(1, len(columns))))
         if section.name == "fig4":
             parts.append(_gaps(section.numbers))
         if section.name == "fig4rounds":
@@ -250,6 +253,19 @@ def width(numbers: dict[str, Any]) -> list[tuple[str, ...]]:
          *("" if r[key] is None else number(r[key]) for key in keys), str(r["n"]))
         for r in numbers["rows"]
     ]  # fmt: skip
+
+
+RISES = "variance over that without noise, behind the"
+
+
+def noise_levels(numbers: dict[str, Any]) -> list[str]:
+    """The columns of figure 7's table: standard deviations of the noise, of pixels in [0, 1]."""
+    return [f"noise {noise:g}" for noise in numbers["noises"]]
+
+
+def rises(numbers: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of figure 7's table: mean variance at each noise, as a share of that at none."""
+    return [(c["part"], *map(number, c["over_none"])) for c in numbers["curves"]]
 
 
 def _gaps(numbers: dict[str, Any]) -> str:
