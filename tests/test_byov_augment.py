@@ -219,6 +219,23 @@ def test_batches_and_workers_make_views_of_one_distribution() -> None:
                 assert ks_2samp(x, y).pvalue > UNLIKELY, (channel, summary)
 
 
+def test_both_views_together_are_each_by_itself() -> None:
+    configs = (replace(BUSY, size=24), replace(BUSY, size=24, blur=0.0, hue=0.4))
+    images = some_images(5)
+    height, width = images.shape[2:]
+    generator = torch.Generator().manual_seed(3)
+    alone = [
+        apply_view(images, draw_parameters(config, 5, height, width, generator), config)
+        for config in configs
+    ]
+    torch.testing.assert_close(list(TwoViews(*configs)(images, 3)), alone)
+
+
+def test_two_views_must_share_what_is_no_images_own() -> None:
+    with pytest.raises(ArgumentError, match=r"same size.*differ in size, grey\."):
+        TwoViews(BUSY, replace(BUSY, size=16, grey=True, hue=0.0))
+
+
 # Seeds
 
 

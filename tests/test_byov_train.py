@@ -240,6 +240,28 @@ def test_accumulation_with_checkpointed_activations_is_the_same_run(tmp_path: Pa
     assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second])
 
 
+def test_a_compiled_run_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compiling(module: Any) -> Any:
+        compiled.append(type(module).__name__)
+        return compile_(module, backend="aot_eager", fullgraph=True)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", compiling)
+    config = replace(CONFIG, prior="teacher")
+    runs = [
+        small_run(tmp_path, out=tmp_path / str(fast), compile=fast) for fast in (False, True)
+    ]  # fmt: skip
+    for run in runs:
+        train.train(config, run)
+    assert sorted(compiled) == ["Student", "Teacher"]
+    first, second = map(steps_of, runs)
+    assert len(first) == 9
+    losses = [[line["loss"] for line in lines] for lines in (first, second)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_first_step_on_cuda_has_the_loss_of_the_cpu(tmp_path: Path, compiled: bool) -> None:

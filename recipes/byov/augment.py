@@ -7,7 +7,7 @@ brightness multiplies (in BYOL's code it adds).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Self
 
@@ -126,6 +126,7 @@ class ViewConfig:
 
 
 _PROBABILITIES = ("flip", "jitter", "grayscale", "blur", "solarise")
+_SHARED = ("size", "solarise_threshold", "mean", "std", "grey")
 _FACTORS = ("brightness", "contrast", "saturation")
 
 
@@ -265,15 +266,26 @@ class TwoViews(nn.Module):
     """Make both views of a batch on the device that holds it.
 
     Each image has parameters of its own, and the four colour operations an order of their own.
-    Values are clipped to [0, 1] after each operation that can leave it.
+    Values are clipped to [0, 1] after each operation that can leave it. Both views go through each
+    operation together: small images are bound by its launch.
 
     Args:
         first: Of the first view.
         second: Of the second.
+
+    Raises:
+        ArgumentError: If the views differ in what is no image's own: size, solarise_threshold,
+            mean, std or grey.
     """
 
     def __init__(self, first: ViewConfig, second: ViewConfig) -> None:
         super().__init__()
+        apart = [name for name in _SHARED if getattr(first, name) != getattr(second, name)]
+        if apart:
+            raise ArgumentError(
+                f"Both views must have the same {', '.join(_SHARED)}; they differ in "
+                f"{', '.join(apart)}."
+            )
         self.first, self.second = first, second
 
     @torch.no_grad()
@@ -298,15 +310,25 @@ class TwoViews(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         batch, _, height, width = images.shape
         unit = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        drawn = [
+            draw_parameters(config, batch, height, width, generator)
+            for config in (self.first, self.second)
+        ]
         with torch.autocast(images.device.type, enabled=False):
-            first, second = (
-                apply_view(unit, draw_parameters(c, batch, height, width, generator), c)
-                for c in (self.first, self.second)
-            )
+            both = apply_view(unit.repeat(2, 1, 1, 1), _joined(*drawn), self.first)
+        first, second = both.chunk(2)
         return first, second
 
     def extra_repr(self) -> str:
         return f"{self.first},\n{self.second}"
+
+
+def _joined(first: ViewParameters, second: ViewParameters) -> ViewParameters:
+    """The parameters of two batches as those of one, the second behind the first."""
+    names = [field.name for field in fields(ViewParameters)]
+    return ViewParameters(
+        **{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names}
+    )
 
 
 def apply_view(images: Tensor, drawn: ViewParameters, config: ViewConfig) -> Tensor:

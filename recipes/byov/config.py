@@ -211,7 +211,7 @@ class RunConfig:
         amp: Autocast to bfloat16. Choice 32 of the README
         accumulate: Micro-batches into which each process splits its share of a batch. P processes
             with A of them give the numbers of one process with P * A.
-        compile: Compile the student by torch.compile.
+        compile: Compile student and teacher by torch.compile.
         checkpoint_activations: Recompute activations in backward, for less memory.
         shard: Split weights, gradients and the optimizer's state over the processes by FSDP2, for a
             student that is too large for one device. The first process holds the student once as

@@ -84,6 +84,7 @@ class Stepper:
         if self.teacher is not None and num_classes:
             self.probe = OnlineProbe(_width(self.model), num_classes, device=world.device)
         self._called = self._parallel()
+        self._targets: Any = torch.compile(self.teacher) if run.compile else self.teacher
         self._reduced: dict[str, Any] = {"kl_reduction": config.kl_reduction}
         if config.kl_reduction == "num_data":
             self._reduced["num_data"] = num_images
@@ -206,7 +207,7 @@ class Stepper:
             if labels is None:
                 raise ArgumentError("objective 'supervised' needs labels, which this data has not.")
             return F.cross_entropy(self._called(view1).float(), labels), {}
-        target1, target2 = self.teacher(view1, view2)
+        target1, target2 = self._targets(view1, view2)
         first, second = self._called(view1, view2)
         q1, q2 = first.prediction, second.prediction
         if config.predictor == "batch-optimal":
