@@ -110,7 +110,7 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
     lines = [
         f"## Scale: {scale.name}", "", scale.about, "",
         f"{len(found)} results, commits {', '.join(sorted({v['commit'] for v, _ in found}))}, "
-        f"{'; '.join(machines)}.", "",
+        f"{'; '.join(machines)}. {_hours(found)}", "",
         *table(TRAINED, _trained(found)), "",
         "### Claims", "", _verdicts(claims), "",
         *table(
@@ -146,6 +146,12 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
             lines += [f"**{figure.title}.** Paper: {figure.says}", "",
                       f"![{figure.title}]({relative.as_posix()})", ""]  # fmt: skip
     return "\n".join(lines)
+
+
+def _hours(found: Sequence[tuple[dict[str, Any], Card]]) -> str:
+    """What all of it took, run by run."""
+    train, after = (sum(v["seconds"][k] for v, _ in found) / 3600 for k in ("train", "measure"))
+    return f"Trained for {train:.1f} hours and measured for {after:.1f}, one run after the other."
 
 
 def _verdicts(claims: Sequence[dict[str, Any]]) -> str:
