@@ -66,7 +66,7 @@ This page is written by `python benchmarks/byov_table.py` from `benchmarks/resul
 ## Commands
 """
 _COMMANDS = (
-    ("CIFAR-10 on a GPU, a few cells at a time",
+    ("CIFAR-10 on a GPU, a few cells at a time; by estimate 20 minutes a cell on an H100",
      "python benchmarks/cifar10_byov.py --data DATA --minutes 9 --jobs 4"),
     ("the same grid on a CPU",
      "python benchmarks/cifar10_byov.py --scale cpu --minutes 60 --jobs 2"),
