@@ -310,7 +310,8 @@ def _seed_of(found: list[Site]) -> Tensor:
 
 
 def _closed_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
-    prior_mean, prior_var = (_beside(value, site.mean) for value in gaussian_prior(site))
+    mean = site.mean
+    prior_mean, prior_var = (_beside(value, mean) for value in gaussian_prior(site))
     if not isinstance(prior_var, Tensor) and not prior_var > 0:
         raise ArgumentError(
             f"The prior variance of {site.name!r} is {prior_var!r}, expected a positive number."
@@ -332,9 +333,10 @@ def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.H
     hook = site.slot.drawn
     if hook is None:
         return None
-    if site.slot.has_pruned or not hook.node.may_carry(site.mean, site.raw):
+    mean, raw = site.tensors
+    if site.slot.has_pruned or not hook.node.may_carry(mean, raw):
         return None
-    if any(isinstance(v, Tensor) and v.dtype != site.mean.dtype for v in prior):
+    if any(isinstance(v, Tensor) and v.dtype != mean.dtype for v in prior):
         return None
     return hook
 

@@ -107,12 +107,17 @@ class Site(NamedTuple):
     slot: Slot
 
     @property
+    def tensors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Mean and trained spread."""
+        return tensors_of(self.module, self.attribute, self.slot)
+
+    @property
     def mean(self) -> nn.Parameter:
-        return tensors_of(self.module, self.attribute, self.slot)[0]
+        return self.tensors[0]
 
     @property
     def raw(self) -> nn.Parameter:
-        return tensors_of(self.module, self.attribute, self.slot)[1]
+        return self.tensors[1]
 
     @property
     def std(self) -> Tensor:

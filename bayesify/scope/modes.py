@@ -57,7 +57,7 @@ def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[Non
         UnsupportedModuleError: ``model`` has no posterior.
     """
     scope = Scope(as_seed(seed), distinct_keys(bayesian_sites(model)))
-    with held(modules_of(model), scope):
+    with held(frozenset(map(id, model.modules())), scope):
         yield
 
 
