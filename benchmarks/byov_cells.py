@@ -34,6 +34,7 @@ BYOL = {"conversion": "none"}
 _DECAY = 0.05  # of BYOL, as ViT recipes have it
 _STEPS_KEPT = 200
 _LAYERS_KEPT = ("core", "beta", "unseen shifts")  # groups
+_MEET_STRANGERS = ("core", "unseen shifts")  # groups
 _EVERYTHING = ("eval", "prune", "iterative", "spread", "corrupted", "draws", "latents", "gradients")
 
 
@@ -252,7 +253,7 @@ def run_cell(
         work: Folder of checkpoints, one folder a cell.
         data: In place of the scale's.
         device: In place of the scale's.
-        ood: Data sets of strangers, for the cells of the core.
+        ood: Data sets of strangers, for the cells of the core and those without unseen shifts.
         first: Whether this process is the one of several that measures.
         told: Gets a line now and then.
 
@@ -289,7 +290,7 @@ def run_cell(
     )  # fmt: skip
     if "eval" in cell.needs:
         evaluate(opened, "knn", scale.head)
-    if ood and cell.group == "core":
+    if ood and cell.group in _MEET_STRANGERS:
         strangers(opened, [open_strangers(opened, name) for name in ood], scale.head)
     results = {
         path.stem: json.loads(path.read_text("utf-8"))

@@ -85,6 +85,13 @@ _COMMANDS = (
 )  # fmt: skip
 
 
+STRANGERS = (
+    "Images of other data sets, sized and coloured as the run's, told from its test images by a "
+    "score of doubt. In percent. Chance is 50 for AUROC and 95 for FPR95, the share of test images "
+    "that is flagged where 95 % of the strangers are."
+)
+
+
 def main() -> None:
     rows = ((what, f"`{command}`") for what, command in _COMMANDS)
     parts = [_INTRO.format(enough=ENOUGH), *table(("what", "command"), rows)]
@@ -137,7 +144,7 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
         "", "### Appendix C", "", "One change undone at a time. A spike is a gradient of more than "
         "three times the run's median norm.", "", *table(APP_C, appendix_c(app_c(cards))),
         "", "### Cells", "", *_cells(found, scale.name in SCALES), "",
-        "### Strangers", "", "In percent.", "", *_strangers(found), "", "### Figures", "",
+        "### Strangers", "", STRANGERS, "", *_strangers(found), "", "### Figures", "",
     ]  # fmt: skip
     for figure in FIGURES:
         image = folder / f"{figure.name}.png"
@@ -242,22 +249,32 @@ def _variances(cards: Sequence[Card]) -> list[str]:
 
 
 def _strangers(found: Sequence[tuple[dict[str, Any], Card]]) -> list[str]:
-    """AUROC and FPR95 of each core cell, mean over the seeds."""
-    rows = []
-    for cell in CELLS:
-        measured = [c.numbers("strangers") for v, c in found if v["cell"] == cell.name]
-        known = [m["rows"] for m in measured if m is not None]
-        for shape in known[0] if known else ():
-            keys = ("strangers", "prediction", "score")
-            same = [r for group in known for r in group if all(r[k] == shape[k] for k in keys)]
-            rows.append(
-                (cell.name, *(shape[k] for k in keys), len(same),
-                 number(estimate(100 * r["auroc"] for r in same)),
-                 number(estimate(100 * r["fpr95"] for r in same)))
-            )  # fmt: skip
-    if not rows:
+    """AUROC and FPR95 of each cell that met strangers, mean over the seeds."""
+    by_cell = {
+        cell.name: [
+            row
+            for v, c in found
+            if v["cell"] == cell.name
+            for row in (c.numbers("strangers") or {"rows": []})["rows"]
+        ]
+        for cell in CELLS
+    }
+    sets = sorted({row["strangers"] for rows in by_cell.values() for row in rows})
+    lines = []
+    for name, rows in by_cell.items():
+        for prediction, score in dict.fromkeys((r["prediction"], r["score"]) for r in rows):
+            same = [r for r in rows if (r["prediction"], r["score"]) == (prediction, score)]
+            numbers = [
+                estimate(100 * r[key] for r in same if r["strangers"] == each)
+                for each in sets
+                for key in ("auroc", "fpr95")
+            ]
+            n = max(0 if e is None else e.n for e in numbers)
+            lines.append((name, prediction, score, n, *map(number, numbers)))
+    if not lines:
         return [NOT_RUN]
-    return table(("cell", "strangers", "prediction", "score", "n", "AUROC", "FPR95"), rows)
+    heads = [f"{Path(each).stem}: {of}" for each in sets for of in ("AUROC", "FPR95")]
+    return table(("cell", "prediction", "score", "n", *heads), lines)
 
 
 def _plain(value: Estimate | None, digits: int = 2) -> str:
