@@ -96,8 +96,11 @@ def main() -> None:
     rows = ((what, f"`{command}`") for what, command in _COMMANDS)
     parts = [_INTRO.format(enough=ENOUGH), *table(("what", "command"), rows)]
     parts.append("\nWith `PYTHONPATH=.` before `python` and `torchrun`.\n")
-    for scale in (*SCALES.values(), *OTHERS.values()):
-        found = cards_of(scale)
+    parts.append("## In short\n")
+    scales = [(scale, cards_of(scale)) for scale in (*SCALES.values(), *OTHERS.values())]
+    parts += [f"- {scale.name}: {_short(found)}" for scale, found in scales]
+    parts.append("")
+    for scale, found in scales:
         parts.append(part(scale, found) if found else f"## Scale: {scale.name}\n\nNot run.\n")
     PAGE.parent.mkdir(exist_ok=True)
     with replacing(PAGE, overwrite=True) as temporary:
@@ -153,6 +156,24 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
             lines += [f"**{figure.title}.** Paper: {figure.says}", "",
                       f"![{figure.title}]({relative.as_posix()})", ""]  # fmt: skip
     return "\n".join(lines)
+
+
+def _short(found: Sequence[tuple[dict[str, Any], Card]]) -> str:
+    """What agrees and what does not, of all claims."""
+    if not found:
+        return "not run."
+    claims = comparison(distinct(card for _, card in found))
+    by_verdict: dict[str, list[str]] = {}
+    for claim in claims:
+        text = f"{claim['claim']} ({claim['where']})"
+        by_verdict.setdefault(claim["verdict"], []).append(text)
+    told = [
+        f"{verdict}: {'; '.join(by_verdict.pop(verdict))}."
+        for verdict in ("agrees", "disagrees")
+        if verdict in by_verdict
+    ]
+    told += [f"{verdict}: {len(texts)} claims." for verdict, texts in by_verdict.items()]
+    return " ".join(f"**{text.replace(':', '**:', 1)}" for text in told)
 
 
 def _hours(found: Sequence[tuple[dict[str, Any], Card]]) -> str:

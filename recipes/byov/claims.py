@@ -287,7 +287,7 @@ CLAIMS: tuple[Claim, ...] = (
           _heads_below, True),
     Claim("Fig. 4 left", "SNR pruning over magnitude, mean over 50 to 90 % sparsity", None,
           "points", _pruning("magnitude", "middle"), True),
-    Claim("abstract", "the same where it is largest: 8 or more (\"up to 12 %\")", 12.0,
+    Claim("abstract", "SNR pruning over magnitude, most there: 8 or more (\"up to 12 %\")", 12.0,
           "points", _pruning("magnitude", "points"), True, low=8.0),
     Claim("Fig. 4 left", "SNR pruning sparser than magnitude before it loses a point", 25.0,
           "points", _pruning("magnitude", "sparser"), True),
@@ -304,7 +304,7 @@ CLAIMS: tuple[Claim, ...] = (
           _shift("gaussian noise", "ece", -1.0), True),
     Claim("Fig. 5", "exponent of K in the std of the average (-1/2 by independence)", -0.5, "",
           _slope("slope"), low=-0.56, high=-0.44),
-    Claim("control", "the same over draws that no two groups share", None, "",
+    Claim("control", "exponent of K, groups that share no draws", None, "",
           _slope("disjoint_slope"), low=-0.65, high=-0.35),
     *(
         Claim("Fig. 7", f"variance behind the {part} rises with noise, to a std of {most:g}", None,
