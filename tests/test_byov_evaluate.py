@@ -732,7 +732,7 @@ def test_a_resnet_is_compared_with_its_own_optimizer_and_no_ablation() -> None:
     cards = [card(seed, 5.0) for seed in range(4)]
     cards += [card(seed, 9.0 + seed, **own) for seed in range(2)]
     cards.append(card(0, 1.0, **own, tau_base=0.9))
-    found = {c.text: c.ours(cards) for c in CLAIMS if c.text.startswith("SNR pruning over magn")}
+    found = {c.text: c.ours(cards) for c in CLAIMS if c.text.endswith("50 to 90 % sparsity")}
     assert {text: (e.mean, e.n) for text, e in found.items() if e is not None} == {
         "SNR pruning over magnitude, mean over 50 to 90 % sparsity": (5.0, 4),
         "SNR pruning over magnitude, ResNet-18, mean over 50 to 90 % sparsity": (9.5, 2),
