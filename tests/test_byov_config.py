@@ -73,6 +73,21 @@ def test_every_field_is_described(cls: type) -> None:
     assert all(text.strip() for text in described(cls).values())
 
 
+@pytest.mark.parametrize("indentation", ["", " " * 4])
+def test_descriptions_do_not_depend_on_the_indentation(indentation: str) -> None:
+    # Python 3.13 takes it off a docstring, older ones keep it
+    lines = (
+        "What.",
+        "",
+        "Args:",
+        "    one: First",
+        "        line. Two: parts.",
+        "    two: Second.",
+    )
+    documented = type("Documented", (), {"__doc__": f"\n{indentation}".join(lines)})
+    assert described(documented) == {"one": "First line. Two: parts.", "two": "Second."}
+
+
 def test_json_both_ways() -> None:
     config = replace(CONFIG, betas=(0.8, 0.9), prior="teacher", skip=("LayerNorm",))
     assert BYOVConfig.from_json(json.loads(json.dumps(config.to_json()))) == config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -278,11 +279,12 @@ class Preset:
 
 def described(cls: type) -> dict[str, str]:
     """The text of every field in the ``Args`` of a dataclass: what the command line shows."""
-    body = (cls.__doc__ or "").partition("Args:\n")[2]
+    # Python 3.13 takes the indentation off by itself
+    body = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
     rows: dict[str, str] = {}
     name = ""
     for line in body.splitlines():
-        start = re.match(r" {8}(\w+): (.*)", line)
+        start = re.match(r" {4}(\w+): (.*)", line)
         if start:
             name, rows[start[1]] = start[1], start[2]
         elif name and line.strip():
