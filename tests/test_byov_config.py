@@ -81,11 +81,11 @@ def test_descriptions_do_not_depend_on_the_indentation(indentation: str) -> None
         "",
         "Args:",
         "    one: First",
-        "        line. Two: parts.",
+        "        line. 2: x.",
         "    two: Second.",
     )
     documented = type("Documented", (), {"__doc__": f"\n{indentation}".join(lines)})
-    assert described(documented) == {"one": "First line. Two: parts.", "two": "Second."}
+    assert described(documented) == {"one": "First line. 2: x.", "two": "Second."}
 
 
 def test_json_both_ways() -> None:
