@@ -85,6 +85,11 @@ _COMMANDS = (
 )  # fmt: skip
 
 
+TRIED = (
+    "What was tried, in the tables below: smaller final betas and posteriors left out (the width "
+    "of the posterior), weaker noise (variance under noise), other starts and forms of sigma "
+    "(appendix C), other estimators and strengths of augmentation (cells)."
+)
 STRANGERS = (
     "Images of other data sets, sized and coloured as the run's, told from its test images by a "
     "score of doubt. In percent. Chance is 50 for AUROC and 95 for FPR95, the share of test images "
@@ -199,7 +204,9 @@ def _failures(claims: Sequence[dict[str, Any]]) -> list[str]:
         for r in claims
         if r["verdict"] in shown
     ]
-    return lines or ["Nothing that was run with enough seeds."]
+    if not lines:
+        return ["Nothing that was run with enough seeds."]
+    return [*lines, "", TRIED]
 
 
 def _trained(found: Sequence[tuple[dict[str, Any], Card]]) -> list[tuple[Any, ...]]:
