@@ -175,11 +175,40 @@ def test_trajectories_are_those_of_the_log(folders: dict[str, Path], made: Path)
     assert parts["predictor.1.weight"] == ("predictor", "vector")
 
 
+def test_trajectories_are_of_a_seed_whose_posteriors_moved(
+    folders: dict[str, Path], made: Path, tmp_path: Path
+) -> None:
+    def card(of: str, seed: int, *, moved: bool) -> Card:
+        found = read_card(folders[of])
+        facts = {**found.facts, "converged": moved}
+        return replace(found, config=replace(found.config, seed=seed), facts=facts)
+
+    cards = [card("zero", 0, moved=True), card("sigma", 0, moved=False),
+             card("zero", 1, moved=False), card("sigma", 1, moved=True),
+             card("zero", 2, moved=True), card("sigma", 2, moved=True)]  # fmt: skip
+
+    def seeds(given: list[Card]) -> list[tuple[int, str | None]]:
+        found = assemble.fig3(given)
+        assert found is not None
+        return [(column["seed"], column["stamp"]) for column in found["columns"].values()]
+
+    assert seeds(cards) == [(2, None), (2, None)]
+    assert seeds(cards[:4]) == [(0, None), (0, "posterior not converged")]
+    assert seeds(cards[1:3]) == [(1, "posterior not converged"), (0, "posterior not converged")]
+    one = assemble.fig3(cards[:4])
+    assert one is not None
+    assert one["stamp"] is None
+    plots.draw("fig3", one, tmp_path)
+    drawn = (tmp_path / "fig3.svg").read_text()
+    assert drawn.count("posterior not converged") == 1
+    assert "POSTERIOR NOT CONVERGED" not in drawn
+
+
 @pytest.mark.parametrize("priors", [1, 2, 3])
 def test_the_key_of_the_trajectories_is_inside_the_picture(priors: int) -> None:
     figure_module = pytest.importorskip("matplotlib.figure")
     tensors = [{"part": "encoder", "kind": "matrix", "mean_snr": [1.0, 2.0], "max_snr": [2.0, 3.0]}]
-    shown = {"epochs": [1, 2], "seed": 0, "tensors": tensors}
+    shown = {"epochs": [1, 2], "seed": 0, "tensors": tensors, "stamp": None}
     figure = figure_module.Figure(layout="constrained")
     plots.DRAWN["fig6"](figure, {"columns": dict.fromkeys(map(str, range(priors)), shown)})
     figure.draw_without_rendering()

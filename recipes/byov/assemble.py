@@ -214,31 +214,39 @@ def kind_of(name: str) -> str:
     return "vector" if small else "matrix"
 
 
-def trajectories(cards: Sequence[Card], columns: dict[str, list[Card]]) -> Numbers | None:
-    """Sigma and SNR of every tensor over the epochs, one column of the figure each."""
-    shown = {}
-    for name, group in columns.items():
-        for card in sorted(group, key=lambda c: c.seed):
-            layers = _layers(card)
-            if layers is not None:
-                shown[name] = {"seed": card.seed, **layers, "heads_low": heads_low(layers)}
-                break
-    if not shown:
+def trajectories(columns: dict[str, list[Card]]) -> Numbers | None:
+    """Sigma and SNR of every tensor over the epochs, one column of the figure each.
+
+    Of one seed: the first at which every column has a posterior that moved, else the first.
+    """
+    known = {
+        name: {card.seed: card for card in sorted(group, key=lambda c: c.seed) if _layers(card)}
+        for name, group in columns.items()
+    }
+    known = {name: by_seed for name, by_seed in known.items() if by_seed}
+    if not known:
         return None
-    used = [c for group in columns.values() for c in group]
-    return {"columns": shown, "apart": apart(shown), "stamp": stamp(used)}
+    shared = sorted(set.intersection(*map(set, known.values())))
+    moved = [s for s in shared if all(stamp([each[s]]) is None for each in known.values())]
+    shown = {}
+    for name, by_seed in known.items():
+        card = by_seed[(moved or shared or list(by_seed))[0]]
+        layers = _layers(card) or {}
+        shown[name] = {"seed": card.seed, **layers, "heads_low": heads_low(layers),
+                       "stamp": stamp([card])}  # fmt: skip
+    return {"columns": shown, "apart": apart(shown), "stamp": stamp_of_all(shown.values())}
 
 
 def fig3(cards: Sequence[Card]) -> Numbers | None:
     """By prior."""
-    return trajectories(cards, {PRIORS[p]: paper_like(cards, prior=p) for p in PRIORS})
+    return trajectories({PRIORS[p]: paper_like(cards, prior=p) for p in PRIORS})
 
 
 def fig6(cards: Sequence[Card]) -> Numbers | None:
     """By beta_end, prior N(0, I)."""
     betas = sorted({c.config.beta_end for c in cards if c.config.bayesian})
     groups = {f"beta 0 -> {b:g}": paper_like(cards, beta_end=b) for b in betas}
-    return trajectories(cards, {name: group for name, group in groups.items() if group})
+    return trajectories({name: group for name, group in groups.items() if group})
 
 
 def apart(columns: dict[str, Any]) -> list[dict[str, Any]]:

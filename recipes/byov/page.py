@@ -170,9 +170,11 @@ def _section(section: Section, folder: Path) -> str:
         if section.numbers.get("stamp"):
             parts.append(f"<p class='stamp'>{escape(section.numbers['stamp'])}</p>")
         else:
-            stamped = [p for p in section.numbers.get("panels", ()) if p["stamp"]]
+            stamps = [(p["run"], p["stamp"]) for p in section.numbers.get("panels", ())]
+            shown = section.numbers.get("columns", {})
+            stamps += [(name, column["stamp"]) for name, column in shown.items()]
             parts += [
-                f"<p class='stamp'>{escape(p['run'])}: {escape(p['stamp'])}</p>" for p in stamped
+                f"<p class='stamp'>{escape(of)}: {escape(text)}</p>" for of, text in stamps if text
             ]
         if section.drawn:
             svg = base64.b64encode((folder / f"{section.name}.svg").read_bytes()).decode("ascii")

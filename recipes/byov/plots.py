@@ -224,6 +224,7 @@ def _trajectories(figure: Any, numbers: Numbers, rows: tuple[tuple[str, str], ..
             axes.xaxis.get_major_locator().set_params(integer=True)
             if row == 0:
                 axes.set_title(_pretty(name) + f"  (seed {shown['seed']})")
+                _stamp(axes, shown)
             if row == len(rows) - 1:
                 axes.set_xlabel("epoch")
             if column == 0:
