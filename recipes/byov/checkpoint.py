@@ -86,8 +86,8 @@ def tidy(folder: Path, *, keep_last: int, best: int | None) -> None:
     for step in sorted(found)[:-keep_last]:
         if step != best:
             found[step].unlink()
-    for rest in folder.glob(".*.tmp"):
-        rest.unlink()
+    for rest in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):  # safetensors has names of its own
+        rest.unlink(missing_ok=True)
 
 
 def check_same(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
