@@ -172,8 +172,9 @@ SCALES = {
         "cpu",
         "6,000 training and 2,000 test images of Fashion-MNIST, 28 x 28 grey, a ViT of two layers "
         "and 64 dimensions, 12 epochs; the log variances learn 15 times as fast as the means, so "
-        "that the posterior moves. ResNet-18 has an eighth of its width. Cells that claims compare "
-        "have six seeds, byov-zero, on which most claims rest, ten, all others three.",
+        "that the posterior moves. ResNet-18 has an eighth of its width. BYOL's ablations and the "
+        "cells of augmentation have three seeds, byov-zero, on which most claims rest, ten, all "
+        "others six.",
         replace(_DEMO.config, epochs=12, logvar_lr_ratio=15.0),
         replace(_DEMO.run, **_QUIET, checkpoint_every=3),
         EvalSettings(num_samples=30),

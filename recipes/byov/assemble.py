@@ -220,20 +220,23 @@ def trajectories(columns: dict[str, list[Card]]) -> Numbers | None:
     Of one seed: the first at which every column has a posterior that moved, else the first.
     """
     known = {
-        name: {card.seed: card for card in sorted(group, key=lambda c: c.seed) if _layers(card)}
+        name: {
+            card.seed: (stamp([card]), layers)
+            for card in sorted(group, key=lambda c: c.seed)
+            if (layers := _layers(card)) is not None
+        }
         for name, group in columns.items()
     }
     known = {name: by_seed for name, by_seed in known.items() if by_seed}
     if not known:
         return None
     shared = sorted(set.intersection(*map(set, known.values())))
-    moved = [s for s in shared if all(stamp([each[s]]) is None for each in known.values())]
+    moved = [seed for seed in shared if not any(each[seed][0] for each in known.values())]
     shown = {}
     for name, by_seed in known.items():
-        card = by_seed[(moved or shared or list(by_seed))[0]]
-        layers = _layers(card) or {}
-        shown[name] = {"seed": card.seed, **layers, "heads_low": heads_low(layers),
-                       "stamp": stamp([card])}  # fmt: skip
+        seed = (moved or shared or list(by_seed))[0]
+        stamped, layers = by_seed[seed]
+        shown[name] = {"seed": seed, **layers, "heads_low": heads_low(layers), "stamp": stamped}
     return {"columns": shown, "apart": apart(shown), "stamp": stamp_of_all(shown.values())}
 
 

@@ -84,7 +84,8 @@ class Stepper:
         if self.teacher is not None and num_classes:
             self.probe = OnlineProbe(_width(self.model), num_classes, device=world.device)
         self._called = self._parallel()
-        self._targets: Any = torch.compile(self.teacher) if run.compile else self.teacher
+        compiled = run.compile and self.teacher is not None
+        self._targets: Any = torch.compile(self.teacher) if compiled else self.teacher
         self._reduced: dict[str, Any] = {"kl_reduction": config.kl_reduction}
         if config.kl_reduction == "num_data":
             self._reduced["num_data"] = num_images
