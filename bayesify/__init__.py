@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from .convert import to_deterministic as to_deterministic
     from .errors import ArgumentError as ArgumentError
     from .errors import BayesifyError as BayesifyError
+    from .errors import BiasBeforeNormWarning as BiasBeforeNormWarning
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
     from .errors import ModelError as ModelError
     from .errors import NoMatchError as NoMatchError
     from .errors import NoMatchWarning as NoMatchWarning
-    from .errors import UnseenBiasWarning as UnseenBiasWarning
     from .errors import UnsupportedModuleError as UnsupportedModuleError
     from .export import Ensemble as Ensemble
     from .export import ensemble as ensemble
@@ -76,7 +76,7 @@ _HOMES = {
     "planning": "BBBConfig ConversionPlan plan",
     "convert": "to_bbb to_bbb_ to_deterministic",
     "errors": "ArgumentError BayesifyError CheckpointError DataError ModelError NoMatchError "
-    "NoMatchWarning UnseenBiasWarning UnsupportedModuleError",
+    "NoMatchWarning BiasBeforeNormWarning UnsupportedModuleError",
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "inference": "calibrate_ predict recompute_batchnorm_",
     "models": "InputConfig ModelSpec create_model input_config",

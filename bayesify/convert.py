@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import BayesifyError, NoMatchWarning, UnseenBiasWarning, UnsupportedModuleError
+from .errors import BayesifyError, BiasBeforeNormWarning, NoMatchWarning, UnsupportedModuleError
 from .gaussian import raw_from_logvar
-from .obstacles import Found, check_model
 from .planning import (
     BBBConfig,
     Conversion,
@@ -40,6 +39,7 @@ from .rewriter.fallback import DrawnHook
 from .rewriter.owner import generated_class, original_class
 from .rewriter.variants import adopt
 from .selection import Pattern
+from .validation import Found, check_model
 
 
 def to_bbb(
@@ -147,7 +147,7 @@ def to_bbb_(
         )
     spec = specify(skip, only, preset, prior, logvar, estimator, config)
     for hint in apply_(model, spec).hints:
-        warnings.warn(hint, UnseenBiasWarning, stacklevel=2)
+        warnings.warn(hint, BiasBeforeNormWarning, stacklevel=2)
     return model
 
 

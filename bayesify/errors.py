@@ -36,5 +36,5 @@ class NoMatchWarning(UserWarning):
     """A ``skip`` or ``only`` pattern matches nothing in the model."""
 
 
-class UnseenBiasWarning(UserWarning):
+class BiasBeforeNormWarning(UserWarning):
     """A bias gets a posterior and no loss depends on it: a BatchNorm takes it off again."""

@@ -14,9 +14,9 @@ from . import gaussian
 from .errors import ArgumentError
 from .kernels import grouped
 from .kernels.noise import noise
-from .posterior import Site, bayesian_sites, gaussian_prior, whole
+from .posterior import Site, bayesian_sites, full_tensor, gaussian_prior
 from .priors import ScaleMixturePrior
-from .rewriter.outside import ACTIVE
+from .rewriter.trace_context import ACTIVE
 from .rewriter.values import TraceFailure
 from .scope import LOCAL, new_seed
 
@@ -388,7 +388,7 @@ def _beside(value: Tensor | float, mean: Tensor) -> Tensor | float:
     value = value.to(mean.device)
     sharded: Any = mean
     if not hasattr(mean, "placements"):
-        return whole(value)  # FSDP2 leaves the root's parameters whole after a forward
+        return full_tensor(value)  # FSDP2 leaves the root's parameters whole after a forward
     if hasattr(value, "placements") or value.dim() == 0:
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import ArgumentError
-from .posterior import Site, bayesian_sites, owner_state, root_mean_square, whole
+from .posterior import Site, bayesian_sites, full_tensor, owner_state, root_mean_square
 
 # A sigma above this is no initial value of a network's weight, but what a parameter near 0 gives.
 _WIDE_STD = 0.5
@@ -164,7 +164,7 @@ def _is_noise(site: Site) -> bool:
     if asked is not None and math.exp(0.5 * asked) > _WIDE_STD:
         return False
     with torch.no_grad():
-        std = torch.exp(0.5 * whole(site.logvar).double().mean()).item()
+        std = torch.exp(0.5 * full_tensor(site.logvar).double().mean()).item()
         rms = root_mean_square(site.mean)
     return std > _WIDE_STD and std > 0.5 * rms
 

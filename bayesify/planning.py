@@ -9,15 +9,15 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from .absorbed_biases import hints
 from .errors import ArgumentError
 from .gaussian import Parameterization
-from .obstacles import Found, check_model, obstacle, refuse
 from .posterior import RAW_SUFFIX, Estimator, root_mean_square, sites
 from .priors import GaussianPrior, Prior
 from .rewriter.estimators import may_take
 from .rewriter.owner import methods_to_wrap, original_class
 from .selection import Pattern, assign, parse_patterns, select
-from .unseen import hints
+from .validation import Found, check_model, obstacle, refuse
 
 Estimators = Estimator | Mapping[Any, Estimator]
 """One for all, or by pattern."""

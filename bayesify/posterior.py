@@ -265,7 +265,7 @@ def posterior_stats(model: nn.Module) -> dict[str, dict[str, float]]:
 
 def tensor_stats(mean: Tensor, std: Tensor) -> dict[str, float]:
     """What :func:`posterior_stats` says of one tensor."""
-    mean, std = whole(mean), whole(std).float()
+    mean, std = full_tensor(mean), full_tensor(std).float()
     snr = gaussian.signal_to_noise(mean.float(), std)
     return {
         "elements": mean.numel(),
@@ -276,7 +276,7 @@ def tensor_stats(mean: Tensor, std: Tensor) -> dict[str, float]:
     }
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """``tensor``, gathered where FSDP2 has sharded it; then every process must call it."""
     sharded: Any = tensor
     gathered: Tensor = sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -287,7 +287,7 @@ def root_mean_square(tensor: Tensor) -> float:
     """Root mean square in float64; zero if empty, not finite if an element is not."""
     if tensor.numel() == 0:
         return 0.0
-    tensor = whole(tensor.detach())
+    tensor = full_tensor(tensor.detach())
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     # pieces that stay in the cache: a float64 copy of a large tensor costs ten times as much
     for piece in tensor.reshape(-1).split(1 << 17):

@@ -29,8 +29,8 @@ from functools import partial
 
 from torch import nn
 
+from bayesify.absorbed_biases import before_batchnorm
 from bayesify.errors import ArgumentError, NoMatchError
-from bayesify.unseen import before_batchnorm
 
 Pattern = str | type[nn.Module]
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import bayesify
+from bayesify.absorbed_biases import before_batchnorm
 from bayesify.errors import ArgumentError, NoMatchError
 from bayesify.selection import PRESETS, Pattern, Selection, parse_patterns, select
-from bayesify.unseen import before_batchnorm
 
 
 class RmsNorm(nn.Module):
@@ -375,7 +375,7 @@ def test_the_plan_tells_of_biases_before_batchnorm_that_get_a_posterior() -> Non
     assert hint in str(bayesify.plan(model))
     many = nn.Sequential(*[m for _ in range(5) for m in (nn.Linear(2, 2), nn.BatchNorm1d(2))])
     assert "0.bias, 2.bias, 4.bias and 2 more. " in bayesify.plan(many).hints[0]
-    with pytest.warns(bayesify.UnseenBiasWarning, match="squeeze.bias, stem.0.bias"):
+    with pytest.warns(bayesify.BiasBeforeNormWarning, match="squeeze.bias, stem.0.bias"):
         bayesify.to_bbb(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

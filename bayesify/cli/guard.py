@@ -16,13 +16,14 @@ INTERRUPTED = 130
 @contextmanager
 def guard(debug: bool) -> Iterator[None]:
     """Turn an exception into a red panel on stderr and an exit code: 2 wrong usage, 1 failure."""
-    from ..errors import ArgumentError, BayesifyError, NoMatchWarning, UnseenBiasWarning
+    from ..errors import ArgumentError, BayesifyError, BiasBeforeNormWarning, NoMatchWarning
     from . import render
 
     try:
         with warnings.catch_warnings():
-            for told in (NoMatchWarning, UnseenBiasWarning):  # the commands print a plan's notes
-                warnings.simplefilter("ignore", told)
+            # commands print a plan's notes
+            for kind in (NoMatchWarning, BiasBeforeNormWarning):
+                warnings.simplefilter("ignore", kind)
             warnings.showwarning = lambda message, *_args, **_kwargs: render.note(str(message))
             yield
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):

@@ -11,7 +11,7 @@ from .elements import Score as Score
 from .elements import prune_ as prune_
 from .elements import prune_n_of_m_ as prune_n_of_m_
 from .elements import sparsity_schedule as sparsity_schedule
-from .holding import keep_pruned_ as keep_pruned_
+from .masks import keep_pruned_ as keep_pruned_
 from .semi_structured import SemiStructured as SemiStructured
 from .semi_structured import to_semi_structured as to_semi_structured
 from .statistics import MultiplyAdds as MultiplyAdds

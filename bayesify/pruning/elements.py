@@ -18,7 +18,7 @@ from ..posterior import Site, bayesian_sites, pruned_elements
 from ..rewriter import caches
 from ..scope import as_seed
 from ..selection import Pattern, select
-from .holding import prune_site
+from .masks import prune_site
 
 Score = Literal["snr", "magnitude", "variance", "random"] | Callable[[Site], Tensor]
 Scope = Literal["tensor", "global"]

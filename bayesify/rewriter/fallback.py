@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from .. import scope as scopes
 from ..posterior import owner_state
 from ..scope import LOCAL
-from .outside import ACTIVE, opaque_calls
+from .trace_context import ACTIVE, opaque_calls
 
 
 class SwapMode(TorchFunctionMode):

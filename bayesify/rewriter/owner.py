@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from .. import scope as scopes
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
-from .outside import ACTIVE
+from .trace_context import ACTIVE
 from .variants import adopt, call
 
 _NOT_WRAPPED = (

@@ -29,7 +29,7 @@ from . import caches
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
 from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
-from .outside import (
+from .trace_context import (
     ACTIVE,
     TRACE_LOCK,
     has_hooks,

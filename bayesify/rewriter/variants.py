@@ -24,8 +24,8 @@ from .arguments import Outline, argument_names, describe, flatten, shapes_of, un
 from .estimators import reads_to_estimates
 from .fallback import SwapMode
 from .guards import Guard
-from .outside import ACTIVE, has_hooks
 from .passes import compile_source, reads_to_draws, restore_contexts, source_of
+from .trace_context import ACTIVE, has_hooks
 from .tracer import MethodTracer, Trace
 from .values import StateFound, TraceFailure
 

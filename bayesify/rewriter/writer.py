@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from .caches import INTERNAL
 from .guards import PRIMITIVES
-from .outside import context_state
+from .trace_context import context_state
 from .values import TracedNumber, TracedParts, TracedSize, TracedTensor, TraceFailure
 
 

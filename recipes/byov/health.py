@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bayesify as bb
-from bayesify.posterior import whole
+from bayesify.posterior import full_tensor
 
 _RANKME_EPS = 1e-7  # of the reference, in float32 there
 
@@ -137,7 +137,7 @@ def posterior_health(
     travel = wide = spread = 0.0
     weights = in_matrices = 0
     for name, mean, sharded, _ in bb.posteriors(model):
-        logvar = whole(sharded).float()
+        logvar = full_tensor(sharded).float()
         weights += logvar.numel()
         travel += float((logvar - initial_logvar[name]).abs().sum())
         wide += float((logvar > 2 * math.log(prior_std / 2)).sum())

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bayesify import ArgumentError
-from bayesify.posterior import whole
+from bayesify.posterior import full_tensor
 
 from .parallel import World
 
@@ -59,7 +59,7 @@ def gathered_state(value: Any, *, keep: bool) -> Any:
         keep: Whether this process wants the tensors; one that does not gets None for each.
     """
     if hasattr(value, "full_tensor"):
-        full = whole(value.detach())
+        full = full_tensor(value.detach())
         return full.cpu() if keep else None
     if isinstance(value, Mapping):
         return {k: gathered_state(v, keep=keep) for k, v in value.items()}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesify import ArgumentError, kl_divergence, kl_scale, noise_budget, one_draw
-from bayesify.posterior import whole
+from bayesify.posterior import full_tensor
 
 from .checkpoint import copy_into
 from .config import BYOVConfig, RunConfig
@@ -223,10 +223,10 @@ class Stepper:
         """Scale the gradients down to a norm; give the norm before, or 0 where nobody wants it."""
         trained = [p for p in self.model.parameters() if p.grad is not None]
         if self.config.clip_norm > 0:
-            return whole(nn.utils.clip_grad_norm_(trained, self.config.clip_norm))
+            return full_tensor(nn.utils.clip_grad_norm_(trained, self.config.clip_norm))
         if wanted:
             grads = [p.grad for p in trained if p.grad is not None]
-            return whole(nn.utils.get_total_norm(grads))
+            return full_tensor(nn.utils.get_total_norm(grads))
         return torch.zeros((), device=self.world.device)
 
 
