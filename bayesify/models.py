@@ -26,7 +26,9 @@ _FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)"
 # What a saved model may not choose: a download, a path, or what ModelSpec has a field for.
 _RESERVED = {
     **dict.fromkeys(["num_classes", "in_chans", "img_size"], "it is a field of its own"),
-    **dict.fromkeys(["pretrained", "weights", "weights_backbone"], "use pretrained=True"),
+    **dict.fromkeys(
+        ["pretrained", "pretrained_backbone", "weights", "weights_backbone"], "use pretrained=True"
+    ),
     **dict.fromkeys(["checkpoint_path", "cache_dir"], "use weights=FILE"),
     **dict.fromkeys(["pretrained_cfg", "pretrained_cfg_overlay"], "name the tag: resnet50.a1_in1k"),
 }

@@ -15,6 +15,7 @@ from .options import (
     Device,
     File,
     Json,
+    ModelArgs,
     ModelName,
     NumSamples,
     Seed,
@@ -40,6 +41,7 @@ def evaluate(
     ] = None,
     batch_size: BatchSize = 256,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     resamples: Annotated[
@@ -74,7 +76,7 @@ def evaluate(
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
         strangers = None if ood is None else load_dataset(ood, split=split)
-        opened = open_model(file, model, target_device)
+        opened = open_model(file, model, model_args, target_device)
         with render.progress("Measuring") as bar:
             rows = training.evaluate(
                 opened.model,

@@ -19,6 +19,7 @@ from .options import (
     File,
     Force,
     Json,
+    ModelArgs,
     ModelName,
     Quiet,
     Seed,
@@ -178,6 +179,7 @@ def fit(
         bool, typer.Option("--resume", help="Go on with a fit that was interrupted.")
     ] = False,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -203,7 +205,7 @@ def fit(
         _check_options(context, method)
         target_device = resolve_device(device)
         train = load_dataset(data, split="train")
-        opened = open_model(file, model, target_device)
+        opened = open_model(file, model, model_args, target_device)
         common: dict[str, Any] = {
             "device": target_device, "model_config": opened.input, "workers": workers,
         }  # fmt: skip

@@ -19,6 +19,7 @@ from .options import (
     File,
     Force,
     Json,
+    ModelArgs,
     ModelName,
     NumSamples,
     Seed,
@@ -48,6 +49,7 @@ def predict(
     split: Split = "test",
     batch_size: BatchSize = 64,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -71,7 +73,7 @@ def predict(
             storage.check_target(out, overwrite=force)
         target_device = resolve_device(device)
         images, names = _images(inputs, split)
-        opened = open_model(file, model, target_device)
+        opened = open_model(file, model, model_args, target_device)
         total = min(limit or len(images), len(images))
         rows = []
         with render.progress("Predicting", total) as bar:

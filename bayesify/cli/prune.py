@@ -16,6 +16,7 @@ from .options import (
     File,
     Force,
     Json,
+    ModelArgs,
     ModelName,
     NumSamples,
     Quiet,
@@ -81,6 +82,7 @@ def prune(
     split: Split = "test",
     batch_size: BatchSize = 256,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -124,7 +126,7 @@ def prune(
                 storage.check_target(plot, overwrite=force)
             target_device = resolve_device(device)
             images = load_dataset(str(data), split=split)
-            opened = open_model(file, model, target_device)
+            opened = open_model(file, model, model_args, target_device)
             if sparsity_of(opened.model).pruned:
                 render.note("The file has pruned weights already: they stay pruned throughout.")
             swept = sorted(shares or _CURVE)
@@ -157,7 +159,7 @@ def prune(
 
         target = out or Path(default_name(file, deterministic=deterministic))
         storage.check_target(target, overwrite=force)
-        opened = open_model(file, model, resolve_device("cpu"))
+        opened = open_model(file, model, model_args, resolve_device("cpu"))
         share = shares[0] if shares else 0.0
         apply(opened.model, share, scores[0])
         if deterministic:

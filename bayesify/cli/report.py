@@ -16,6 +16,7 @@ from .options import (
     Device,
     File,
     Force,
+    ModelArgs,
     ModelName,
     NumSamples,
     Quiet,
@@ -47,6 +48,7 @@ def report(
     split: Split = "test",
     batch_size: BatchSize = 256,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -76,7 +78,7 @@ def report(
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
         strangers = None if ood is None else load_dataset(ood, split=split)
-        opened = open_model(file, model, target_device)
+        opened = open_model(file, model, model_args, target_device)
         with render.progress("Measuring") as bar:
             found = gather(
                 opened.model, images, ood=strangers, num_samples=num_samples, seed=seed,

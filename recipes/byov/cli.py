@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shlex
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -14,6 +13,7 @@ from bayesify.cli.guard import INTERRUPTED, guard
 
 from .commands import mount
 from .config import PRESETS, BYOVConfig, Preset, RunConfig, described
+from .trust import read_arguments
 
 if TYPE_CHECKING:
     from .train import Outcome, Progress
@@ -58,12 +58,7 @@ def settings(preset: str, given: dict[str, Any]) -> Preset:
     base = PRESETS[preset]
     changed = {name: value for name, value in given.items() if value is not None}
     if "encoder_args" in changed:
-        try:
-            changed["encoder_args"] = json.loads(changed["encoder_args"])
-        except ValueError as error:
-            raise ArgumentError(
-                f"encoder_args must be a JSON object such as '{{\"depth\": 6}}' ({error})."
-            ) from error
+        changed["encoder_args"] = read_arguments(changed["encoder_args"])
     own = {f.name for f in fields(BYOVConfig)}
     return replace(
         base,

@@ -19,6 +19,16 @@ Folders = Annotated[
 Data = Annotated[
     str | None, typer.Option(metavar="DATA", help="The runs' data set, where it lies now.")
 ]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FACTORY",
+        help="The runs' encoder, if it is a factory of your own: no file chooses what is imported.",
+    ),
+]
+EncoderArgs = Annotated[
+    str | None, typer.Option(metavar="JSON", help="What that factory was called with.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes what there is.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read training images.")]
 Draws = Annotated[
@@ -45,6 +55,8 @@ def evaluate(
         typer.Option(help="linear: all labels; semi: 1 and 10 % of them; finetune: all trained."),
     ] = "linear",
     data: Data = None,
+    encoder: Encoder = None,
+    encoder_args: EncoderArgs = None,
     ood: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,10 +83,11 @@ def evaluate(
         from .strangers import open_strangers, strangers
 
         settings = _settings(num_samples, seed, epochs)
+        where = _where(data, encoder, encoder_args, device, workers)
         made = []
         for folder in folders:
             with render.status(f"{folder}"):
-                run = open_run(folder, data=data, device=device, workers=workers)
+                run = open_run(folder, **where)
                 made.append(measure(run, protocol, settings))
                 if ood:
                     others = [open_strangers(run, name) for name in ood]
@@ -154,6 +167,8 @@ def prune(
         Path, typer.Option("--out", "-o", help="Folder of the figure: PNG, SVG and JSON.")
     ] = Path("byov-figures"),
     data: Data = None,
+    encoder: Encoder = None,
+    encoder_args: EncoderArgs = None,
     epochs: Epochs = 80,
     seed: Seed = 0,
     device: Device = "auto",
@@ -193,10 +208,11 @@ def prune(
                 epochs=rounds.epochs if round_epochs is None else round_epochs,
                 sparsities=tuple(sparsity or rounds.sparsities),
             )
+        where = _where(data, encoder, encoder_args, device, workers)
         made = []
         for folder in folders:
             with render.progress(f"{folder}") as bar:
-                run = open_run(folder, data=data, device=device, workers=workers)
+                run = open_run(folder, **where)
                 if iterative:
                     made.append(iterative_pruning(run, rounds, head=head, told=bar.say))
                 else:
@@ -283,6 +299,8 @@ def figures(
         int, typer.Option(min=0, help="Test images of figures 4, 5 and 7; 0 is all.")
     ] = 0,
     data: Data = None,
+    encoder: Encoder = None,
+    encoder_args: EncoderArgs = None,
     epochs: Epochs = 80,
     seed: Seed = 0,
     device: Device = "auto",
@@ -305,11 +323,26 @@ def figures(
         )  # fmt: skip
         with render.progress("Figures") as bar:
             page = make(
-                folders, out, only=only or (), data=data, device=device, workers=workers,
-                head=_settings(num_samples, seed, epochs), doubt=doubt, measured=measured,
-                told=bar.say,
+                folders, out, only=only or (), head=_settings(num_samples, seed, epochs),
+                doubt=doubt, measured=measured, told=bar.say,
+                **_where(data, encoder, encoder_args, device, workers),
             )  # fmt: skip
         render.text(f"{page}")
+
+
+def _where(
+    data: str | None, encoder: str | None, encoder_args: str | None, device: str, workers: int
+) -> dict[str, Any]:
+    """How runs are opened."""
+    from .trust import read_arguments
+
+    return {
+        "data": data,
+        "encoder": encoder,
+        "encoder_args": None if encoder_args is None else read_arguments(encoder_args),
+        "device": device,
+        "workers": workers,
+    }
 
 
 def _settings(num_samples: int, seed: int, epochs: int) -> EvalSettings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,6 +131,8 @@ def make(
     *,
     only: Sequence[str] = (),
     data: str | None = None,
+    encoder: str | None = None,
+    encoder_args: Mapping[str, Any] | None = None,
     device: str = "auto",
     workers: int = 0,
     head: EvalSettings = _HEAD,
@@ -146,6 +148,8 @@ def make(
         out: Folder of figures and ``index.html``.
         only: Names of figures; all if empty.
         data: The runs' data set, where it lies elsewhere now.
+        encoder: The runs' encoder, if it is a factory of your own.
+        encoder_args: What that factory was called with.
         device: To measure on.
         workers: Processes that read training images.
         head: Of the classifier and the average.
@@ -168,7 +172,10 @@ def make(
     if not measured:
         for folder in folders:
             told(f"{folder}")
-            run = open_run(folder, data=data, device=device, workers=workers)
+            run = open_run(
+                folder, data=data, encoder=encoder, encoder_args=encoder_args, device=device,
+                workers=workers,
+            )  # fmt: skip
             measure(run, needs, head=head, doubt=doubt, sparsities=sparsities, told=told)
     return publish([read_card(folder) for folder in folders], out, wanted, told)
 

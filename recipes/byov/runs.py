@@ -28,6 +28,7 @@ from .measure import Reading, Rows, refresh_batchnorm_
 from .model import Student, build_student, convert_
 from .sources import Images
 from .train import open_images
+from .trust import check_data, check_encoder
 
 CONVERGED = 0.3
 """Below this median standard deviation of logvar within a tensor, SNR ranks as magnitude does."""
@@ -97,19 +98,29 @@ class Run:
 
 
 def open_run(
-    folder: Path, *, data: str | None = None, device: str = "auto", workers: int = 0
+    folder: Path,
+    *,
+    data: str | None = None,
+    encoder: str | None = None,
+    encoder_args: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    workers: int = 0,
 ) -> Run:
     """Open the newest checkpoint of a run.
 
     Args:
         folder: What ``--out`` of the training was.
-        data: Its data set, where it lies elsewhere now.
+        data: Its data set, where it lies elsewhere now; a run on one of timm's needs it.
+        encoder: Its encoder, where that is a factory of your own: a file does not choose which code
+            runs.
+        encoder_args: What that factory was called with.
         device: As :class:`RunConfig` has it.
         workers: Processes that read training images; the test images are kept in memory, for they
             are looked at hundreds of times, unless they take more than 8 GiB.
 
     Raises:
-        ArgumentError: The folder holds no run, or the data set has no test images.
+        ArgumentError: The folder holds no run, the data set has no test images, or the file names
+            code that was not named here.
         CheckpointError: The checkpoint is damaged.
         DataError: The data cannot be read.
     """
@@ -123,7 +134,11 @@ def open_run(
     identity = saved["identity"]
     known = {f.name for f in fields(BYOVConfig)}
     config = BYOVConfig.from_json({k: v for k, v in identity.items() if k in known})
-    spec = data or identity["data"]["name"]
+    check_encoder(newest, config, encoder, encoder_args)
+    spec = data
+    if spec is None:
+        spec = str(identity["data"]["name"])
+        check_data(newest, spec)
     here = _device(device)
     with torch.random.fork_rng(devices=[]):
         source = open_images(config, RunConfig(data=spec, device=device)).to(here)
