@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from bayesify import ArgumentError, ModelError
 from byov_small import CONFIG, small_run
-from recipes.byov import checkpoint, cli
+from recipes.byov import cli
 from recipes.byov.config import PRESETS
-from recipes.byov.runs import open_run
+from recipes.byov.evaluation.runs import open_run
+from recipes.byov.runtime import checkpoint
 from recipes.byov.train import train
 
 Named = tuple[str, dict[str, Any]]

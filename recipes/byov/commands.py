@@ -11,7 +11,7 @@ import typer
 from bayesify.cli.guard import guard
 
 if TYPE_CHECKING:
-    from .evaluate import EvalSettings
+    from .evaluation.protocol import EvalSettings
 
 Folders = Annotated[
     list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders that train wrote.")
@@ -78,9 +78,9 @@ def evaluate(
     with guard(debug):
         from bayesify.cli import render
 
-        from .evaluate import evaluate as measure
-        from .runs import open_run
-        from .strangers import open_strangers, strangers
+        from .evaluation.evaluate import evaluate as measure
+        from .evaluation.ood import ood_detection, open_ood
+        from .evaluation.runs import open_run
 
         settings = _settings(num_samples, seed, epochs)
         where = _where(data, encoder, encoder_args, device, workers)
@@ -90,11 +90,11 @@ def evaluate(
                 run = open_run(folder, **where)
                 made.append(measure(run, protocol, settings))
                 if ood:
-                    others = [open_strangers(run, name) for name in ood]
-                    made.append(strangers(run, others, settings))
+                    others = [open_ood(run, name) for name in ood]
+                    made.append(ood_detection(run, others, settings))
             if not json:
                 _show(folder, made[-2 if ood else -1])
-                _show_strangers(made[-1] if ood else None)
+                _show_ood(made[-1] if ood else None)
         if json:
             render.as_json(made)
 
@@ -127,12 +127,12 @@ def _show(folder: Path, made: dict[str, Any]) -> None:
     render.text("")
 
 
-def _show_strangers(made: dict[str, Any] | None) -> None:
+def _show_ood(made: dict[str, Any] | None) -> None:
     from bayesify.cli import render
 
     if made is not None:
         render.table(
-            ("strangers", "prediction", "score", "AUROC", "FPR95"),
+            ("OOD data", "prediction", "score", "AUROC", "FPR95"),
             [
                 (r["strangers"], r["prediction"], r["score"], f"{r['auroc']:.3f}",
                  f"{r['fpr95']:.1%}")
@@ -186,11 +186,11 @@ def prune(
         from bayesify import ArgumentError
         from bayesify.cli import render
 
-        from .cards import read_card
-        from .figures import FIGURES, publish
-        from .iterative import IterativeSettings, iterative_pruning
-        from .pruning import SCOPES, SPARSITIES, prune_curves
-        from .runs import open_run
+        from .evaluation.pruning import SCOPES, SPARSITIES, prune_curves
+        from .evaluation.runs import open_run
+        from .paper.figures import FIGURES, publish
+        from .paper.iterative import IterativeSettings, iterative_pruning
+        from .paper.results import read_record
 
         scopes: Any = scope or SCOPES
         if not set(scopes) <= set(SCOPES):
@@ -214,19 +214,19 @@ def prune(
             with render.progress(f"{folder}") as bar:
                 run = open_run(folder, **where)
                 if iterative:
-                    made.append(iterative_pruning(run, rounds, head=head, told=bar.say))
+                    made.append(iterative_pruning(run, rounds, head=head, on_progress=bar.say))
                 else:
                     made.append(
                         prune_curves(
                             run, sparsities=sparsity or SPARSITIES, scopes=scopes, seed=seed,
-                            settings=head, told=bar.say,
+                            settings=head, on_progress=bar.say,
                         )
                     )  # fmt: skip
             if not json:
                 (_show_arms if iterative else _show_curves)(folder, made[-1])
         name = "fig4rounds" if iterative else "fig4"
         wanted = [f for f in FIGURES if f.name == name]
-        publish([read_card(folder) for folder in folders], out, wanted, lambda line: None)
+        publish([read_record(folder) for folder in folders], out, wanted, lambda line: None)
         if json:
             render.as_json(made)
         else:
@@ -312,19 +312,19 @@ def figures(
         from bayesify import ArgumentError
         from bayesify.cli import render
 
-        from .doubt import DoubtSettings
-        from .figures import make
+        from .evaluation.uncertainty import UncertaintySettings
+        from .paper.figures import make
 
         if everything and only:
             raise ArgumentError("--all and --only exclude each other.")
-        doubt = DoubtSettings(
+        uncertainty = UncertaintySettings(
             spread_draws=spread_draws, pool=pool, most=most, latent_draws=latent_draws,
             images=images, seed=seed,
         )  # fmt: skip
         with render.progress("Figures") as bar:
             page = make(
                 folders, out, only=only or (), head=_settings(num_samples, seed, epochs),
-                doubt=doubt, measured=measured, told=bar.say,
+                uncertainty=uncertainty, measured=measured, on_progress=bar.say,
                 **_where(data, encoder, encoder_args, device, workers),
             )  # fmt: skip
         render.text(f"{page}")
@@ -346,6 +346,6 @@ def _where(
 
 
 def _settings(num_samples: int, seed: int, epochs: int) -> EvalSettings:
-    from .evaluate import EvalSettings
+    from .evaluation.protocol import EvalSettings
 
     return replace(EvalSettings(), num_samples=num_samples, seed=seed, epochs=epochs)
