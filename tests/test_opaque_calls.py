@@ -65,9 +65,9 @@ class Scan(torch.autograd.Function):
         return found, state
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, a, b, found = ctx.saved_tensors
+        x, a, b, _ = ctx.saved_tensors
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in (x, a, b)]
             state, states = torch.zeros_like(inputs[0][:, 0]), []
@@ -181,6 +181,11 @@ class HoldsApply(Model):
         return self.reverse(self.layer(x)) * self.scale
 
 
+@torch.no_grad()
+def _fixed(self: Any, x: Tensor) -> Any:
+    return reverse(x) * self.scale
+
+
 FORWARDS: dict[str, Callable[[Any, Tensor], Any]] = {
     "reversal": lambda self, x: reverse(self.layer(x)),
     "reversal of a parameter": lambda self, x: self.layer(x) * reverse(self.scale),
@@ -199,7 +204,9 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Any]] = {
     "in place": lambda self, x: overwrite(self.layer(x) * 1) + self.scale,
     "its own apply": lambda self, x: prepare(self.layer(x)) + self.scale,
     "a metaclass of its own": lambda self, x: hidden(self.layer(x)) + self.scale,
-    "one in another's arguments": lambda self, x: reverse(rounded(reverse(self.layer(x)))) * self.scale,
+    "one in another's arguments": lambda self, x: (
+        reverse(rounded(reverse(self.layer(x)))) * self.scale
+    ),
     "script": lambda self, x: scripted(self.layer(x), self.scale),
     "script under another name": lambda self, x: run_scripted(self.layer(x), self.scale),
     "script of a parameter": lambda self, x: self.layer(x) * run_squashed(self.scale),
@@ -211,7 +218,9 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Any]] = {
     "vmap over a parameter": lambda self, x: (
         torch.vmap(lambda w: self.layer(x) @ w)(self.layer.weight).sum(0) * self.scale.sum()
     ),
-    "vmap of a function": lambda self, x: torch.vmap(rounded, (0, None))(self.layer(x), 0.5) * self.scale,
+    "vmap of a function": lambda self, x: (
+        torch.vmap(rounded, (0, None))(self.layer(x), 0.5) * self.scale
+    ),
     "gradient": lambda self, x: torch.func.grad(
         lambda w: (self.layer(x) * w).square().sum()
     )(self.scale) + x,
@@ -222,11 +231,6 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Any]] = {
         lambda y: torch.tanh(y * self.scale), (self.layer(x),), (x,)
     )[1],
 }  # fmt: skip
-
-
-@torch.no_grad()
-def _fixed(self: Any, x: Tensor) -> Any:
-    return reverse(x) * self.scale
 
 
 def exact_gradients(model: nn.Module, x: Tensor) -> None:
@@ -277,4 +281,5 @@ def test_gradient_reversal_has_the_reversed_gradient() -> None:
 
     model = bayesify.to_bbb(Domain())
     model(torch.ones(2, 3)).sum().backward()
+    assert isinstance(model.l, nn.Linear)
     torch.testing.assert_close(model.l.weight.grad, torch.full((1, 3), -4.0))

@@ -258,8 +258,8 @@ class ChangesAlways(Model):
 
 MODELS = [
     VectorQuantiser, WritesData, WritesItsDict, Equilibrium, Graph, DropsWeights, CustomGradient,
-    CustomGradientInFallback, Properties, UsesNumpy, ChangesNumpyInPlace, BranchesOnShape, HandsOnParameter,
-    HoldsCallables, HoldsBoundMethods, Complex, FillsInPlace, ChangesAlways,
+    CustomGradientInFallback, Properties, UsesNumpy, ChangesNumpyInPlace, BranchesOnShape,
+    HandsOnParameter, HoldsCallables, HoldsBoundMethods, Complex, FillsInPlace, ChangesAlways,
 ]  # fmt: skip
 FALLBACK = {Equilibrium, CustomGradientInFallback}
 

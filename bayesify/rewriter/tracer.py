@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import inspect
 import operator
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +27,7 @@ from . import caches
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
 from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
+from .randomness import has_random_numbers, random_numbers_kept
 from .trace_context import (
     ACTIVE,
     TRACE_LOCK,
@@ -514,6 +513,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return
         if type(value) in (TracedSize, TracedParts) or isinstance(value, TracedNumber):
             return
+        if has_random_numbers(value):
+            raise TraceFailure(f"it takes random numbers of its {type(value).__name__} {name!r}")
         if plain(value):
             copy = value if isinstance(value, PRIMITIVES) else copy_plain(value)
             self.guards[path, name] = Guard(path, name, copy, "equal")
@@ -610,7 +611,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             build: From traced tensors to the method's (args, kwargs).
             tensors: Tensor arguments, real or fake; only their metadata is used.
         """
-        with self._patched(), self.fake_mode, self:
+        with self._patched(), random_numbers_kept(), self.fake_mode, self:
             traced = []
             for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
                 node = self.graph.placeholder(name)
@@ -620,8 +621,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             args, kwargs = build(traced)
             before = _shape_of((args, kwargs))
             held = self._containers()
-            with _python_numbers():
-                result = method(*args, **kwargs)
+            result = method(*args, **kwargs)
             self._check_containers(held)
             with torch._C.DisableTorchFunction():
                 output = self.argument(result)
@@ -648,27 +648,6 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _hide(self, module: nn.Module) -> None:
         if self.hide:
             self._hidden.update((id(module), name) for name in caches.hide(module))
-
-
-@contextmanager
-def _python_numbers() -> Iterator[None]:
-    """Refuse a forward that takes random numbers which no graph would take again."""
-    numpy = sys.modules.get("numpy")
-    python = random.getstate()
-    legacy = None if numpy is None else numpy.random.get_state()
-    yield
-    if random.getstate() == python and (
-        numpy is None or _same_state(legacy, numpy.random.get_state())
-    ):
-        return
-    random.setstate(python)
-    if numpy is not None:
-        numpy.random.set_state(legacy)
-    raise TraceFailure("it draws random numbers with Python or numpy")
-
-
-def _same_state(a: Any, b: Any) -> bool:
-    return bool(a[0] == b[0] and a[1].tobytes() == b[1].tobytes() and a[2:] == b[2:])
 
 
 def _examples_of_partial(value: Any, convert: Callable[[Any], Any]) -> Any:
