@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .export import export_safetensors as export_safetensors
     from .export import export_torch as export_torch
     from .export import to_program as to_program
+    from .fixed import fix_ as fix_
     from .inference import calibrate_ as calibrate_
     from .inference import predict as predict
     from .inference import recompute_batchnorm_ as recompute_batchnorm_
@@ -78,6 +79,7 @@ _HOMES = {
     "errors": "ArgumentError BayesifyError CheckpointError DataError ModelError NoMatchError "
     "NoMatchWarning BiasBeforeNormWarning UnsupportedModuleError",
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
+    "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",
     "models": "InputConfig ModelSpec create_model input_config",
     "objective": "elbo_loss kl_divergence kl_schedule kl_scale noise_budget",

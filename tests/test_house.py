@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("priors",),
     ("posterior",),
-    ("scope", "absorbed_biases"),
+    ("scope", "absorbed_biases", "fixed"),
     ("selection",),
     ("rewriter",),
     ("validation",),

@@ -70,12 +70,14 @@ def calibrate_(
     check_batch("calibrate_", inputs)
     base = int(as_seed(seed))
     kept = [site.raw.detach().clone() for site in found]
+    held = [site.held for site in found]
 
     def scale(factor: float) -> None:
-        for site, raw in zip(found, kept, strict=True):
+        for site, raw, fixed in zip(found, kept, held, strict=True):
             kind = site.slot.parameterization
             logvar = gaussian.logvar_from_raw(raw, kind) + 2.0 * math.log(factor)
-            site.raw.copy_(gaussian.raw_from_logvar(logvar, kind))
+            scaled = gaussian.raw_from_logvar(logvar, kind)
+            site.raw.copy_(scaled if fixed is None else torch.where(fixed, raw, scaled))
 
     with torch.no_grad(), evaluating(model):
         with at_mean(model):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import gaussian
 from ..errors import ArgumentError
 from ..kernels.noise import fold, noise
-from ..posterior import Site, bayesian_sites, pruned_elements
+from ..posterior import Site, bayesian_sites, fixed_elements, pruned_elements
 from ..rewriter import caches
 from ..scope import as_seed
 from ..selection import Pattern, select
@@ -41,7 +41,8 @@ def prune_(
     r"""Prune the weights of the lowest score: mean and sigma become exactly 0 and stay it.
 
     What is pruned already counts towards ``sparsity`` and is never revived, so that a model can
-    be pruned further step by step (:func:`sparsity_schedule`).
+    be pruned further step by step (:func:`sparsity_schedule`). What is fixed
+    (:func:`bayesify.fix_`), or has a score of infinity, is not pruned.
 
     Args:
         model: A converted model, changed in place. Upon an error it is as it was.
@@ -234,7 +235,7 @@ def chosen(
 
 
 def scores_of(site: Site, score: Score, seed: int) -> Tensor:
-    """The score of each weight of one tensor; what is pruned already has the lowest."""
+    """The score of each weight; -inf of what is pruned already, inf of what is fixed."""
     if callable(score):
         values = score(site)
         if not isinstance(values, Tensor) or values.shape != site.mean.shape:
@@ -247,8 +248,8 @@ def scores_of(site: Site, score: Score, seed: int) -> Tensor:
         values = values.detach().to(site.mean.device, wide)
     else:
         values = _named_score(site, score, seed)
-    mask = pruned_elements(site.raw)
-    values = values.masked_fill(mask, -math.inf)
+    values = values.masked_fill(pruned_elements(site.raw), -math.inf)
+    values = values.masked_fill(fixed_elements(site.raw), math.inf)
     if bool(values.isnan().any()):
         raise ArgumentError(
             f"The score of {site.name!r} is NaN for {int(values.isnan().sum())} weights: "
@@ -296,7 +297,8 @@ def lowest(scores: list[Tensor], share: float, scope: Scope) -> list[Tensor]:
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """A mask of exactly ``count`` lowest; among equals the first ones."""
+    """A mask of exactly ``count`` lowest, if so many are finite; among equals the first ones."""
+    count = min(count, int((scores < math.inf).sum()))
     # torch.quantile takes no more than 16 million elements
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)

@@ -199,7 +199,7 @@ def fit_laplace_(
     model.eval()
     with torch.no_grad():
         stds = [site.std.double().sum().item() for site in found]
-    weights = sum(site.mean.numel() for site in found)
+    weights = max(1, sum(site.weights for site in found))
     return LaplaceResult(
         prior_precision=scale,
         num_data=num_data,
@@ -220,31 +220,31 @@ class _Term:
     prior_precision: Tensor | float
     square: float  # sum of prior precision times squared distance from the prior's mean
     log_prior: float  # sum of the logs of the prior precisions
-    pruned: Tensor | None
+    held: Tensor | None
 
     @classmethod
     def of(cls, site: Site, data_precision: Tensor) -> _Term:
         mean, var = gaussian_prior(site)
         precision = 1.0 / var
-        pruned = site.pruned
+        held = site.held
         wide = data_precision.dtype
         distance = (site.mean.detach().to(wide) - mean).square() * precision
         one = torch.ones_like(data_precision)
-        if pruned is not None:
-            distance, one = distance.masked_fill(pruned, 0.0), one.masked_fill(pruned, 0.0)
+        if held is not None:
+            distance, one = distance.masked_fill(held, 0.0), one.masked_fill(held, 0.0)
         log_prior = float((one * math.log(precision)).sum()) if isinstance(precision, float) else 0
-        return cls(site, data_precision, precision, float(distance.sum()), float(log_prior), pruned)
+        return cls(site, data_precision, precision, float(distance.sum()), float(log_prior), held)
 
     def precision(self, scale: float) -> Tensor:
         return self.data_precision + scale * self.prior_precision
 
     def log_determinant(self, scale: float) -> float:
         logs = self.precision(scale).log()
-        return float(logs.sum() if self.pruned is None else logs.masked_fill(self.pruned, 0).sum())
+        return float(logs.sum() if self.held is None else logs.masked_fill(self.held, 0).sum())
 
     def count(self) -> int:
         left = self.data_precision.numel()
-        return left if self.pruned is None else left - int(self.pruned.sum())
+        return left if self.held is None else left - int(self.held.sum())
 
 
 def _set(terms: list[_Term], scale: float, temperature: float) -> None:
@@ -253,8 +253,8 @@ def _set(terms: list[_Term], scale: float, temperature: float) -> None:
         for term in terms:
             logvar = math.log(temperature) - term.precision(scale).log()
             raw = gaussian.raw_from_logvar(logvar, term.site.slot.parameterization)
-            if term.pruned is not None:
-                raw = torch.where(term.pruned, term.site.raw.to(raw.dtype), raw)
+            if term.held is not None:
+                raw = torch.where(term.held, term.site.raw.to(raw.dtype), raw)
             term.site.raw.copy_(raw)
 
 
