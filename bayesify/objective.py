@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from . import gaussian
 from .errors import ArgumentError
 from .kernels import grouped
 from .kernels.noise import noise
+from .numeric import not_negative, real, whole
 from .posterior import Site, bayesian_sites, full_tensor, gaussian_prior
 from .priors import ScaleMixturePrior
 from .rewriter.trace_context import ACTIVE
@@ -187,12 +187,8 @@ def kl_scale(
             "batch): num_data=len(train_set). For a loss that is no mean over examples take "
             "kl_reduction='num_weights' or 'sum'."
         )
-    if not _is_integer(num_data) or num_data < 1:
-        raise ArgumentError(
-            "num_data must be a positive integer, the number of training examples (not of the "
-            f"batch), got {num_data!r}."
-        )
-    return 1.0 / num_data
+    expected = "a positive integer, the number of training examples (not of the batch)"
+    return 1.0 / whole("num_data", num_data, expected)
 
 
 def noise_budget(
@@ -255,12 +251,11 @@ class KLSchedule:
                 f"kl_schedule: shape must be one of {', '.join(map(repr, _SHAPES))}, got "
                 f"{self.shape!r}."
             )
-        _checked_weight(self.start, "kl_schedule: start")
-        _checked_weight(self.end, "kl_schedule: end")
-        if not _is_integer(self.steps) or self.steps < 1:
-            raise ArgumentError(
-                f"kl_schedule: steps must be a positive integer, got {self.steps!r}."
-            )
+        for name in ("start", "end"):
+            value = _checked_weight(getattr(self, name), f"kl_schedule: {name}")
+            object.__setattr__(self, name, value)
+        steps = whole("kl_schedule: steps", self.steps, "a positive integer")
+        object.__setattr__(self, "steps", steps)
         if self.shape == "constant" and self.start != self.end:
             raise ArgumentError(
                 f"kl_schedule: a constant schedule needs start == end, got {self.start!r} and "
@@ -268,10 +263,9 @@ class KLSchedule:
             )
 
     def __call__(self, step: int) -> float:
-        if step < 0:
-            raise ArgumentError(f"kl_schedule: step must not be negative, got {step!r}.")
+        step = whole("kl_schedule: step", step, "an integer from 0", least=0)
         if step >= self.steps:
-            return float(self.end)
+            return self.end
         done = step / self.steps
         if self.shape == "cosine":
             done = 0.5 * (1.0 - math.cos(math.pi * done))
@@ -406,11 +400,5 @@ def _beside(value: Tensor | float, mean: Tensor) -> Tensor | float:
     return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _checked_weight(value: float, what: str = "kl_weight") -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value < math.inf:
-        raise ArgumentError(f"{what} must be a finite number of at least 0, got {value!r}.")
-    return float(value)
+    return real(what, value, "a finite number of at least 0", not_negative)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from .errors import ArgumentError
 from .fixed import masked
+from .numeric import not_negative, real
 from .posterior import (
     Site,
     bayesian_sites,
@@ -57,12 +57,13 @@ def param_groups(
     >>> [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     [('means', 0.001, 0.0), ('logvars', 0.01, 0.0)]
     """
-    logvar_lr = lr if logvar_lr is None else logvar_lr
-    for name, value in (("lr", lr), ("logvar_lr", logvar_lr), ("weight_decay", weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value < math.inf:
-            raise ArgumentError(
-                f"param_groups: {name} must be a finite number of at least 0, got {value!r}."
-            )
+    expected = "a finite number of at least 0"
+    lr = real("param_groups: lr", lr, expected, not_negative)
+    weight_decay = real("param_groups: weight_decay", weight_decay, expected, not_negative)
+    logvar_lr = (
+        lr if logvar_lr is None
+        else real("param_groups: logvar_lr", logvar_lr, expected, not_negative)
+    )  # fmt: skip
     found = bayesian_sites(model)
     means = {id(site.mean) for site in found}
     raws = {id(site.raw) for site in found}

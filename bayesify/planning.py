@@ -13,6 +13,7 @@ from .absorbed_biases import hints
 from .errors import ArgumentError
 from .fixed import masked
 from .gaussian import Parameterization
+from .numeric import positive, real
 from .posterior import RAW_SUFFIX, Estimator, root_mean_square, sites
 from .priors import GaussianPrior, Prior
 from .rewriter.estimators import may_take
@@ -54,10 +55,9 @@ class BBBConfig:
 
     def __post_init__(self) -> None:
         fraction = self.relative_std
-        if fraction is not None and not (math.isfinite(fraction) and fraction > 0):
-            raise ArgumentError(
-                f"BBBConfig: relative_std must be positive and finite, got {self.relative_std!r}."
-            )
+        if fraction is not None:
+            fraction = real("BBBConfig: relative_std", fraction, "positive and finite", positive)
+            object.__setattr__(self, "relative_std", fraction)
         if self.parameterization not in RAW_SUFFIX:
             raise ArgumentError(
                 "BBBConfig: parameterization must be 'exp' or 'softplus', got "
@@ -169,12 +169,10 @@ class Conversion:
                 "prior must be a GaussianPrior, ScaleMixturePrior or LivePrior, got "
                 f"{self.prior!r}."
             )
-        if self.logvar is not None and not (
-            isinstance(self.logvar, int | float) and math.isfinite(self.logvar)
-        ):
-            raise ArgumentError(
-                f"logvar must be a finite number (log of the variance), got {self.logvar!r}."
-            )
+        if self.logvar is not None:
+            expected = "a finite number (log of the variance)"
+            logvar = real("logvar", self.logvar, expected, math.isfinite)
+            object.__setattr__(self, "logvar", logvar)
         for _, estimator in self.estimators:
             if estimator not in get_args(Estimator):
                 raise ArgumentError(

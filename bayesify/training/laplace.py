@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from .. import gaussian
 from ..errors import ArgumentError
 from ..models import InputConfig
+from ..numeric import count, positive, real, seed_number, whole
 from ..posterior import Site, bayesian_sites, gaussian_prior
 from ..priors import GaussianPrior
 from .augmentation import Augment
 from .batches import (
     Data,
     batches_in_order,
-    check_batch_size,
     check_data,
     config_for,
     device_of,
@@ -128,8 +128,19 @@ def fit_laplace_(
     """
     started = time.perf_counter()
     size = check_data(train)
-    check_batch_size(batch_size)
-    _check_numbers(prior_precision, temperature, holdout, max_examples)
+    batch_size, seed = count("batch_size", batch_size), seed_number(seed)
+    if prior_precision not in ("marglik", "holdout"):
+        expected = "a finite number above 0, 'marglik' or 'holdout'"
+        prior_precision = real("fit_laplace_: prior_precision", prior_precision, expected, positive)
+    temperature = real(
+        "fit_laplace_: temperature", temperature, "a finite number above 0", positive
+    )
+    holdout = real(
+        "fit_laplace_: holdout", holdout, "between 0 and 1", lambda value: 0.0 < value < 1.0
+    )
+    if max_examples is not None:
+        expected = "None or a whole number above 0"
+        max_examples = whole("fit_laplace_: max_examples", max_examples, expected)
     if augment != "none" and prior_precision != "holdout":
         raise ArgumentError(
             "fit_laplace_: augment changes held-out images, and there are none: take "
@@ -185,7 +196,8 @@ def fit_laplace_(
             tried = _search(measure, terms)
             scale = min(tried, key=lambda pair: pair[1])[0]
         else:
-            scale = float(prior_precision)
+            assert isinstance(prior_precision, float)
+            scale = prior_precision
         _set(terms, scale, temperature)
     except BaseException:
         with torch.no_grad():
@@ -296,28 +308,3 @@ def _search(measure: Callable[[float], float], terms: list[_Term]) -> list[tuple
         if worse == 2:
             break
     return tried
-
-
-def _check_numbers(
-    prior_precision: object, temperature: object, holdout: float, max_examples: object
-) -> None:
-    def positive(value: object) -> bool:
-        return type(value) in (int, float) and 0.0 < float(value) < math.inf  # type: ignore[arg-type]
-
-    chosen = prior_precision in ("marglik", "holdout")
-    if not chosen and not positive(prior_precision):
-        raise ArgumentError(
-            "fit_laplace_: prior_precision must be a finite number above 0, 'marglik' or 'holdout',"
-            f" got {prior_precision!r}."
-        )
-    if not positive(temperature):
-        raise ArgumentError(
-            f"fit_laplace_: temperature must be a finite number above 0, got {temperature!r}."
-        )
-    if not positive(holdout) or holdout >= 1.0:
-        raise ArgumentError(f"fit_laplace_: holdout must be between 0 and 1, got {holdout!r}.")
-    if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
-        raise ArgumentError(
-            f"fit_laplace_: max_examples must be None or a whole number above 0, got "
-            f"{max_examples!r}."
-        )
