@@ -17,11 +17,11 @@ from .posterior import FIXED_RAW, bayesian_sites
 def fix_(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Fix single weights at their means: they are not drawn, and the KL leaves them out.
 
-    It is for weights that no loss depends on: the KL alone would move their posterior, to the
-    prior. :func:`bayesify.to_bbb` fixes the row of ``padding_idx`` of an ``nn.Embedding`` or
-    ``nn.EmbeddingBag`` that nothing else reads, and what a mask of ``torch.nn.utils.prune`` sets
-    to 0. It cannot know of others: rows that no input has, what a mask of your own multiplies by 0,
-    slices whose gradient a hook sets to 0.
+    It is for weights that no loss depends on (:func:`bayesify.without_gradient` finds them): the
+    KL alone would move their posterior, to the prior. :func:`bayesify.to_bbb` fixes the row of
+    ``padding_idx`` of an ``nn.Embedding`` or ``nn.EmbeddingBag`` that nothing else reads, and what
+    a mask of ``torch.nn.utils.prune`` sets to 0. It cannot know of others: rows that no input has,
+    what a mask of your own multiplies by 0, slices whose gradient a hook sets to 0.
 
     A mean is trained further by whatever gradient it gets. Pruning passes fixed weights over. As
     the mask of pruned weights, that of fixed ones is in the log variances: it is copied and saved

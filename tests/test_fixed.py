@@ -392,3 +392,46 @@ def test_fix_refuses(masks: Any, said: str) -> None:
         bayesify.fix_(model, {"weight": torch.ones(2, 2) > 0, **masks})
     assert said in str(caught.value)
     assert torch.equal(bayesify.kl_divergence(model), before)
+
+
+class Gaps(nn.Module):
+    """Words that no example has, masked weights, a detached tensor, a layer that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH, padding_idx=0)
+        self.masked = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.mask: Tensor
+        self.register_buffer("mask", torch.ones(WIDTH, WIDTH).tril())
+        self.detached = nn.Parameter(torch.randn(WIDTH))
+        self.unread = nn.Linear(2, 2)
+        self.frozen = nn.Parameter(torch.randn(WIDTH), requires_grad=False)
+        self.sliced = nn.Parameter(torch.randn(2, WIDTH))
+        self.sliced.register_hook(lambda grad: grad * torch.tensor([[1.0], [0.0]]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = F.linear(self.words(tokens).mean(1), self.masked * self.mask)
+        return hidden * self.sliced[0] + self.detached.detach() + self.frozen
+
+
+def test_weights_without_gradient_are_found_and_can_be_fixed() -> None:
+    model: Any = bayesify.to_bbb(Gaps()).train()
+    batches = [(TOKENS % 4, torch.tensor([0, 1, 2])), (TOKENS % 5, torch.tensor([0, 1, 2]))]
+    found = bayesify.without_gradient(model, batches)
+    assert model.training
+    assert model.words.weight.grad is None
+    assert {name: mask.tolist() for name, mask in found.items()} == {
+        "words.weight": [[row in (5, 6)] * WIDTH for row in range(WORDS)],
+        "masked": (torch.ones(WIDTH, WIDTH).tril() == 0).tolist(),
+        "detached": [True] * WIDTH,
+        "unread.weight": [[True] * 2] * 2,
+        "unread.bias": [True] * 2,
+        "sliced": [[False] * WIDTH, [True] * WIDTH],
+    }
+    weights = bayesify.noise_budget(model, 2.0, kl_reduction="sum")
+    bayesify.fix_(model, found)
+    assert bayesify.without_gradient(model, batches) == {}
+    fixed = sum(int(mask.sum()) for mask in found.values())
+    assert bayesify.noise_budget(model, 2.0, kl_reduction="sum") == weights - fixed
+    with pytest.raises(ArgumentError, match="at least one batch"):
+        bayesify.without_gradient(model, [])
