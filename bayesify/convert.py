@@ -24,6 +24,7 @@ from .planning import (
     specify,
 )
 from .posterior import (
+    FIXED_RAW,
     PRIOR_MEAN_SUFFIX,
     STATE,
     OwnerState,
@@ -188,9 +189,11 @@ def _apply(
         logvar = -10.0 if item.std is None else 2.0 * math.log(item.std)
         double = torch.tensor(logvar, dtype=torch.float64, device="cpu")
         value = float(raw_from_logvar(double, parameterization))
-        raw = nn.Parameter(
-            torch.full_like(item.parameter, value, dtype=torch.float32, requires_grad=False)
-        )
+        filled = torch.full_like(item.parameter, value, dtype=torch.float32, requires_grad=False)
+        if item.fixed is not None:
+            filled[item.fixed.index] = FIXED_RAW
+            slot.has_held = True
+        raw = nn.Parameter(filled)
         for _, module, attribute in item.places:
             name = raw_name(attribute, slot)
             if name not in module._parameters:

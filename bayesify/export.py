@@ -22,6 +22,7 @@ from .convert import to_deterministic
 from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
 from .inference import main_output
 from .kernels.noise import fold
+from .numeric import count
 from .posterior import bayesian_sites
 from .pruning.shrinking import shrink_
 from .rewriter import caches
@@ -93,8 +94,7 @@ def ensemble(
     >>> torch.allclose(bayesify.ensemble(model, 4, seed=0)(x), mean)
     True
     """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ArgumentError(f"num_samples must be a whole number above 0, got {num_samples!r}.")
+    num_samples = count("num_samples", num_samples)
     bayesian_sites(model)
     base = int(as_seed(seed))
     means = to_deterministic(model).eval().requires_grad_(False)

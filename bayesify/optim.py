@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import ArgumentError
-from .posterior import Site, bayesian_sites, full_tensor, owner_state, root_mean_square
+from .fixed import masked
+from .numeric import not_negative, real
+from .posterior import (
+    Site,
+    bayesian_sites,
+    fixed_elements,
+    full_tensor,
+    held_elements,
+    owner_state,
+    root_mean_square,
+)
 
 # A sigma above this is no initial value of a network's weight, but what a parameter near 0 gives.
 _WIDE_STD = 0.5
@@ -48,12 +57,13 @@ def param_groups(
     >>> [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     [('means', 0.001, 0.0), ('logvars', 0.01, 0.0)]
     """
-    logvar_lr = lr if logvar_lr is None else logvar_lr
-    for name, value in (("lr", lr), ("logvar_lr", logvar_lr), ("weight_decay", weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value < math.inf:
-            raise ArgumentError(
-                f"param_groups: {name} must be a finite number of at least 0, got {value!r}."
-            )
+    expected = "a finite number of at least 0"
+    lr = real("param_groups: lr", lr, expected, not_negative)
+    weight_decay = real("param_groups: weight_decay", weight_decay, expected, not_negative)
+    logvar_lr = (
+        lr if logvar_lr is None
+        else real("param_groups: logvar_lr", logvar_lr, expected, not_negative)
+    )  # fmt: skip
     found = bayesian_sites(model)
     means = {id(site.mean) for site in found}
     raws = {id(site.raw) for site in found}
@@ -87,7 +97,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     An error: weight decay or a layer-wise trust ratio (LARS, LAMB) on a log variance, a log
     variance that the optimizer does not hold, NaN or Inf in one. A warning: a posterior so wide
     that its weights are mere noise, which is what an initialisation loop over ``parameters()``
-    leaves behind.
+    leaves behind; weights that a module masks and that are not fixed (:func:`bayesify.fix_`), as
+    where ``padding_idx`` was set after the conversion.
 
     Args:
         model: A converted model, or a module that holds one.
@@ -155,6 +166,27 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             UserWarning,
             stacklevel=2,
         )
+    drawn = _drawn_though_masked(model, found)
+    if drawn:
+        warnings.warn(
+            f"The KL alone moves the posterior of {'; '.join(drawn)}: they get no other gradient, "
+            "and are drawn. Fix them with bayesify.fix_(model, {name: mask}).",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _drawn_though_masked(model: nn.Module, found: list[Site]) -> list[str]:
+    """What modules mask of their own Bayesian parameters and nothing has fixed."""
+    rules = masked(model)
+    result = []
+    for site in found:
+        rule = rules.get(id(site.mean))
+        if rule is None or rule.readers:
+            continue
+        if not bool(full_tensor(fixed_elements(site.raw))[rule.index].all()):
+            result.append(f"{site.name}: {rule.what}")
+    return result
 
 
 def _is_noise(site: Site) -> bool:
@@ -164,8 +196,10 @@ def _is_noise(site: Site) -> bool:
     if asked is not None and math.exp(0.5 * asked) > _WIDE_STD:
         return False
     with torch.no_grad():
-        std = torch.exp(0.5 * full_tensor(site.logvar).double().mean()).item()
-        rms = root_mean_square(site.mean)
+        logvar, rms = full_tensor(site.logvar).double(), root_mean_square(site.mean)
+        if site.slot.has_held:
+            logvar = logvar[~held_elements(full_tensor(site.raw))]
+        std = torch.exp(0.5 * logvar.mean()).item()
     return std > _WIDE_STD and std > 0.5 * rms
 
 

@@ -24,9 +24,14 @@ STATE = "_bayesify"
 RAW_SUFFIX: dict[str, str] = {"exp": "_logvar", "softplus": "_rho"}
 PRIOR_MEAN_SUFFIX = "_prior_mean"
 PRUNED_RAW = -4096.0
-"""Trained spread of a pruned weight: its sigma is 0 also in float64, by exp and by softplus.
+"""Trained spread of a pruned weight, far enough below ``HELD`` for an optimizer to move it.
 
 It is finite, for what looks for NaN and infinity, and exact in bfloat16.
+"""
+FIXED_RAW = -(2.0**30)
+"""Trained spread of a fixed weight: its sigma is 0 as well, and its mean stays what it is.
+
+So far below :data:`PRUNED_RAW` that weight decay does not make it a pruned one.
 """
 _uids = itertools.count()
 
@@ -39,15 +44,14 @@ class Slot:
     may replace them.
     """
 
-    has_pruned = False
     __slots__ = (
-        "buffers", "drawn", "estimator", "key", "name", "parameterization", "prior", "prior_scale",
-        "uid",
+        "buffers", "drawn", "estimator", "has_held", "key", "name", "parameterization", "prior",
+        "prior_scale", "uid",
     )  # fmt: skip
 
     def __init__(
         self, name: str, prior: Prior, parameterization: Parameterization,
-        prior_scale: float = 1.0, estimator: Estimator = "weight",
+        prior_scale: float = 1.0, estimator: Estimator = "weight", has_held: bool = False,
     ) -> None:  # fmt: skip
         self.uid = next(_uids)
         self.name = name
@@ -56,13 +60,17 @@ class Slot:
         self.prior_scale = prior_scale
         self.parameterization = parameterization
         self.estimator = estimator
+        self.has_held = has_held  # whether weights may be pruned or fixed
         self.buffers = Buffers()
         self.drawn: Hook | None = None  # the last draw that had a gradient
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """The arguments that make such a slot anew."""
-        return self.name, self.prior, self.parameterization, self.prior_scale, self.estimator
+        return (
+            self.name, self.prior, self.parameterization, self.prior_scale, self.estimator,
+            self.has_held,
+        )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy is another parameter: it must not share a draw with this one
@@ -128,14 +136,32 @@ class Site(NamedTuple):
         return gaussian.logvar_from_raw(self.raw, self.slot.parameterization)
 
     @property
-    def pruned(self) -> Tensor | None:
-        """Which weights are pruned; None if none is."""
-        return pruned_elements(self.raw) if self.slot.has_pruned else None
+    def held(self) -> Tensor | None:
+        """Which weights have no spread and no KL: pruned and fixed ones; None if none has."""
+        return held_elements(self.raw) if self.slot.has_held else None
+
+    @property
+    def weights(self) -> int:
+        """Weights with a posterior: all but the fixed ones."""
+        count = self.mean.numel()
+        if self.slot.has_held:
+            count -= int(full_tensor(fixed_elements(self.raw).sum()))
+        return count
+
+
+def held_elements(raw: Tensor) -> Tensor:
+    """Which weights are pruned or fixed, from their trained spread."""
+    return raw.detach() <= gaussian.HELD
+
+
+def fixed_elements(raw: Tensor) -> Tensor:
+    """Which weights are fixed at their means, from their trained spread."""
+    return raw.detach() <= FIXED_RAW / 2
 
 
 def pruned_elements(raw: Tensor) -> Tensor:
     """Which weights are pruned, from their trained spread."""
-    return raw.detach() <= PRUNED_RAW / 2  # an optimizer may have moved it since
+    return held_elements(raw) & ~fixed_elements(raw)
 
 
 class Posterior(NamedTuple):
@@ -253,22 +279,32 @@ def posterior_stats(model: nn.Module) -> dict[str, dict[str, float]]:
     """Per tensor: ``elements``, mean and max of sigma and of the signal-to-noise ratio.
 
     Returns:
-        ``{name: {"elements", "mean_std", "max_std", "mean_snr", "max_snr"}}``, the ratio being
-        ``|mean| / std`` (Blundell et al., 2015, section 5).
+        ``{name: {"elements", "fixed", "mean_std", "max_std", "mean_snr", "max_snr"}}``, the ratio
+        being ``|mean| / std`` (Blundell et al., 2015, section 5). The fixed weights
+        (:func:`bayesify.fix_`), which have no sigma, count in ``elements`` and ``fixed`` alone.
     """
     stats: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for site in sites(model):
-            stats[site.name] = tensor_stats(site.mean, site.std)
+            stats[site.name] = tensor_stats(site.mean, site.raw, site.slot.parameterization)
     return stats
 
 
-def tensor_stats(mean: Tensor, std: Tensor) -> dict[str, float]:
+def tensor_stats(mean: Tensor, raw: Tensor, parameterization: Parameterization) -> dict[str, float]:
     """What :func:`posterior_stats` says of one tensor."""
-    mean, std = full_tensor(mean), full_tensor(std).float()
-    snr = gaussian.signal_to_noise(mean.float(), std)
+    mean, raw = full_tensor(mean.detach()).float(), full_tensor(raw.detach()).float()
+    elements = mean.numel()
+    fixed = fixed_elements(raw)
+    count = int(fixed.sum())
+    if count == elements:
+        mean, raw = mean.new_zeros(1), raw.new_full((1,), FIXED_RAW)
+    elif count:
+        mean, raw = mean[~fixed], raw[~fixed]
+    std = gaussian.std_from_raw(raw, parameterization)
+    snr = gaussian.signal_to_noise(mean, std)
     return {
-        "elements": mean.numel(),
+        "elements": elements,
+        "fixed": count,
         "mean_std": std.mean().item(),
         "max_std": std.max().item(),
         "mean_snr": snr.mean().item(),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, UnsupportedModuleError
+from .fixed import Masked
 from .posterior import PRIOR_MEAN_SUFFIX, Estimator
 from .rewriter.owner import generated_class, original_class
 
@@ -27,6 +28,7 @@ class Found:
     estimator: Estimator = "weight"
     rms: float | None = None
     std: float | None = None
+    fixed: Masked | None = None
 
     @property
     def name(self) -> str:

@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; units on one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("gaussian",),
+    ("gaussian", "numeric"),
     ("kernels",),
     ("priors",),
     ("posterior",),
-    ("scope", "absorbed_biases"),
+    ("scope", "absorbed_biases", "fixed"),
     ("selection",),
     ("rewriter",),
     ("validation",),

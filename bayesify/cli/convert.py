@@ -165,7 +165,7 @@ def convert(
             return
         if not quiet:
             print_plan(result, verbose)
-        for line in (*result.hints, *notes):
+        for line in (*result.fixed, *result.hints, *notes):
             render.note(line)
         for entry in listing or ():
             print_code(entry)

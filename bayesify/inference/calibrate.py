@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import gaussian
 from ..errors import ArgumentError
+from ..numeric import positive, real
 from ..posterior import bayesian_sites
 from ..scope import as_seed, at_mean
 from .running import Draws, check_batch, check_samples, evaluating
@@ -54,28 +54,26 @@ def calibrate_(
     >>> calibrate_(model, torch.randn(64, 3)) < 1.0
     True
     """
-    if not _in_unit_interval(target_agreement):
-        raise ArgumentError(
-            f"calibrate_: target_agreement must be in (0, 1], got {target_agreement!r}."
-        )
-    if target_change is not None and not (
-        isinstance(target_change, Real) and 0.0 < target_change < math.inf
-    ):
-        raise ArgumentError(
-            f"calibrate_: target_change must be a positive finite number, got {target_change!r}."
-        )
-    check_samples("calibrate_", num_samples)
+    target_agreement = real(
+        "calibrate_: target_agreement", target_agreement, "in (0, 1]", lambda v: 0.0 < v <= 1.0
+    )
+    if target_change is not None:
+        expected = "a positive finite number"
+        target_change = real("calibrate_: target_change", target_change, expected, positive)
+    num_samples = check_samples("calibrate_", num_samples)
     found = bayesian_sites(model)
     inputs = batch if isinstance(batch, tuple) else (batch,)
     check_batch("calibrate_", inputs)
     base = int(as_seed(seed))
     kept = [site.raw.detach().clone() for site in found]
+    held = [site.held for site in found]
 
     def scale(factor: float) -> None:
-        for site, raw in zip(found, kept, strict=True):
+        for site, raw, fixed in zip(found, kept, held, strict=True):
             kind = site.slot.parameterization
             logvar = gaussian.logvar_from_raw(raw, kind) + 2.0 * math.log(factor)
-            site.raw.copy_(gaussian.raw_from_logvar(logvar, kind))
+            scaled = gaussian.raw_from_logvar(logvar, kind)
+            site.raw.copy_(scaled if fixed is None else torch.where(fixed, raw, scaled))
 
     with torch.no_grad(), evaluating(model):
         with at_mean(model):
@@ -133,7 +131,3 @@ def _check_classes(reference: Tensor) -> None:
             f"least 2 classes; the model gave {reference.dtype} of {tuple(reference.shape)}. Give "
             "target_change=0.05, say, for any other output."
         )
-
-
-def _in_unit_interval(value: object) -> bool:
-    return isinstance(value, Real) and 0.0 < float(value) <= 1.0

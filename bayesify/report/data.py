@@ -16,7 +16,6 @@ from torch.utils.data import Subset
 
 from .. import __version__
 from ..data import ImageData, loader
-from ..errors import ArgumentError
 from ..inference import Predictor, main_output
 from ..metrics import (
     ClassificationMetrics,
@@ -29,6 +28,7 @@ from ..metrics import (
     reliability_bins,
 )
 from ..models import InputConfig, input_config
+from ..numeric import count, seed_number, whole
 from ..posterior import bayesian_sites
 from ..pruning import prune_
 from ..scope import at_mean
@@ -186,8 +186,9 @@ def gather(
         DataError: An image cannot be read.
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    if type(resamples) is not int or resamples < 2:
-        raise ArgumentError(f"resamples must be a whole number above 1, got {resamples!r}.")
+    resamples = whole("resamples", resamples, "a whole number above 1", least=2)
+    num_samples, batch_size = count("num_samples", num_samples), count("batch_size", batch_size)
+    seed = seed_number(seed)
     bayesian_sites(model)
     config = model_config or input_config(model)
     run = _Run(model.eval(), config, num_samples, seed, batch_size, device, amp, workers, on_step)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import gaussian
 from ..convert import apply_, revert_
 from ..errors import ArgumentError, BayesifyError, CheckpointError, ModelError
 from ..gaussian import Parameterization
@@ -90,8 +89,8 @@ def read_stats(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     file = read_contents(path)
     stats = {}
     for row in file.rows:
-        std = gaussian.std_from_raw(file.state[row.raw()].float(), row.parameterization)
-        stats[row.name] = tensor_stats(file.state[row.name], std)
+        raw = file.state[row.raw()]
+        stats[row.name] = tensor_stats(file.state[row.name], raw, row.parameterization)
     return stats
 
 

@@ -109,7 +109,7 @@ def _header(
         "input": shown,
         "elements": {
             "total": sum(p.numel() for p in model.parameters() if id(p) not in raws),
-            "bayesian": sum(site.mean.numel() for site in sites(model)),
+            "bayesian": sum(site.weights for site in sites(model)),
         },
         "conversions": _conversions(model),
         "posterior": rows,

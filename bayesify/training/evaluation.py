@@ -24,13 +24,13 @@ from ..metrics import (
     ood_metrics,
 )
 from ..models import InputConfig
+from ..numeric import count, seed_number, whole
 from ..posterior import is_bayesian
 from ..scope import at_mean
 from .autocast import check_amp
 from .batches import (
     Data,
     batches_in_order,
-    check_batch_size,
     check_data,
     config_for,
     device_of,
@@ -133,9 +133,11 @@ def evaluate(
     [('at the means', 1), ('MC average', 5)]
     """
     size = check_data(data)
-    check_batch_size(batch_size)
-    if type(resamples) is not int or resamples < 0 or resamples == 1:
-        raise ArgumentError(f"resamples must be 0 or a whole number above 1, got {resamples!r}.")
+    batch_size, seed = count("batch_size", batch_size), seed_number(seed)
+    num_samples = count("num_samples", num_samples)
+    resamples = whole("resamples", resamples, "0 or a whole number above 1", least=0)
+    if resamples == 1:
+        raise ArgumentError("resamples must be 0 or a whole number above 1, got 1.")
     if control and size < 2:
         raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
     target = device_of(model) if device is None else torch.device(device)

@@ -181,7 +181,7 @@ def fit(
         run.check_resumable(saved)
     if run.bayesian:
         on_start(run.line_on_kl())
-    with seeded(seed, target):
+    with seeded(settings.seed, target):
         if saved is not None:
             run.load(saved)
         with waiting_signals(path is not None) as signals:

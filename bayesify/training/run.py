@@ -154,7 +154,7 @@ class Run:
         return optimizer
 
     def line_on_kl(self) -> str:
-        weights = sum(site.mean.numel() for site in sites(self.model))
+        weights = sum(site.weights for site in sites(self.model))
         settings = self.settings
         return (
             f"KL of {weights:,} weights: s = {self.scale:.3g} ({settings.kl_reduction}, "
