@@ -267,7 +267,7 @@ class Lists(nn.Module):
         self.lin = nn.Linear(3, 2)
         self.hidden = nn.Linear(2, 2)
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Any:
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         return iter([("w", self.lin.weight), ("b", self.lin.bias)])
 
     def forward(self, x: Tensor) -> Tensor:

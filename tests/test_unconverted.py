@@ -394,3 +394,21 @@ def test_a_step_that_is_compiled() -> None:
     torch._dynamo.reset()
     value = torch.compile(step, fullgraph=True, backend="eager")()
     assert bool(torch.isfinite(value))
+
+
+# -- what leaves a converted layer as it is ---------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:.*quantized.*")
+def test_quantize_dynamic_says_that_it_does_nothing() -> None:
+    from torch.ao.quantization import quantize_dynamic
+
+    model = bayesify.to_bbb(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), skip="1")
+    with pytest.warns(UserWarning, match=r"leaves this Linear as it is.*to_deterministic"):
+        quantized: Any = quantize_dynamic(model, {nn.Linear})
+    assert type(quantized[1]) is not nn.Linear  # what was skipped is quantised as ever
+    assert [p.name for p in bayesify.posteriors(quantized)] == ["0.weight", "0.bias"]
+    assert not hasattr(quantized[0], "qconfig")
+    means = quantize_dynamic(bayesify.to_deterministic(model), {nn.Linear})
+    assert not list(means.parameters())

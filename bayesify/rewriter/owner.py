@@ -8,6 +8,7 @@ import dis
 import functools
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -196,6 +197,8 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         no_weight_decay=no_weight_decay,
         extra_repr=extra_repr,
     )
+    if attributes and not hasattr(original, "qconfig"):
+        namespace["qconfig"] = property(_qconfig, _set_qconfig, _delete_qconfig)
     namespace.update(_listing_methods(original))
     if issubclass(original, fx.GraphModule):
         namespace.update(_graph_module_methods(base, hooked))
@@ -213,6 +216,34 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
 
         namespace["__call__"] = __call__
     return type(original)(original.__name__, (original,), namespace)
+
+
+def _qconfig(self: Any) -> Any:
+    try:
+        return self.__dict__["qconfig"]
+    except KeyError:
+        raise AttributeError("qconfig") from None
+
+
+def _set_qconfig(self: Any, value: Any) -> None:
+    """What torch.ao.quantization sets on each module before it asks for the modules' classes.
+
+    It takes it off again, and nothing else of its call can be seen.
+    """
+    self.__dict__["qconfig"] = value
+    if value is None or type(value).__name__ in ("QConfig", "QConfigDynamic"):
+        kind = type(self).__name__
+        warnings.warn(
+            f"torch.ao.quantization leaves this {kind} as it is: it goes by exact classes, and a "
+            f"converted {kind} has one of its own. Quantise the means: "
+            "bayesify.to_deterministic(model).",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _delete_qconfig(self: Any) -> None:
+    del self.__dict__["qconfig"]
 
 
 def _listing_methods(base: Any) -> dict[str, Any]:
