@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .convert import extend_ as extend_
     from .convert import to_bbb as to_bbb
     from .convert import to_bbb_ as to_bbb_
     from .convert import to_deterministic as to_deterministic
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import BiasBeforeNormWarning as BiasBeforeNormWarning
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
+    from .errors import LostPosteriorWarning as LostPosteriorWarning
     from .errors import ModelError as ModelError
     from .errors import NoMatchError as NoMatchError
     from .errors import NoMatchWarning as NoMatchWarning
@@ -76,9 +78,9 @@ __version__ = "0.1.0"
 # Resolved at first use (PEP 562), so that `bayesify --help` does not import torch.
 _HOMES = {
     "planning": "BBBConfig ConversionPlan plan",
-    "convert": "to_bbb to_bbb_ to_deterministic",
-    "errors": "ArgumentError BayesifyError CheckpointError DataError ModelError NoMatchError "
-    "NoMatchWarning BiasBeforeNormWarning UnsupportedModuleError",
+    "convert": "extend_ to_bbb to_bbb_ to_deterministic",
+    "errors": "ArgumentError BayesifyError CheckpointError DataError LostPosteriorWarning "
+    "ModelError NoMatchError NoMatchWarning BiasBeforeNormWarning UnsupportedModuleError",
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",

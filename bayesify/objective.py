@@ -19,6 +19,7 @@ from .priors import ScaleMixturePrior
 from .rewriter.trace_context import ACTIVE
 from .rewriter.values import TraceFailure
 from .scope import LOCAL, new_seed
+from .unconverted import warn_of_unconverted
 
 KLReduction = Literal["num_data", "num_weights", "sum"]
 ScheduleShape = Literal["cosine", "linear", "constant"]
@@ -125,7 +126,8 @@ def elbo_loss(
         kl_reduction: ``"num_data"``, ``"num_weights"`` or ``"sum"``.
 
     Returns:
-        A scalar on the device of ``loss``.
+        A scalar on the device of ``loss``. A :class:`LostPosteriorWarning` names once what the
+        model was given after its conversion and is not in its KL (:func:`extend_`).
 
     Raises:
         ArgumentError: An argument has a value that cannot work.
@@ -146,6 +148,7 @@ def elbo_loss(
             f"elbo_loss: loss must be a tensor with no dimension, got {given}. Reduce it first: "
             "loss.mean()."
         )
+    warn_of_unconverted(model, once=True)
     factor = _checked_weight(kl_weight) * kl_scale(
         model, num_data=num_data, kl_reduction=kl_reduction
     )

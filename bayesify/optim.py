@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from .errors import ArgumentError
 from .fixed import masked
 from .numeric import not_negative, real
+from .own_lists import listed, trained_parameters
 from .posterior import (
     Site,
     bayesian_sites,
@@ -22,6 +22,7 @@ from .posterior import (
     owner_state,
     root_mean_square,
 )
+from .unconverted import warn_of_unconverted
 
 # A sigma above this is no initial value of a network's weight, but what a parameter near 0 gives.
 _WIDE_STD = 0.5
@@ -45,7 +46,8 @@ def param_groups(
 
     Returns:
         Groups called ``means``, ``deterministic`` and ``logvars`` (key ``name``), without empty
-        ones. Every parameter that requires a gradient is in one of them, tied ones once.
+        ones. Of ``model.parameters()`` every one that requires a gradient is in one of them, tied
+        ones once, and beside each mean its log variance, listed there or not.
 
     Raises:
         ArgumentError: A number is out of its range.
@@ -67,7 +69,7 @@ def param_groups(
     found = bayesian_sites(model)
     means = {id(site.mean) for site in found}
     raws = {id(site.raw) for site in found}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_parameters(model)
     groups = [
         {
             "name": "means",
@@ -98,7 +100,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     variance that the optimizer does not hold, NaN or Inf in one. A warning: a posterior so wide
     that its weights are mere noise, which is what an initialisation loop over ``parameters()``
     leaves behind; weights that a module masks and that are not fixed (:func:`bayesify.fix_`), as
-    where ``padding_idx`` was set after the conversion.
+    where ``padding_idx`` was set after the conversion; a parameter that came after the conversion
+    (:func:`extend_`).
 
     Args:
         model: A converted model, or a module that holds one.
@@ -123,7 +126,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__}."
         )
     found = bayesian_sites(model)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in nn.Module.named_parameters(model)}
     group_of = {id(p): group for group in groups for p in group["params"]}
     raws = {id(site.raw): names.get(id(site.raw), site.name) for site in found}
     held = {key: group_of[key] for key in raws if key in group_of}
@@ -134,33 +137,34 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     problems = []
     if decayed:
         problems.append(
-            f"weight decay on {_listed(decayed)} pulls sigma towards 1: make the optimizer from "
+            f"weight decay on {listed(decayed)} pulls sigma towards 1: make the optimizer from "
             "bayesify.param_groups(model, lr=...)."
         )
     if adapted:
         problems.append(
-            f"always_adapt on {_listed(adapted)} scales their steps with the norm of the log "
+            f"always_adapt on {listed(adapted)} scales their steps with the norm of the log "
             "variance, which means nothing: switch it off for the group of the log variances."
         )
     if missing:
         strange = sum(key not in names for key in group_of)
         problems.append(
-            f"the optimizer does not hold {_listed(missing)}"
+            f"the optimizer does not hold {listed(missing)}"
             + (f", but {strange} parameters that are not the model's" if strange else "")
             + ": make it after to_bbb and from the converted model, with "
             "bayesify.param_groups(model, lr=...). To keep them fixed: .requires_grad_(False)."
         )
     if broken:
         problems.append(
-            f"NaN or Inf in {_listed(broken)}: training has diverged or a file is damaged; load "
+            f"NaN or Inf in {listed(broken)}: training has diverged or a file is damaged; load "
             "or convert the model anew, and lower logvar_lr."
         )
     if problems:
         raise ArgumentError("\n  ".join(["The optimizer does not suit the posterior:", *problems]))
+    warn_of_unconverted(model)
     wide = [raws[id(site.raw)] for site in found if _is_noise(site)]
     if wide:
         warnings.warn(
-            f"The posterior is wider than its weights in {_listed(wide)}: draws are mere noise. "
+            f"The posterior is wider than its weights in {listed(wide)}: draws are mere noise. "
             "Was it initialised by a loop over model.parameters()? Initialise before to_bbb, or "
             "leave out the log variances. (If training has led here, lower kl_weight.)",
             UserWarning,
@@ -201,10 +205,3 @@ def _is_noise(site: Site) -> bool:
             logvar = logvar[~held_elements(full_tensor(site.raw))]
         std = torch.exp(0.5 * logvar.mean()).item()
     return std > _WIDE_STD and std > 0.5 * rms
-
-
-def _listed(names: Iterable[str]) -> str:
-    """``3 log variances (a, b, c)``, the names cut off where they are many."""
-    names = list(names)
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} log variance{'s' if len(names) > 1 else ''} ({shown})"

@@ -261,12 +261,12 @@ def _shape(parameter: Tensor) -> tuple[int, ...]:
     return (0,) if lazy else tuple(parameter.shape)
 
 
-def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[Found]]:
+def classify(model: nn.Module, spec: Conversion) -> tuple[list[Found], tuple[str, ...]]:
+    """Every parameter of a model, trained spreads left out, with its action; notes on patterns."""
     selection = select(
         model, skip=spec.skip, only=spec.only, preset=spec.preset, strict=spec.config.strict
     )
     raws = {id(site.raw) for site in sites(model)}
-    means = {id(site.mean) for site in sites(model)}
     found = []
     for item in _parameters(model):
         if id(item.parameter) in raws:
@@ -278,6 +278,13 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
         elif not item.parameter.requires_grad and not spec.config.include_frozen:
             item.action = "frozen"
         found.append(item)
+    return found, selection.notes
+
+
+def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[Found]]:
+    """The plan, and of what it converts that which has no posterior yet."""
+    found, notes = classify(model, spec)
+    means = {id(site.mean) for site in sites(model)}
     bayes = [item for item in found if item.action == "bayes"]
     told_fixed = []
     rules = masked(model)
@@ -292,7 +299,7 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
     scales = {id(item.parameter): item.rms for item in bayes}
     for item in bayes:
         item.std = _initial_std(item, spec, len(bayes), scales)
-    notes = selection.notes + _choose_estimators(model, bayes, spec)
+    notes += _choose_estimators(model, bayes, spec)
     rows = [
         PlanRow(
             name=item.name,

@@ -81,6 +81,8 @@ class Slot:
 class OwnerState:
     """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``.
 
+    ``plain`` names the parameters that a conversion left without a posterior, in the module and
+    below it as far as there is no other converted module; ``told`` is what a warning has named.
     ``seldom`` are the slots that a call of the module left unread, ``lowered`` the dtypes of those
     that it read in autocast's alone, both by method and grad mode. ``variants`` are by method and
     number: of a dict, torch.compile guards on the entries that it read, of a list on the length.
@@ -91,15 +93,17 @@ class OwnerState:
     variants: dict[str, dict[int, Any]] = field(default_factory=dict)
     strict: bool = False
     spec: Any = None
-    extend: Callable[[nn.Module], None] | None = None
+    extend: Callable[[nn.Module], object] | None = None
+    plain: frozenset[str] = frozenset()
+    told: frozenset[tuple[str, bool]] = frozenset()
     seldom: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     lowered: dict[tuple[str, int], dict[int, torch.dtype]] = field(default_factory=dict)
     handle: int = field(default_factory=lambda: next(_uids))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # variants are code generated for this instance: a copy makes its own, and its own handle
-        kept = {k: getattr(self, k) for k in ("slots", "methods", "strict", "spec", "extend")}
-        return _restore_state, (kept,)
+        kept = ("slots", "methods", "strict", "spec", "extend", "plain")
+        return _restore_state, ({k: getattr(self, k) for k in kept},)
 
 
 def _restore_state(kept: dict[str, Any]) -> OwnerState:
@@ -199,9 +203,20 @@ def tensors_of(module: nn.Module, attribute: str, slot: Slot) -> tuple[nn.Parame
             )
         raise UnsupportedModuleError(
             f"{slot.name} was Bayesian, but {what}. Change, wrap or prune a layer before the "
-            "conversion, or go back with to_deterministic(model) first."
+            "conversion, or go back with to_deterministic(model) first; or give what is there now "
+            "a posterior: bayesify.extend_(model)."
         )
     return mean, raw
+
+
+def posterior_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Means and trained spreads of one module itself, by their names in it."""
+    state = owner_state(module)
+    found: dict[str, nn.Parameter] = {}
+    for attribute, slot in state.slots.items() if state is not None else ():
+        mean, raw = tensors_of(module, attribute, slot)
+        found |= {attribute: mean, raw_name(attribute, slot): raw}
+    return found
 
 
 def owner_state(module: nn.Module) -> OwnerState | None:
@@ -249,7 +264,7 @@ def bayesian_sites(model: nn.Module) -> list[Site]:
             raise UnsupportedModuleError(
                 f"{names[id(mean)]!r} and {site.name!r} are one tied parameter with two "
                 "posteriors. Tie weights before the conversion, and convert the whole model at "
-                "once, not its parts one by one."
+                "once, not its parts one by one; or let bayesify.extend_(model) keep the first."
             )
     return found
 

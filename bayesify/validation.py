@@ -51,7 +51,7 @@ def check_model(model: Any) -> None:
             "The model is already compiled. Convert first: torch.compile(to_bbb(model)); the "
             "original is model._orig_mod."
         )
-    if next(model.parameters(), None) is None:
+    if next(nn.Module.named_parameters(model), None) is None:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no parameter, so there is nothing to convert."
         )

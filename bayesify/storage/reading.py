@@ -171,7 +171,7 @@ def _otherwise_tied(model: nn.Module, file: Contents) -> list[str]:
     """Bayesian parameters that are one tensor under other names in the model than in the file."""
     tied: dict[int, set[str]] = defaultdict(set)
     by_name: dict[str, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in nn.Module.named_parameters(model, remove_duplicate=False):
         tied[id(parameter)].add(name)
         by_name[name] = id(parameter)
     return [

@@ -20,6 +20,7 @@ from ..inference import recompute_batchnorm_
 from ..models import InputConfig
 from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
 from ..optim import check_optimizer, param_groups
+from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
 from .augmentation import Augment
@@ -107,7 +108,7 @@ class Run:
             self.budget = noise_budget(
                 model, settings.kl_weight, num_data=scaled_by, kl_reduction=reduction
             )
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = trained_parameters(model)
         self.optimizer = self._optimizer()
         last = round(settings.average * self.steps)
         self.average = TailAverage(self.parameters, self.steps - last)
@@ -410,7 +411,7 @@ class Run:
         }
 
     def _named(self) -> dict[str, Tensor]:
-        return dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        return dict([*nn.Module.named_parameters(self.model), *self.model.named_buffers()])
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self.started
