@@ -18,7 +18,7 @@ from .posterior import Site, bayesian_sites, full_tensor, gaussian_prior
 from .priors import ScaleMixturePrior
 from .rewriter.trace_context import ACTIVE
 from .rewriter.values import TraceFailure
-from .scope import LOCAL, new_seed
+from .scope import LOCAL, new_seed, open_modes
 from .unconverted import warn_of_unconverted
 
 KLReduction = Literal["num_data", "num_weights", "sum"]
@@ -306,7 +306,7 @@ def _seed_of(found: list[Site]) -> Tensor:
     if running is not None and running.seed is not None:
         return running.seed
     module = id(found[0].module)
-    for mode in reversed(LOCAL.modes):
+    for mode in reversed(open_modes()):
         if mode.scope is not None and mode.scope.seed is not None and module in mode.modules:
             return mode.scope.seed
     return new_seed()

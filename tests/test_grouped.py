@@ -469,7 +469,7 @@ def test_a_draw_that_is_held_is_not_overwritten() -> None:
     for seed in range(6):
         with torch.no_grad(), bayesify.one_draw(layer, seed=seed):
             layer(torch.ones(1, 8))
-            (mode,) = scope.LOCAL.modes
+            (mode,) = scope.open_modes()
             assert mode.scope is not None
             held.append(next(iter(mode.scope.realised.values())))
             copies.append(held[-1].clone())
