@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from .. import __version__
 from ..data import ImageData, loader
 from ..errors import ArgumentError
-from ..inference import Predictor, main_output
+from ..inference import Predictor, class_logits
 from ..metrics import (
     ClassificationMetrics,
     Examples,
@@ -293,7 +293,7 @@ class _Run:
         kind = torch.device(self.device).type
         with torch.autocast(kind, torch.bfloat16, enabled=self.amp):
             with at_mean(self.model):
-                logits = main_output(self.model(inputs))
+                logits = class_logits(self.model(inputs), "report")
             return logits, self.predictor(inputs)
 
     def examples(self, data: ImageData, indices: Sequence[int]) -> tuple[Example, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import ArgumentError
-from ..inference import Predictor
+from ..inference import Predictor, class_logits
 from ..metrics import (
     BrierDecomposition,
     BrierParts,
@@ -213,7 +213,7 @@ class _Runner:
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp),
             ):
                 with at_mean(model) if self.predictor else contextlib.nullcontext():
-                    logits = logits_of(model(inputs))
+                    logits = class_logits(model(inputs), "evaluate")
                 summary = self.predictor(inputs) if self.predictor else None
         finally:
             model.train(was_training)
@@ -304,21 +304,5 @@ def _inputs(batch: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ArgumentError(
             f"Each example of ood must be an image or begin with one, got {type(batch).__name__}."
-        )
-    return found
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a model gave.
-
-    Raises:
-        ArgumentError: They are no table of at least two classes.
-    """
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] < 2:
-        what = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise ArgumentError(
-            "Classification needs logits of the shape (batch, classes) with at least 2 classes, "
-            f"the model gave {what}."
         )
     return found

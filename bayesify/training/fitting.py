@@ -82,7 +82,8 @@ def fit(
         batch_size: Examples in a batch, at least 1.
         lr: Highest learning rate of means and deterministic parameters, above 0.
         loss: Of a batch, from the model's output and the targets: a mean negative log likelihood
-            per example for ``kl_reduction="num_data"``.
+            per example for ``kl_reduction="num_data"``. That of ``cross_entropy``, the default,
+            takes logits (batch, classes) and class numbers alone.
         logvar_lr: Highest learning rate of the log variances; ``10 * lr`` if None, since Adam
             moves a log variance by no more than about its rate in a step (the result's ``logvars``
             says how far they came).
@@ -129,8 +130,8 @@ def fit(
         A :class:`FitResult`.
 
     Raises:
-        ArgumentError: An argument has a value that cannot work, or labels are missing, soft, out
-            of range or all the same.
+        ArgumentError: An argument has a value that cannot work, the default loss finds no logits,
+            or labels are missing, soft, out of range or all the same.
         BayesifyError: Loss or gradient is not finite; the message names the step and the layer, the
             model holds the weights before that step.
         CheckpointError: ``checkpoint`` cannot be written or resumed.

@@ -84,7 +84,7 @@ def fit_laplace_(
 
     Args:
         model: A converted classifier whose priors are Gaussian.
-        train: As in :func:`fit`.
+        train: As in :func:`fit`, with class numbers for targets.
         fisher: ``"mc"`` (one label drawn from the model for each example, unbiased), ``"exact"``
             (all classes: the generalised Gauss-Newton matrix, C times as slow), or ``"empirical"``
             (the true labels), see :mod:`bayesify.training.fisher`.
@@ -113,7 +113,8 @@ def fit_laplace_(
 
     Raises:
         ArgumentError: An argument has a value that cannot work, a prior is not Gaussian, or the
-            model gives no logits. Upon any error the log variances are as they were.
+            model gives no logits (batch, classes), or a label is no class number. Upon any error
+            the log variances are as they were.
         UnsupportedModuleError: ``model`` has no posterior.
 
     Reference:
