@@ -9,6 +9,7 @@ import typer
 
 from .guard import guard
 from .options import Debug, File, Force, Json, ModelName, Quiet, Seed, resolve_device
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from .checkpoint import Opened
@@ -74,7 +75,6 @@ def export(
     with guard(debug):
         import torch
 
-        from .. import storage
         from ..errors import ArgumentError
         from ..export import export_onnx, export_safetensors, export_torch
         from . import render
@@ -94,7 +94,7 @@ def export(
         if measure and not shrink:
             raise ArgumentError("--measure compares with and without --shrink: give --shrink too.")
         target = out or Path(default_name(file, format, ensemble))
-        storage.check_target(target, overwrite=force)
+        check_outputs({"--out": target}, {"FILE": file}, force=force)
         opened = open_model(file, model, resolve_device("cpu"))
         measured: dict[str, Any] = {}
         if format == "safetensors":

@@ -25,6 +25,7 @@ from .options import (
     Workers,
     resolve_device,
 )
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from ..training import FitResult, LaplaceResult
@@ -199,8 +200,12 @@ def fit(
         from . import render
         from .checkpoint import open_model
 
-        storage.check_target(out, overwrite=force)
         _check_options(context, method)
+        state = checkpoint or out.with_name(out.name + ".resume")
+        check_outputs(
+            {"--out": out}, {"FILE": file, "DATA": data}, force=force, in_place="FILE",
+            state={"--checkpoint": state} if method == "vi" else {},
+        )  # fmt: skip
         target_device = resolve_device(device)
         train = load_dataset(data, split="train")
         opened = open_model(file, model, target_device)
@@ -228,7 +233,6 @@ def fit(
                 "augment": augment, "holdout": holdout or 0.0, "patience": patience,
                 "freeze_batchnorm": freeze_batchnorm, "amp": amp,
             }  # fmt: skip
-            state = checkpoint or out.with_name(out.name + ".resume")
             with render.progress("Training") as bar:
                 result = training.fit(
                     opened.model,

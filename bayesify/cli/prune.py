@@ -24,6 +24,7 @@ from .options import (
     Workers,
     resolve_device,
 )
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,8 +121,7 @@ def prune(
             from ..pruning import sparsity as sparsity_of
             from ..report.curve import draw_curve, pruning_curve
 
-            if plot is not None:
-                storage.check_target(plot, overwrite=force)
+            check_outputs({"--plot": plot}, {"FILE": file, "--data": data}, force=force)
             target_device = resolve_device(device)
             images = load_dataset(str(data), split=split)
             opened = open_model(file, model, target_device)
@@ -156,7 +156,10 @@ def prune(
             return
 
         target = out or Path(default_name(file, deterministic=deterministic))
-        storage.check_target(target, overwrite=force)
+        check_outputs(
+            {"--out": target}, {"FILE": file}, force=force,
+            in_place=None if deterministic else "FILE",
+        )  # fmt: skip
         opened = open_model(file, model, resolve_device("cpu"))
         share = shares[0] if shares else 0.0
         apply(opened.model, share, scores[0])

@@ -24,6 +24,7 @@ from .options import (
     Workers,
     resolve_device,
 )
+from .outputs import check_outputs
 
 
 def report(
@@ -72,7 +73,7 @@ def report(
         from .checkpoint import open_model
 
         check_installed()
-        storage.check_target(out, overwrite=force)
+        check_outputs({"--out": out}, {"FILE": file, "DATA": data, "--ood": ood}, force=force)
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
         strangers = None if ood is None else load_dataset(ood, split=split)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bayesify.cli.guard import guard
+from bayesify.cli.outputs import check_folder
 
 if TYPE_CHECKING:
     from .evaluate import EvalSettings
@@ -71,6 +72,7 @@ def evaluate(
         from .strangers import open_strangers, strangers
 
         settings = _settings(num_samples, seed, epochs)
+        _check_written(folders)
         made = []
         for folder in folders:
             with render.status(f"{folder}"):
@@ -184,6 +186,7 @@ def prune(
             raise ArgumentError("--iterative prunes the share of each tensor: leave --scope out.")
         if round_epochs is not None and not iterative:
             raise ArgumentError("--round-epochs is for --iterative, which was not given.")
+        _check_written(folders, out, data)
         head = _settings(0, seed, epochs)
         rounds = IterativeSettings()
         if iterative:
@@ -299,6 +302,7 @@ def figures(
 
         if everything and only:
             raise ArgumentError("--all and --only exclude each other.")
+        _check_written([] if measured else folders, out, data)
         doubt = DoubtSettings(
             spread_draws=spread_draws, pool=pool, most=most, latent_draws=latent_draws,
             images=images, seed=seed,
@@ -310,6 +314,14 @@ def figures(
                 told=bar.say,
             )  # fmt: skip
         render.text(f"{page}")
+
+
+def _check_written(folders: list[Path], out: Path | None = None, data: str | None = None) -> None:
+    """Whether results can be written, before they are measured."""
+    for folder in folders:
+        check_folder("RUN_DIR", folder / "results", {})
+    if out is not None:
+        check_folder("--out", out, {"--data": data})
 
 
 def _settings(num_samples: int, seed: int, epochs: int) -> EvalSettings:
