@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("convert",),
     ("objective", "optim", "inference", "pruning", "metrics"),
-    ("models", "zoo"),
+    ("models", "classes", "zoo"),
     ("data", "storage"),
     ("training", "export"),
     ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`

@@ -56,7 +56,7 @@ def _report(model: nn.Module) -> object:
     stored = InMemory((IMAGES * 20 + 100).clamp(0, 255).to(torch.uint8), LABELS)
     config = InputConfig(SIZE, (0.5,) * 3, (0.5,) * 3)
     return gather(
-        model, ImageData("own", "test", ("a", "b"), stored), num_samples=2, resamples=2,
+        model, ImageData("own", "test", ("a", "b", "c", "d"), stored), num_samples=2, resamples=2,
         model_config=config,
     )  # fmt: skip
 

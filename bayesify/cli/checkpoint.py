@@ -60,3 +60,15 @@ def open_model(file: Path, model_name: str | None, device: torch.device) -> Open
         given = None if model_name is None else spec.build().eval()
         model = storage.load(file, given, device=device)
     return Opened(model, spec, config, header)
+
+
+def note_on_classes(opened: Opened, file: Path, data: str) -> None:
+    """Say where labels cannot be compared with outputs by name."""
+    from ..classes import classes_of
+    from . import render
+
+    if classes_of(opened.model) is None:
+        render.note(
+            f"{file} does not say what its outputs are called: the labels of {data} are taken by "
+            "their number."
+        )

@@ -196,6 +196,7 @@ def fit(
     """
     with guard(debug):
         from .. import storage, training
+        from ..classes import classes_of
         from ..data import load_dataset
         from . import render
         from .checkpoint import open_model
@@ -250,7 +251,7 @@ def fit(
         seconds = numbers.pop("seconds")  # the same run gives the same file
         info = {
             **opened.header["info"],
-            "classes": list(train.classes),
+            "classes": list(classes_of(opened.model) or ()),
             "fit": _plain({"method": method, "data": train.name, **arguments, **numbers}),
         }
         storage.save(opened.model, out, spec=opened.spec, info=info, overwrite=force)

@@ -98,7 +98,7 @@ def prune(
     with guard(debug):
         from .. import storage
         from . import render
-        from .checkpoint import open_model
+        from .checkpoint import note_on_classes, open_model
 
         shares, scores = sparsity or [], score or ["snr"]
         _check(curve, data, plot, out, deterministic, unit, shares, scores)
@@ -125,6 +125,7 @@ def prune(
             target_device = resolve_device(device)
             images = load_dataset(str(data), split=split)
             opened = open_model(file, model, target_device)
+            note_on_classes(opened, file, str(data))
             if sparsity_of(opened.model).pruned:
                 render.note("The file has pruned weights already: they stay pruned throughout.")
             swept = sorted(shares or _CURVE)

@@ -70,7 +70,7 @@ def report(
         from ..report import check_installed, gather
         from ..report import render as render_page
         from . import render
-        from .checkpoint import open_model
+        from .checkpoint import note_on_classes, open_model
 
         check_installed()
         check_outputs({"--out": out}, {"FILE": file, "DATA": data, "--ood": ood}, force=force)
@@ -78,6 +78,7 @@ def report(
         images = load_dataset(data, split=split)
         strangers = None if ood is None else load_dataset(ood, split=split)
         opened = open_model(file, model, target_device)
+        note_on_classes(opened, file, data)
         with render.progress("Measuring") as bar:
             found = gather(
                 opened.model, images, ood=strangers, num_samples=num_samples, seed=seed,

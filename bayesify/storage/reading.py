@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import gaussian
+from ..classes import name_classes_
 from ..convert import apply_, revert_
 from ..errors import ArgumentError, BayesifyError, CheckpointError, ModelError
 from ..gaussian import Parameterization
@@ -77,6 +78,7 @@ def load(
     if not is_bayesian(result):
         _convert(path, result, file)
     _restore(result, file)
+    name_classes_(result, file.classes)
     return result if device is None else result.to(device)
 
 
