@@ -159,6 +159,7 @@ def _train(
             "layers": layers,
             "alarms": alarms,
             "best": best,
+            "classes": list(source.classes),
         }
 
     def save(step: int) -> Path:
