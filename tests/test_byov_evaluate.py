@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
@@ -93,6 +94,21 @@ def test_spread_is_the_median_over_matrices(byov: Run) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="holds no run"):
         open_run(tmp_path)
+
+
+def test_the_twins_classifier_is_not_measured_on_other_classes(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for split in ("train", "test"):
+        for index, name in enumerate(("golf ball", "tench")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(2):
+                image = Image.new("L", (28, 28), 40 + 130 * index + number)
+                image.save(tmp_path / split / name / f"{number}.png")
+    with pytest.raises(ArgumentError, match=r"has the classes 0, 1, and .* has golf ball, tench"):
+        open_run(folders["twin"], data=str(tmp_path), device="cpu")
+    run = open_run(folders["byov"], data=str(tmp_path), device="cpu")  # its probe learns them
+    assert run.source.classes == ("golf ball", "tench")
 
 
 def test_a_run_of_byol_with_batchnorm_opens(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("unconverted",),
     ("convert",),
     ("objective", "optim", "inference", "pruning", "metrics"),
-    ("models", "zoo"),
+    ("models", "classes", "zoo"),
     ("data", "storage"),
     ("training", "export"),
     ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`

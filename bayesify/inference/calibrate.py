@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import gaussian
 from ..errors import ArgumentError
@@ -15,7 +15,7 @@ from ..numeric import positive, real
 from ..posterior import bayesian_sites
 from ..scope import as_seed, at_mean
 from .running import Draws, check_batch, check_samples, evaluating
-from .summaries import main_output
+from .summaries import class_logits, main_output
 
 
 def calibrate_(
@@ -34,7 +34,7 @@ def calibrate_(
     Args:
         model: A converted model; only its log variances change.
         batch: The input tensor, or a tuple of the model's positional arguments.
-        target_agreement: For logits (batch, ..., classes): at least this share, in (0, 1], of the
+        target_agreement: For logits (batch, classes): at least this share, in (0, 1], of the
             drawn outputs has the largest class of the means' output.
         target_change: For any other output, instead of the agreement: the root mean square of
             ``output - output at the means`` is at most this share of that of the means' output.
@@ -79,7 +79,11 @@ def calibrate_(
         with at_mean(model):
             reference = main_output(model(*inputs))
         if target_change is None:
-            _check_classes(reference)
+            class_logits(
+                reference,
+                "calibrate_: target_agreement",
+                "Give target_change=0.05, say, for any other output.",
+            )
 
         def keeps(exponent: float) -> bool:
             scale(math.exp2(exponent))
@@ -122,12 +126,3 @@ def _largest(keeps: Callable[[float], bool]) -> float:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if keeps(middle) else (low, middle)
     return low
-
-
-def _check_classes(reference: Tensor) -> None:
-    if reference.dim() < 2 or reference.shape[-1] < 2 or not reference.is_floating_point():
-        raise ArgumentError(
-            "calibrate_: target_agreement needs logits of the shape (batch, ..., classes), with at "
-            f"least 2 classes; the model gave {reference.dtype} of {tuple(reference.shape)}. Give "
-            "target_change=0.05, say, for any other output."
-        )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..classes import name_classes_
 from ..convert import apply_, revert_
 from ..errors import ArgumentError, BayesifyError, CheckpointError, ModelError
 from ..gaussian import Parameterization
@@ -76,6 +77,7 @@ def load(
     if not is_bayesian(result):
         _convert(path, result, file)
     _restore(result, file)
+    name_classes_(result, file.classes)
     return result if device is None else result.to(device)
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..classes import classes_of
 from ..errors import ArgumentError, CheckpointError, ModelError
 from ..models import SPEC, ModelSpec, input_config
 from ..planning import Conversion
@@ -47,7 +48,8 @@ def save(
         path: The file to write; by convention it ends in ``.bbb.safetensors``.
         spec: How :func:`load` builds the model. A model of ``create_model`` brings its own; one
             without needs ``load(path, model=...)``.
-        info: Anything of your own that JSON can hold; :func:`read_header` returns it.
+        info: Anything of your own that JSON can hold; :func:`read_header` returns it. ``classes``
+            is a list of the names of the outputs, by default those that the model knows.
         overwrite: Replace a file that exists.
 
     Raises:
@@ -107,6 +109,9 @@ def _header(
         added = json.loads(json.dumps(dict(info or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"info must be what JSON can hold: {error}.") from error
+    known = classes_of(model)
+    if known is not None:
+        added.setdefault("classes", list(known))
     raws = {id(site.raw) for site in sites(model)}
     kind = type(model)
     return {

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import gaussian
+from ..classes import classes_of, name_classes_
+from ..data import ImageData
 from ..errors import ArgumentError
 from ..models import InputConfig
 from ..numeric import count, positive, real, seed_number, whole
@@ -29,6 +31,7 @@ from .batches import (
 )
 from .fisher import FisherKind, fisher_diagonal
 from .holdout import held_out_loss
+from .matching import by_name
 
 _EXPONENTS = tuple(0.5 * i for i in range(14, -1, -1))
 """Exponents of ten of the prior precisions that held-out examples are asked for, times 1/RMS**2."""
@@ -84,7 +87,7 @@ def fit_laplace_(
 
     Args:
         model: A converted classifier whose priors are Gaussian.
-        train: As in :func:`fit`.
+        train: As in :func:`fit`, with class numbers for targets.
         fisher: ``"mc"`` (one label drawn from the model for each example, unbiased), ``"exact"``
             (all classes: the generalised Gauss-Newton matrix, C times as slow), or ``"empirical"``
             (the true labels), see :mod:`bayesify.training.fisher`.
@@ -113,7 +116,8 @@ def fit_laplace_(
 
     Raises:
         ArgumentError: An argument has a value that cannot work, a prior is not Gaussian, or the
-            model gives no logits. Upon any error the log variances are as they were.
+            model gives no logits (batch, classes), or a label is no class number. Upon any error
+            the log variances are as they were.
         UnsupportedModuleError: ``model`` has no posterior.
 
     Reference:
@@ -153,6 +157,7 @@ def fit_laplace_(
                 f"fit_laplace_ needs Gaussian priors; that of {site.name!r} is {site.slot.prior}. "
                 "Set another with set_prior_(model, GaussianPrior(1.0))."
             )
+    train = by_name(train, model)
     target = device_of(model) if device is None else torch.device(device)
     model.to(target)
     config = config_for(train, model, model_config)
@@ -208,6 +213,8 @@ def fit_laplace_(
         prior = site.slot.prior
         assert isinstance(prior, GaussianPrior)
         site.slot.prior = replace(prior, std=prior.std / math.sqrt(scale))
+    if isinstance(train, ImageData) and classes_of(model) is None:
+        name_classes_(model, train.classes)
     model.eval()
     with torch.no_grad():
         stds = [site.std.double().sum().item() for site in found]

@@ -151,6 +151,12 @@ def open_run(
         if not isinstance(source.test, InMemory) and size <= _MEMORY:
             source = replace(source, test=in_memory(source, "test")).to(here)
         plain = build_student(config, source.num_classes)
+    trained = tuple(saved.get("classes") or source.classes)  # older checkpoints do not say them
+    if not isinstance(plain, Student) and trained != source.classes:
+        raise ArgumentError(
+            f"The classifier in {newest} has the classes {', '.join(trained)}, and {spec!r} has "
+            f"{', '.join(source.classes)}: give the data set that it was trained on."
+        )
     teacher = None
     if saved["teacher"] is not None and isinstance(plain, Student):
         network: Any = copy.deepcopy(plain).float()
