@@ -22,18 +22,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; units on one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("gaussian",),
+    ("gaussian", "numeric"),
     ("kernels",),
     ("priors",),
     ("posterior",),
-    ("scope", "absorbed_biases"),
+    ("scope", "absorbed_biases", "fixed", "own_lists"),
     ("selection",),
     ("rewriter",),
     ("validation",),
     ("planning",),
+    ("unconverted",),
     ("convert",),
     ("objective", "optim", "inference", "pruning", "metrics"),
-    ("models", "zoo"),
+    ("models", "classes", "zoo"),
     ("data", "storage"),
     ("training", "export"),
     ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`

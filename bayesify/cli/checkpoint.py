@@ -101,3 +101,15 @@ def _arguments(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ArgumentError(f"--model-args must be a JSON object, not {text!r}.")
     return found
+
+
+def note_on_classes(opened: Opened, file: Path, data: str) -> None:
+    """Say where labels cannot be compared with outputs by name."""
+    from ..classes import classes_of
+    from . import render
+
+    if classes_of(opened.model) is None:
+        render.note(
+            f"{file} does not say what its outputs are called: the labels of {data} are taken by "
+            "their number."
+        )

@@ -19,6 +19,7 @@ from .options import (
     Seed,
     resolve_device,
 )
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from .checkpoint import Opened
@@ -85,7 +86,6 @@ def export(
     with guard(debug):
         import torch
 
-        from .. import storage
         from ..errors import ArgumentError
         from ..export import export_onnx, export_safetensors, export_torch
         from . import render
@@ -105,7 +105,7 @@ def export(
         if measure and not shrink:
             raise ArgumentError("--measure compares with and without --shrink: give --shrink too.")
         target = out or Path(default_name(file, format, ensemble))
-        storage.check_target(target, overwrite=force)
+        check_outputs({"--out": target}, {"FILE": file}, force=force)
         opened = open_model(file, model, model_args, resolve_device("cpu"))
         measured: dict[str, Any] = {}
         if format == "safetensors":

@@ -27,6 +27,7 @@ from .options import (
     Workers,
     resolve_device,
 )
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     import torch
@@ -64,13 +65,12 @@ def predict(
     which more training data would remove.
     """
     with guard(debug):
-        from .. import storage
         from . import render
         from .checkpoint import open_model
 
         if out is not None:
             _check_format(out)
-            storage.check_target(out, overwrite=force)
+        check_outputs({"--out": out}, {"FILE": file, "INPUT": inputs}, force=force)
         target_device = resolve_device(device)
         images, names = _images(inputs, split)
         opened = open_model(file, model, model_args, target_device)

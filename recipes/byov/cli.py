@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from bayesify.cli.guard import INTERRUPTED, guard
+from bayesify.cli.outputs import check_folder
 
 from .commands import mount
 from .config import PRESETS, BYOVConfig, Preset, RunConfig, described
@@ -41,6 +42,7 @@ def train(preset: str, resume: bool, debug: bool, **given: Any) -> None:
     """
     with guard(debug):
         chosen = settings(preset, given)
+        check_folder("--out", chosen.run.out, {"--data": chosen.run.data.removeprefix("wds:")})
         outcome = _train(chosen, resume)
     if outcome.results is None:
         raise typer.Exit(INTERRUPTED)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bayesify.cli.guard import guard
+from bayesify.cli.outputs import check_folder
 
 if TYPE_CHECKING:
     from .evaluation.protocol import EvalSettings
@@ -84,6 +85,7 @@ def evaluate(
 
         settings = _settings(num_samples, seed, epochs)
         where = _where(data, encoder, encoder_args, device, workers)
+        _check_written(folders)
         made = []
         for folder in folders:
             with render.status(f"{folder}"):
@@ -199,6 +201,7 @@ def prune(
             raise ArgumentError("--iterative prunes the share of each tensor: leave --scope out.")
         if round_epochs is not None and not iterative:
             raise ArgumentError("--round-epochs is for --iterative, which was not given.")
+        _check_written(folders, out, data)
         head = _settings(0, seed, epochs)
         rounds = IterativeSettings()
         if iterative:
@@ -317,6 +320,7 @@ def figures(
 
         if everything and only:
             raise ArgumentError("--all and --only exclude each other.")
+        _check_written([] if measured else folders, out, data)
         uncertainty = UncertaintySettings(
             spread_draws=spread_draws, pool=pool, most=most, latent_draws=latent_draws,
             images=images, seed=seed,
@@ -343,6 +347,14 @@ def _where(
         "device": device,
         "workers": workers,
     }
+
+
+def _check_written(folders: list[Path], out: Path | None = None, data: str | None = None) -> None:
+    """Whether results can be written, before they are measured."""
+    for folder in folders:
+        check_folder("RUN_DIR", folder / "results", {})
+    if out is not None:
+        check_folder("--out", out, {"--data": data})
 
 
 def _settings(num_samples: int, seed: int, epochs: int) -> EvalSettings:

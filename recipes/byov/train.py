@@ -109,7 +109,7 @@ def _train(
     student, teacher = stepper.full_models()
     reading = Reading(world.device, run.amp, run.workers)
     if config.bayesian and world.first:
-        refresh_batchnorm_(student, source, reading)
+        refresh_batchnorm_(student, config, source, reading)
     results = export(config, run, student, teacher, stepper.probe, source, reading, world)
     log.end(results.numbers)
     return Outcome(steps, steps, log.newest, results)

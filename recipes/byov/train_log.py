@@ -262,6 +262,7 @@ class TrainLog:
             "layers": self.layers,
             "alarms": self.alarms,
             "best": self.best,
+            "classes": list(self.source.classes),
         }
         if self.world.first:
             checkpoint.write(path, state)

@@ -13,7 +13,7 @@ from ..config import BYOVConfig, RunConfig
 from ..model import build_encoder
 from ..runtime.distributed import World
 from .batches import Source, Views, open_source, train_views
-from .views import TwoViews, WorkerViews, view_configs
+from .views import TwoViews, ViewConfig, WorkerViews, view_configs
 
 
 def open_images(config: BYOVConfig, run: RunConfig) -> Source:
@@ -51,6 +51,14 @@ def steps_of_epoch(source: Source, config: BYOVConfig, run: RunConfig, world: Wo
     return source.num_images // config.batch_size
 
 
+def configs_of(config: BYOVConfig, source: Source) -> tuple[ViewConfig, ViewConfig]:
+    """How a run makes both views of its images."""
+    return view_configs(
+        config.augmentation, size=config.image_size, mean=source.mean, std=source.std,
+        grey=source.grey, min_crop=config.min_crop, strength=config.augmentation_strength,
+    )  # fmt: skip
+
+
 def batches_of(
     source: Source,
     config: BYOVConfig,
@@ -60,15 +68,7 @@ def batches_of(
     start: int,
 ) -> Iterator[list[Views]]:
     """The micro-batches of this process, step by step from ``start`` on."""
-    configs = view_configs(
-        config.augmentation,
-        size=config.image_size,
-        mean=source.mean,
-        std=source.std,
-        grey=source.grey,
-        min_crop=config.min_crop,
-        strength=config.augmentation_strength,
-    )
+    configs = configs_of(config, source)
     views = WorkerViews(*configs) if run.workers and not source.resident else TwoViews(*configs)
     for epoch in range(start // steps_per_epoch, config.epochs):
         stream = train_views(

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from bayesify import recompute_batchnorm_
 from bayesify.data import InMemory
 
-from ..data.batches import Source, eval_batches
+from ..config import BYOVConfig
+from ..data.batches import Source, eval_batches, train_views
 from ..data.sources import Images
+from ..data.training import configs_of
+from ..data.views import TwoViews
 from ..model import Student
 from .knn import knn_accuracy
 
@@ -106,11 +109,24 @@ def monitor_knn(x: Tensor, y: Tensor, queries: int) -> float:
     return knn_accuracy(x[~is_query], y[~is_query], x[is_query], y[is_query])
 
 
-def refresh_batchnorm_(model: nn.Module, source: Source, reading: Reading) -> None:
-    """Gather BatchNorm's statistics of the encoder at the means: those of training saw draws."""
+def refresh_batchnorm_(
+    model: nn.Module, config: BYOVConfig, source: Source, reading: Reading
+) -> None:
+    """Gather BatchNorm's statistics of the encoder at the means: those of training saw draws.
+
+    They are those of the views that the encoder is trained on, as BYOL's are, from an epoch of
+    their own. The device makes the views, whoever made those of training.
+    """
     few = subsample(source, _BATCHNORM_IMAGES)
-    encoder = model.encoder if isinstance(model, Student) else model
-    recompute_batchnorm_(encoder, (images for images, _ in _batches(few, "train", reading)))
+    batches = train_views(
+        few, batch_size=min(_BATCH, few.num_images), seed=config.seed, epoch=config.epochs,
+        views=TwoViews(*configs_of(config, source)), device=reading.device, workers=reading.workers,
+    )  # fmt: skip
+    if isinstance(model, Student):
+        both = (view for batch in batches for view in (batch.first, batch.second))
+        recompute_batchnorm_(model.encoder, both)
+    else:
+        recompute_batchnorm_(model, (batch.first for batch in batches))
 
 
 def _batches(

@@ -151,6 +151,12 @@ def open_run(
         if not isinstance(source.test, InMemory) and size <= _MEMORY:
             source = replace(source, test=in_memory(source, "test")).to(here)
         plain = build_student(config, source.num_classes)
+    trained = tuple(saved.get("classes") or source.classes)  # older checkpoints do not say them
+    if not isinstance(plain, Student) and trained != source.classes:
+        raise ArgumentError(
+            f"The classifier in {newest} has the classes {', '.join(trained)}, and {spec!r} has "
+            f"{', '.join(source.classes)}: give the data set that it was trained on."
+        )
     teacher = None
     if saved["teacher"] is not None and isinstance(plain, Student):
         network: Any = copy.deepcopy(plain).float()
@@ -170,7 +176,7 @@ def open_run(
         ) from error
     model.to(here).eval()
     if config.bayesian:  # statistics of training saw draws
-        refresh_batchnorm_(model, source, Reading(here, workers=workers))
+        refresh_batchnorm_(model, config, source, Reading(here, workers=workers))
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     steps = next((line["steps"] for line in log if line["kind"] == "start"), saved["step"])
     return Run(

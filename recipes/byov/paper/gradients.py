@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bayesify import ArgumentError, one_draw, posteriors
 
 from ..data.batches import Views, train_views
-from ..data.views import TwoViews, view_configs
+from ..data.training import configs_of
+from ..data.views import TwoViews
 from ..evaluation.monte_carlo import Moments, seed_of
 from ..evaluation.runs import Run, stored
 from ..model import Student, build_student, convert_
@@ -82,15 +83,10 @@ def _rebuilt(run: Run, estimator: str) -> nn.Module:
 
 def _views(run: Run, size: int, seed: int) -> Views:
     """The first batch of an epoch, as training sees it."""
-    config, source = run.config, run.source
-    both = view_configs(
-        config.augmentation, size=config.image_size, mean=source.mean, std=source.std,
-        grey=source.grey, min_crop=config.min_crop, strength=config.augmentation_strength,
-    )  # fmt: skip
-    views = TwoViews(*both)
+    views = TwoViews(*configs_of(run.config, run.source))
     return next(
         train_views(
-            source,
+            run.source,
             batch_size=size,
             seed=seed,
             epoch=0,
