@@ -22,9 +22,9 @@ class ProbabilitySummary(NamedTuple):
     Attributes:
         mean: Mean over the draws of the class probabilities, (batch, classes).
         std: Standard deviation over the draws (divisor K) of the probabilities, (batch, classes).
-        predictive_entropy: Entropy of ``mean``: the whole doubt, (batch,).
-        expected_entropy: Mean of the draws' entropies: the doubt that more data would leave.
-        mutual_information: Their difference: the doubt about the weights, at least 0.
+        predictive_entropy: Entropy of ``mean``: the whole uncertainty, (batch,).
+        expected_entropy: Mean of the draws' entropies: the uncertainty that more data would leave.
+        mutual_information: Their difference: the uncertainty about the weights, at least 0.
     """
 
     mean: Tensor
