@@ -189,7 +189,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if known is None:
             # a sharded parameter has its global shape
             sharded = hasattr(tensor, "full_tensor")
-            plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer, Outline) or sharded
+            kinds = (Tensor, nn.Parameter, nn.Buffer, Outline, FakeTensor)  # that of an export
+            plain = type(tensor) in kinds or sharded
             if tensor.layout != torch.strided or not plain:
                 raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
             with torch._C.DisableTorchFunction(), paused():
