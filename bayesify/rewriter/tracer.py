@@ -68,6 +68,14 @@ _CONCRETE_METHODS = {
 }  # fmt: skip
 
 
+# what a cast, a move or a freeze of the module's own tensors changes
+_TYPES = {
+    "dtype", "device", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu",
+    "itemsize", "element_size", "is_floating_point", "is_complex", "is_signed", "get_device",
+    "type",
+}  # fmt: skip
+
+
 _VALUE_METHODS = {
     "__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy",
     "__array__", "__contains__", "is_nonzero", "equal", "allclose", "__repr__", "__format__",
@@ -167,6 +175,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self.hide = hide
         self.fake_mode = fake_mode or Examples(allow_non_fake_inputs=True)
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
+        self.types: dict[tuple[tuple[str, ...], str], tuple[Any, ...]] = {}
         self.writes: set[tuple[tuple[str, ...], str]] = set()
         self.dims: Dims = frozenset()
         self.layout = False
@@ -260,6 +269,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return None
         if name == "shape":
             return self._shape(tensor)
+        if name in _TYPES:
+            self._note_types(tensor)
         example = tensor.example if traced else self.example_of(tensor)
         if name == "device" and not traced:
             with torch._C.DisableTorchFunction():
@@ -286,6 +297,21 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self.guards[key] = Guard(where[1], where[2], tuple(shape), "shape")
         return shape
 
+    def _note_types(self, tensor: Any) -> None:
+        """The code asked for the dtype or the like of one of the owner's tensors.
+
+        Or of a result, which depends on all of them; those of the arguments are in the key.
+        """
+        found = [w for w in self.tensors.values() if w[0] in ("parameter", "buffer")]
+        if type(tensor) is not TracedTensor:
+            found = [where for where in found if where[3] is tensor]
+        elif tensor.argument is not None:
+            return
+        with torch._C.DisableTorchFunction():
+            kinds = ((path, name, t.dtype, t.device, t.requires_grad) for _, path, name, t in found)
+            for kind in kinds:
+                self.types[kind[:2]] = kind
+
     def _metadata(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         tensor = args[0]
         traced = type(tensor) is TracedTensor
@@ -311,6 +337,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if name == "data_ptr" or (name == "type" and len(args) + len(kwargs) > 1):
             return MISSING
         if name in _CONCRETE_METHODS:
+            if name in _TYPES:
+                self._note_types(tensor)
             return self._evaluate(func, args, kwargs)
         return MISSING
 
@@ -632,8 +660,11 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             raise TraceFailure("it changes a container among its arguments")
         self.graph.output(output)
         self.graph.output_node().meta["context"] = self.entry_context
+        guards = tuple(self.guards.values())
+        if self.types:
+            guards += (Guard((), "types", tuple(self.types.values()), "types"),)
         return Trace(
-            self.graph, tuple(self.guards.values()), self.dims, self.layout, self.guided,
+            self.graph, guards, self.dims, self.layout, self.guided,
             self.constants, self.parameters, examples,
         )  # fmt: skip
 
