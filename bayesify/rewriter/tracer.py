@@ -51,7 +51,7 @@ from .values import (
     TraceFailure,
     unpacks_into_names,
 )
-from .writer import Expression, GraphWriter, access, resolves, traced_inside
+from .writer import Expression, GraphWriter, access, can_be_target, resolves, traced_inside
 
 _CONCRETE_ATTRIBUTES = {
     "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
@@ -198,7 +198,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if known is None:
             # a sharded parameter has its global shape
             sharded = hasattr(tensor, "full_tensor")
-            plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer, Outline) or sharded
+            kinds = (Tensor, nn.Parameter, nn.Buffer, Outline, FakeTensor)  # that of an export
+            plain = type(tensor) in kinds or sharded
             if tensor.layout != torch.strided or not plain:
                 raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
             with torch._C.DisableTorchFunction(), paused():
@@ -432,8 +433,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return type(result)(items)  # torch.return_types take one sequence
         if isinstance(result, dict):
             entries = {
-                k: self._wrap(v, self._node("call_function", operator.getitem, (node, k)), inputs)
+                k: self._wrap(v, self._node("call_function", operator.getitem, (node, key)), inputs)
                 for k, v in result.items()
+                for key in [self.argument(k)]
             }
             return entries if type(result) is dict else _same_dict(result, entries)
         if dataclasses.is_dataclass(result) and not isinstance(result, type):
@@ -461,8 +463,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if contextvars.copy_context() != self._variables:
             raise TraceFailure("it sets a context variable around a submodule")
         path = self.paths.get(id(module))
-        arguments = tuple(self.argument(a) for a in args)
-        keywords = {k: self.argument(v) for k, v in kwargs.items()}
+        arguments = tuple(self.passed(a) for a in args)
+        keywords = {k: self.passed(v) for k, v in kwargs.items()}
         examples = self._as_examples((args, kwargs))
         with paused(), self._as_outline(module):
             outer, ACTIVE.fake_mode = ACTIVE.fake_mode, self.fake_mode
@@ -477,10 +479,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 ) from error
             finally:
                 ACTIVE.fake_mode = outer
-        if path:
+        if path and can_be_target(path):
             node = self._node("call_module", ".".join(path), arguments, keywords)
         else:
-            callee = self.constant(module)
+            callee = self.constant(module) if path is None else Expression(access(path))
             node = self._node("call_function", operator.call, (callee, *arguments), keywords)
         return self._wrap(result, node, (args, kwargs))
 
@@ -576,7 +578,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             if self._made_of_draws(value):
                 return  # a cache: kept, it would outlive its draw
-            self._node("call_function", setattr, (target, name, self.argument(value)))
+            self._node("call_function", setattr, (target, name, self.passed(value)))
 
     def _containers(self) -> list[tuple[str, Any, Any]]:
         return [
@@ -652,7 +654,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             result = method(*args, **kwargs)
             self._check_containers(held)
             with torch._C.DisableTorchFunction():
-                output = self.argument(result)
+                output = self.passed(result)
                 examples = self._as_examples(result)
         if _shape_of((args, kwargs)) != before:
             raise TraceFailure("it changes a container among its arguments")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import scope as scopes
 from ..errors import UnsupportedModuleError
@@ -361,7 +361,7 @@ def _trace(
     unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
     # inside the trace of a caller, its fake mode is on and torch functions are off
     with (
-        scopes.recording(_refuse_checkpoint), unseen, unset_fake_temporarily(),
+        scopes.recording(_refuse_checkpoint), unseen, _disable_current_modes(),
         torch._C._EnableTorchFunction(),
     ):  # fmt: skip
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from ..kernels import grouped
 from ..kernels.noise import fold
@@ -30,6 +31,8 @@ def enter(
         finally:
             LOCAL.scope = None
     held = scope is not None
+    if scope is not None and torch.compiler.is_compiling() and not is_dynamo_compiling():
+        scope, held = scope.empty(), False  # an export's tensors must not outlive it
     if scope is None:
         scope = Scope(new_seed())
     LOCAL.scope = scope
