@@ -269,20 +269,25 @@ def make(
     if sum(v.code is not None for v in known.values()) >= MAX_VARIANTS:
         reason = f"more than {MAX_VARIANTS} variants: something it reads changes at every call"
     else:
-        attempts = [False, True]  # whether to hide caches, the last one first
-        while attempts:
-            hide = attempts.pop()
+        hiding, retried = caches.Hiding(owner, method), False
+        while True:
             try:
-                trace = _trace(owner, method, original, key, tensors, hide)
-                break
+                trace = _trace(owner, original, key, tensors, hiding)
             except StateFound as failure:
-                attempts.append(hide)
                 reason = str(failure)
+                continue
             except TraceFailure as failure:
                 reason = str(failure)
             except Exception as error:  # the fallback runs the code itself and shows its errors
                 first = (str(error).splitlines() or [""])[0]
                 reason = f"{type(error).__name__}: {first}"
+                # an error of a kernel says nothing of what was hidden
+                if not retried and not isinstance(error, RuntimeError) and hiding.keep_missed():
+                    retried = True
+                    continue
+                break
+            hiding.note_kept()
+            break
     shapes = shapes_of(tensors, trace is not None and trace.layout)
     if trace is None:
         if state.strict:
@@ -319,8 +324,8 @@ def _slots_below(owner: nn.Module) -> dict[tuple[tuple[str, ...], str], Slot]:
 
 
 def _trace(
-    owner: nn.Module, method: str, original: Callable[..., Any], key: Any, tensors: list[Tensor],
-    hide: bool,
+    owner: nn.Module, original: Callable[..., Any], key: Any, tensors: list[Tensor],
+    hiding: caches.Hiding,
 ) -> Trace:  # fmt: skip
     (args_structure, kwargs_structure), _ = key
     names = argument_names(original, args_structure, kwargs_structure)
@@ -329,7 +334,7 @@ def _trace(
         used = itertools.count()
         return unflatten(args_structure, traced, used), unflatten(kwargs_structure, traced, used)
 
-    tracer = MethodTracer(owner, run_at_mean, hide, ACTIVE.fake_mode)
+    tracer = MethodTracer(owner, run_at_mean, hiding, ACTIVE.fake_mode)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
     unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
     # inside the trace of a caller, its fake mode is on and torch functions are off
@@ -379,7 +384,9 @@ def _swap(
     mode = SwapMode(owner)
     outer, LOCAL.reads = LOCAL.reads, functools.partial(SwapMode, owner)
     try:
-        with caches.hidden(owner), caches.parametrizations_computed_anew(), mode:
+        fresh = caches.parametrizations_computed_anew()
+        with caches.hidden(owner, method) as make_anew, fresh, mode:
+            make_anew()
             result = original(owner, *args, **kwargs)
     finally:
         LOCAL.reads = outer
