@@ -8,7 +8,8 @@ import itertools
 import logging
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..scope import LOCAL
 from . import caches
 from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
 from .estimators import reads_to_estimates
-from .fallback import SwapMode
+from .fallback import HeldReads, drawn_reads, owner_holds_parameters
 from .guards import Guard
 from .passes import compile_source, reads_to_draws, restore_contexts, source_of
 from .trace_context import ACTIVE, has_hooks
@@ -52,6 +53,7 @@ class Variant:
     source: str
     rung: str
     reason: str
+    held: bool | None = None  # whether the fallback was seen to read a parameter from no module
 
     def matches(self, owner: nn.Module, tensors: list[Tensor]) -> bool:
         """Whether the attributes and shapes on which the code depends are as they were."""
@@ -194,7 +196,8 @@ def _draw(
             flatten(kwargs, tensors, names, ""),
         )
     except TypeError as error:
-        return _swap(owner, state, method, original, args, kwargs, str(error))
+        opaque = _opaque(owner, state, method, str(error))
+        return _fall_back(owner, opaque, method, original, args, kwargs)
     key = (structure, _ambient())
     if torch.compiler.is_compiling():
         # a constant needs numbers: operator.index guards on a size that is a symbol, int does not
@@ -211,7 +214,7 @@ def _draw(
         if variant is None:
             variant, _ = make(owner, state, method, original, key, tensors)
     if variant.code is None:
-        return _swap(owner, state, method, original, args, kwargs, None)
+        return _fall_back(owner, variant, method, original, args, kwargs)
     return variant.code(owner, *tensors)
 
 
@@ -263,6 +266,17 @@ def make(
     Returns:
         The variant, and what it gives with examples for tensors.
     """
+    exchanged, ACTIVE.exchanged = ACTIVE.exchanged, frozenset()
+    try:
+        return _make(owner, state, method, original, key, tensors)
+    finally:
+        ACTIVE.exchanged = exchanged
+
+
+def _make(
+    owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any], key: Any,
+    tensors: list[Tensor],
+) -> tuple[Variant, Any]:  # fmt: skip
     known = state.variants.setdefault(method, {})
     trace: Trace | None = None
     reason = ""
@@ -367,30 +381,47 @@ def run_at_mean(module: nn.Module, args: Any, kwargs: Any) -> Any:
         LOCAL.scope = outer
 
 
-def _swap(
-    owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any], args: Any,
-    kwargs: Any, reason: str | None,
+def _opaque(owner: nn.Module, state: OwnerState, method: str, reason: str) -> Variant:
+    """The fallback of calls whose arguments cannot be taken apart."""
+    known: dict[int, Variant] = state.variants.setdefault(method, {})
+    for variant in known.values():
+        if variant.key is None and variant.reason == reason:
+            return variant
+    if state.strict:
+        raise UnsupportedModuleError(
+            f"{type(owner).__name__}.{method} cannot become a graph: {reason}. Convert "
+            "without strict, or skip this module."
+        )
+    variant = Variant(None, (), frozenset(), False, (), None, "", "swap", reason)
+    known[len(known)] = variant
+    return variant
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _fall_back(
+    owner: nn.Module, variant: Variant, method: str, original: Callable[..., Any], args: Any,
+    kwargs: Any,
 ) -> Any:  # fmt: skip
-    """The fallback: run the original method with its parameter reads exchanged for draws."""
-    if reason is not None:
-        known = state.variants.setdefault(method, {})
-        if not any(v.code is None and v.reason == reason for v in known.values()):
-            if state.strict:
-                raise UnsupportedModuleError(
-                    f"{type(owner).__name__}.{method} cannot become a graph: {reason}. Convert "
-                    "without strict, or skip this module."
-                )
-            known[len(known)] = Variant(None, (), frozenset(), False, (), None, "", "swap", reason)
-    mode = SwapMode(owner)
-    outer, LOCAL.reads = LOCAL.reads, functools.partial(SwapMode, owner)
+    """Run the original method with its parameter reads exchanged for draws."""
+    held = variant.held is not False or owner_holds_parameters(owner)
+    outer, LOCAL.reads = LOCAL.reads, functools.partial(_drawn, owner, method, held)
     try:
-        fresh = caches.parametrizations_computed_anew()
-        with caches.hidden(owner, method) as make_anew, fresh, mode:
-            make_anew()
+        with _drawn(owner, method, held) as mode:
             result = original(owner, *args, **kwargs)
     finally:
         LOCAL.reads = outer
-    return mode.exchange(result)  # a parameter merely handed on passes through no function
+    if mode is not None:
+        result = mode.exchange(result)  # a parameter merely handed on passes through no function
+        variant.held = bool(variant.held) or mode.met
+    return result
+
+
+@contextmanager
+def _drawn(owner: nn.Module, method: str, held: bool) -> Iterator[HeldReads | None]:
+    fresh = caches.parametrizations_computed_anew()
+    with caches.hidden(owner, method) as make_anew, fresh, drawn_reads(owner, held) as mode:
+        make_anew()
+        yield mode
 
 
 def adopt(module: nn.Module) -> None:
