@@ -5,8 +5,8 @@
     python benchmarks/versions.py python3.12        the same on another Python
     python benchmarks/versions.py oldest --only tests/test_scope.py     a part of it, not recorded
 
-Each corner has an environment of its own, made by uv in `.corners/`, several GB each. What ran, with
-counts, goes to `results/versions.json` and, as a table, to `docs/versions.md`. `make test-oldest`,
+Each corner has an environment of its own, made by uv in `.corners/`, several GB each. What ran,
+with counts, goes to `results/versions.json` and, as a table, to `docs/versions.md`. `make test-oldest`,
 `make test-newest` and `make test-python PYTHON=...` call it.
 """
 
@@ -120,9 +120,10 @@ def write(record: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     lines = [
         "# Versions that the tests ran with", "",
-        "Written by `python benchmarks/versions.py CORNER`. `make test-oldest` takes the lower bounds",
-        "of pyproject.toml, `make test-newest` the newest versions that they allow.", "",
-        "| corner | Python | torch | torchvision | timm | numpy | others | passed | failed | skipped |",
+        "Written by `python benchmarks/versions.py CORNER`. `make test-oldest` takes the lower",
+        "bounds of pyproject.toml, `make test-newest` the newest versions that they allow.", "",
+        "| corner | Python | torch | torchvision | timm | numpy | others | passed | failed "
+        "| skipped |",
         "|---|---|---|---|---|---|---|---:|---:|---:|",
     ]  # fmt: skip
     for name, row in sorted(known.items()):
