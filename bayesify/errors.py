@@ -32,7 +32,7 @@ class CheckpointError(BayesifyError):
     """A file cannot be read as, or written as, a bayesify checkpoint."""
 
 
-class UnsupportedVersionError(BayesifyError, ImportError):
+class UnsupportedVersionError(BayesifyError):
     """A library is of a version that a feature does not work with."""
 
 

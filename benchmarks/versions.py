@@ -6,8 +6,8 @@
     python benchmarks/versions.py oldest --only tests/test_scope.py     a part of it, not recorded
 
 Each corner has an environment of its own, made by uv in `.corners/`, several GB each. What ran,
-with counts, goes to `results/versions.json` and, as a table, to `docs/versions.md`. `make test-oldest`,
-`make test-newest` and `make test-python PYTHON=...` call it.
+with counts, goes to `results/versions.json` and, as a table, to `docs/versions.md`. `make
+test-oldest`, `make test-newest` and `make test-python PYTHON=...` call it.
 """
 
 from __future__ import annotations
