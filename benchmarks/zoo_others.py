@@ -189,6 +189,7 @@ def run(only: str, again: bool, minutes: float) -> None:
         queue.sort(key=lambda n: n in rows)  # what never ran comes first
     for number, name in enumerate(queue, 1):
         if time.monotonic() > stop:
+            print(f"{len(queue) - number + 1} more to do", flush=True)
             break
         job = Job(name, work, (name,), LIMIT_S)
         while (found := job.result()) is None:
@@ -196,7 +197,7 @@ def run(only: str, again: bool, minutes: float) -> None:
         rows[name] = {"name": name, "by_hand": name not in listed} | found | source
         write(rows)
         said_ = "; ".join(found["problems"][:2]) or "ok"
-        print(f"{number}/{len(queue)} {name}: {said_} ({found['seconds']} s)", flush=True)
+        print(f"{number}/{len(queue)} {name}: {said_} ({found.get('seconds')} s)", flush=True)
 
 
 def main() -> None:

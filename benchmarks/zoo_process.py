@@ -26,13 +26,13 @@ def _work(check: Callable[..., Row], args: tuple[Any, ...], out: Connection) -> 
     start = time.perf_counter()
     try:
         found = check(*args)
-    except Exception as error:
+    except BaseException as error:  # also what a trace raises, which a model must not catch
         found = {"problems": [said(error)]}
     out.send(found | {"seconds": round(time.perf_counter() - start, 1)})
     out.close()
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """The kind of an error, where it was raised, and its first line."""
     first = (str(error).strip().splitlines() or [""])[0][:200]
     at = traceback.extract_tb(error.__traceback__)[-1]

@@ -150,7 +150,7 @@ _monai("SegResNetVAE", takes(1, 16, 16), input_image_size=(16, 16), spatial_dims
 # -- vector_quantize_pytorch -----------------------------------------------------------------
 
 
-def _codes(name: str, *, **options: Any) -> None:
+def _codes(name: str, **options: Any) -> None:
     @entry("vector_quantize_pytorch", name)
     def make() -> Built:
         lib_ = lib("vector_quantize_pytorch")

@@ -115,7 +115,7 @@ def _() -> Built:
         vit, ast, dim=16, depth=2, heads=2, dim_head=8, dim_action=3, mlp_dim=16,
         action_chunk_len=3, self_attn_heads=2, self_attn_dim_head=8,
     )  # fmt: skip
-    return model, lambda b: ((noise(b, 1, 3, 1, 32, 32), noise(b, 32, 32)), {})
+    return model, lambda b: ((noise(b, 1, 3, 32, 32), noise(b, 32, 32)), {})
 
 
 # -- lightly ---------------------------------------------------------------------------------
