@@ -36,5 +36,9 @@ class NoMatchWarning(UserWarning):
     """A ``skip`` or ``only`` pattern matches nothing in the model."""
 
 
+class LostPosteriorWarning(UserWarning):
+    """A parameter of a converted model has no posterior, or one that is not stored or trained."""
+
+
 class BiasBeforeNormWarning(UserWarning):
     """A bias gets a posterior and no loss depends on it: a BatchNorm takes it off again."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, UnsupportedModuleError
+from .fixed import Masked
 from .posterior import PRIOR_MEAN_SUFFIX, Estimator
 from .rewriter.owner import generated_class, original_class
 
@@ -27,6 +28,7 @@ class Found:
     estimator: Estimator = "weight"
     rms: float | None = None
     std: float | None = None
+    fixed: Masked | None = None
 
     @property
     def name(self) -> str:
@@ -49,7 +51,7 @@ def check_model(model: Any) -> None:
             "The model is already compiled. Convert first: torch.compile(to_bbb(model)); the "
             "original is model._orig_mod."
         )
-    if next(model.parameters(), None) is None:
+    if next(nn.Module.named_parameters(model), None) is None:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no parameter, so there is nothing to convert."
         )

@@ -111,7 +111,7 @@ def test_drawn_labels_have_the_exact_fisher_as_their_mean() -> None:
     inputs = torch.randn(5, 3)
     repeated = TensorDataset(inputs.repeat(2000, 1), torch.zeros(10_000).long())
     batches = [tuple(t[i : i + 500] for t in repeated.tensors) for i in range(0, 10_000, 500)]
-    exact, _ = fisher_diagonal(model, [(inputs, torch.zeros(5))], "exact", device=CPU)
+    exact, _ = fisher_diagonal(model, [(inputs, torch.zeros(5).long())], "exact", device=CPU)
     drawn, _ = fisher_diagonal(model, batches, "mc", device=CPU, seed=1)
     other, _ = fisher_diagonal(model, batches, "mc", device=CPU, seed=2)
     again, _ = fisher_diagonal(model, batches, "mc", device=CPU, seed=1)

@@ -15,6 +15,7 @@ from .options import (
     Device,
     File,
     Json,
+    ModelArgs,
     ModelName,
     NumSamples,
     Seed,
@@ -40,6 +41,7 @@ def evaluate(
     ] = None,
     batch_size: BatchSize = 256,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     resamples: Annotated[
@@ -67,14 +69,16 @@ def evaluate(
         from dataclasses import asdict
 
         from .. import training
+        from ..classes import classes_of
         from ..data import load_dataset
         from . import render
-        from .checkpoint import open_model
+        from .checkpoint import note_on_classes, open_model
 
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
         strangers = None if ood is None else load_dataset(ood, split=split)
-        opened = open_model(file, model, target_device)
+        opened = open_model(file, model, model_args, target_device)
+        note_on_classes(opened, file, data)
         with render.progress("Measuring") as bar:
             rows = training.evaluate(
                 opened.model,
@@ -105,7 +109,11 @@ def evaluate(
         for row in rows:
             if row.temperature is not None:
                 render.text(f"Temperature {row.temperature:.3f}: a control, not a posterior.")
-        render.text(f"{len(images):,} images of {data} ({images.split}).")
+        known, part = classes_of(opened.model) or (), len(images.classes)
+        render.text(
+            f"{len(images):,} images of {data} ({images.split})"
+            + (f", {part} of the {len(known)} classes." if part < len(known) else ".")
+        )
         if strangers is not None:
             render.text(f"Out of distribution: {len(strangers):,} images of {ood}.")
         if images.split == "all":

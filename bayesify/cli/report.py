@@ -16,6 +16,7 @@ from .options import (
     Device,
     File,
     Force,
+    ModelArgs,
     ModelName,
     NumSamples,
     Quiet,
@@ -24,6 +25,7 @@ from .options import (
     Workers,
     resolve_device,
 )
+from .outputs import check_outputs
 
 
 def report(
@@ -47,6 +49,7 @@ def report(
     split: Split = "test",
     batch_size: BatchSize = 256,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -69,14 +72,15 @@ def report(
         from ..report import check_installed, gather
         from ..report import render as render_page
         from . import render
-        from .checkpoint import open_model
+        from .checkpoint import note_on_classes, open_model
 
         check_installed()
-        storage.check_target(out, overwrite=force)
+        check_outputs({"--out": out}, {"FILE": file, "DATA": data, "--ood": ood}, force=force)
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
         strangers = None if ood is None else load_dataset(ood, split=split)
-        opened = open_model(file, model, target_device)
+        opened = open_model(file, model, model_args, target_device)
+        note_on_classes(opened, file, data)
         with render.progress("Measuring") as bar:
             found = gather(
                 opened.model, images, ood=strangers, num_samples=num_samples, seed=seed,

@@ -115,7 +115,7 @@ class Predictor:
             raise ArgumentError(
                 f"predict: reduce must be None, 'probabilities' or 'moments', got {reduce!r}."
             )
-        check_samples("predict", num_samples)
+        num_samples = check_samples("predict", num_samples)
         self.model = model
         self.collector = _COLLECTORS[reduce]
         self.draws = Draws(model, num_samples, int(as_seed(seed)), keep)

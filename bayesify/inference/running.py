@@ -6,7 +6,6 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ArgumentError
 from ..kernels import grouped
 from ..kernels.noise import fold
+from ..numeric import whole
 from ..posterior import Site, bayesian_sites, owner_state
 from ..scope import Scope, distinct_keys, grad_mode, held, modules_of, realise
 
@@ -303,10 +303,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_samples(what: str, num_samples: int) -> None:
-    integer = isinstance(num_samples, Integral) and not isinstance(num_samples, bool)
-    if not integer or num_samples < 1:
-        raise ArgumentError(f"{what}: num_samples must be an integer above 0, got {num_samples!r}.")
+def check_samples(what: str, num_samples: int) -> int:
+    return whole(f"{what}: num_samples", num_samples, "an integer above 0")
 
 
 def check_batch(what: str, inputs: Any) -> None:

@@ -162,13 +162,9 @@ class RunningMoments(_Structured):
 
 class Probabilities(Collector):
     def add(self, output: Any) -> None:
-        logits = main_output(output)
-        if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-            raise ArgumentError(
-                "predict: reduce='probabilities' needs logits of the shape (batch, classes), with "
-                f"at least 2 classes; the model gave {logits.dtype} of {tuple(logits.shape)}. "
-                "Take reduce='moments' or None."
-            )
+        logits = class_logits(
+            output, "predict: reduce='probabilities'", "Take reduce='moments' or None."
+        )
         log_probs = logits.to(_wide_dtype(logits)).log_softmax(-1)
         probs = log_probs.exp()
         entropy = torch.special.entr(probs).sum(-1)
@@ -217,3 +213,35 @@ def main_output(output: Any) -> Tensor:
             ".logits. Wrap the model in a module that returns the tensor."
         )
     return found
+
+
+def class_logits(output: Any, wanted_by: str, instead: str = "") -> Tensor:
+    """The logits (batch, classes) in what a classifier gave.
+
+    The one place that knows on which axis classes are: all that takes a softmax, a largest class
+    or a cross entropy of a model's output asks here.
+
+    Args:
+        output: As :func:`main_output` takes it.
+        wanted_by: Who asks, for the message.
+        instead: What to do with another output, a sentence.
+
+    Raises:
+        ArgumentError: They are no table of at least two classes.
+    """
+    logits = main_output(output)
+    if logits.dim() == 2 and logits.shape[1] >= 2 and logits.is_floating_point():
+        return logits
+    advice = [instead] if instead else []
+    if logits.dim() == 1 or logits.shape[1:] == (1,):
+        z = "z[:, None]" if logits.dim() == 1 else "z"
+        advice.append(
+            "If it is the logit z of a sigmoid, let the model give those of both classes, "
+            f"torch.nn.functional.pad({z}, (1, 0))."
+        )
+    elif logits.dim() > 2:
+        advice.append("Of dense outputs, let the model give one row for each pixel or token.")
+    raise ArgumentError(
+        f"{wanted_by} needs logits of the shape (batch, classes), with at least 2 classes; the "
+        f"model gave {logits.dtype} of {tuple(logits.shape)}. {' '.join(advice)}".rstrip()
+    )

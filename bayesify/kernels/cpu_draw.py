@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..gaussian import HELD
 from . import native
 from .noise import fill_normal
 
@@ -207,6 +208,9 @@ def _kl_value(
             terms.addcmul_(offset, offset, value=1.0 / pv)
         else:
             terms.add_(offset.square().div_(pv))
+        held = s <= HELD
+        if held.any():
+            terms.masked_fill_(held, 0.0)
         total += 0.5 * float(terms.sum())
     return total
 
@@ -224,7 +228,11 @@ def _add(factor: float, *tensors: Any) -> None:
     for m, s, by_m, by_s, grad, grad_now, pm, pv in _pieces(*tensors):
         if grad_now is not None:
             by_s.mul_(grad_now)
-        offset = _less(m, pm)
+        offset, excess = _less(m, pm), torch.expm1(_less(s, log(pv)))
+        held = s <= HELD
+        if held.any():
+            offset, excess = offset.masked_fill(held, 0.0), excess.masked_fill(held, 0.0)
+            pv = pv if isinstance(pv, float) else pv.masked_fill(held, 1.0)
         if not isinstance(pv, float):
             torch.mul(offset, factor, out=by_m).div_(pv)
             if grad is not None:
@@ -233,4 +241,4 @@ def _add(factor: float, *tensors: Any) -> None:
             torch.add(grad, offset, alpha=factor / pv, out=by_m)
         else:
             torch.mul(offset, factor / pv, out=by_m)
-        by_s.add_(torch.expm1(_less(s, log(pv))), alpha=0.5 * factor)
+        by_s.add_(excess, alpha=0.5 * factor)

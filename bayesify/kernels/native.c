@@ -314,6 +314,10 @@ typedef struct {
     float one_mean, one_var;
 } kl_row;
 
+/* At a log variance of at most this the weight is pruned or fixed and has no KL (HELD of gaussian.py);
+   what is not a number stays visible. */
+INLINE float unless_held(float logvar, float value) { return logvar <= -2048.0f ? 0.0f : value; }
+
 /* Sums run in lanes of their own, which the vectoriser may not make of one sum of floats. */
 #define LANES 16
 
@@ -339,6 +343,8 @@ VERSIONS static void kl_chunk(const job *all, int64_t row, int64_t chunk, int64_
         else
             for (int k = 0; k < m; k++)
                 terms[k] = terms[k] * terms[k] * inverse + excess(logvar[i + k] - shift);
+        for (int k = 0; k < m; k++)
+            terms[k] = unless_held(logvar[i + k], terms[k]);
         for (int k = m; k < PART; k++)
             terms[k] = 0.0f;
         for (int lane = 0; lane < LANES; lane++)
@@ -401,6 +407,10 @@ VERSIONS static void gradient_chunk(
                 to_mean[k] = factor * inverse * to_mean[k];
                 to_logvar[k] = 0.5f * factor * (excess(ratio) + ratio);
             }
+        for (int k = 0; k < m; k++) {
+            to_mean[k] = unless_held(logvar[i + k], to_mean[k]);
+            to_logvar[k] = unless_held(logvar[i + k], to_logvar[k]);
+        }
         float *restrict by_mean = r->by_mean + first + i, *restrict by_logvar = r->by_logvar + first + i;
         if (r->grad) {
             const float *restrict grad = r->grad + first + i;

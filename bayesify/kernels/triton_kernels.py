@@ -136,9 +136,10 @@ def backward_kernel(
         difference = tl.load(mean + at, mask=mask) - tl.load(
             prior_mean + at * MEAN_STRIDE, mask=mask
         )
-        ratio = raw - tl.log(var)
-        to_mean += factor * difference / var
-        to_logvar += 0.5 * factor * (_excess(ratio) + ratio)
+        held = raw <= -2048.0  # HELD of gaussian.py: pruned or fixed, without a KL
+        ratio = tl.where(held, 0.0, raw) - tl.log(var)
+        to_mean += tl.where(held, 0.0, factor * difference / var)
+        to_logvar += tl.where(held, 0.0, 0.5 * factor * (_excess(ratio) + ratio))
         tl.store(by_mean + at, to_mean, mask=mask)
     tl.store(by_logvar + at, to_logvar, mask=mask)
 
@@ -154,8 +155,10 @@ def _kl_part(
     var = tl.load(prior_var + at * var_stride, mask=mask, other=1.0 if MASKED else None)
     difference = tl.load(mean + at, mask=mask, other=other)
     difference -= tl.load(prior_mean + at * mean_stride, mask=mask, other=other)
-    terms = _excess(tl.load(logvar + at, mask=mask, other=other) - tl.log(var))
-    return tl.sum(terms + difference * difference / var)
+    raw = tl.load(logvar + at, mask=mask, other=other)
+    held = raw <= -2048.0
+    terms = _excess(tl.where(held, 0.0, raw) - tl.log(var)) + difference * difference / var
+    return tl.sum(tl.where(held, 0.0, terms))
 
 
 @triton.jit

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from .. import __version__
+from ..classes import check_count, classes_of
 from ..data import ImageData, loader
-from ..errors import ArgumentError
-from ..inference import Predictor, main_output
+from ..inference import Predictor, class_logits
 from ..metrics import (
     ClassificationMetrics,
     Examples,
@@ -29,9 +29,11 @@ from ..metrics import (
     reliability_bins,
 )
 from ..models import InputConfig, input_config
+from ..numeric import count, seed_number, whole
 from ..posterior import bayesian_sites
 from ..pruning import prune_
 from ..scope import at_mean
+from ..training.matching import images_by_name
 from .curve import pruning_curve
 from .weights import Layer, left_out, measure
 
@@ -162,7 +164,8 @@ def gather(
 
     Args:
         model: A converted classifier; it is left in ``eval()`` on ``device``.
-        images: Labelled images that it was not trained on.
+        images: Labelled images that it was not trained on; classes as :func:`bayesify.evaluate`
+            finds them.
         ood: Images of another kind, whose labels are not looked at.
         num_samples: Draws K of the average, at least 1.
         seed: Of draws, folds and resamples.
@@ -183,15 +186,17 @@ def gather(
     Raises:
         ArgumentError: An argument has a value that cannot work, the output is no table of logits,
             or a label is out of range.
-        DataError: An image cannot be read.
+        DataError: An image cannot be read, or classes are not the model's.
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    if type(resamples) is not int or resamples < 2:
-        raise ArgumentError(f"resamples must be a whole number above 1, got {resamples!r}.")
+    resamples = whole("resamples", resamples, "a whole number above 1", least=2)
+    num_samples, batch_size = count("num_samples", num_samples), count("batch_size", batch_size)
+    seed = seed_number(seed)
     bayesian_sites(model)
+    images = images_by_name(images, model)
     config = model_config or input_config(model)
     run = _Run(model.eval(), config, num_samples, seed, batch_size, device, amp, workers, on_step)
-    found = run.over(images, "Measuring")
+    found = run.over(images, "Measuring", labelled=True)
     outside = None if ood is None else run.over(ood, "Measuring strangers")
     rows = _rows(found, num_samples, resamples, seed)
     curve: list[dict[str, Any]] = []
@@ -273,13 +278,15 @@ class _Run:
         if self.on_step is not None:
             self.on_step(what, done, total)
 
-    def over(self, data: ImageData, what: str) -> _Found:
+    def over(self, data: ImageData, what: str, labelled: bool = False) -> _Found:
         batches = loader(
             data, self.batch_size, model_config=self.config, workers=self.workers
         )  # fmt: skip
         columns: list[tuple[Tensor, ...]] = []
         for done, (inputs, labels) in enumerate(batches, 1):
             logits, summary = self.predicted(inputs)
+            if labelled and done == 1 and classes_of(self.model) is None:
+                check_count(data.classes, logits.shape[1], data.name)
             columns.append(
                 (labels, logits, summary.mean, summary.predictive_entropy,
                  summary.mutual_information)
@@ -293,7 +300,7 @@ class _Run:
         kind = torch.device(self.device).type
         with torch.autocast(kind, torch.bfloat16, enabled=self.amp):
             with at_mean(self.model):
-                logits = main_output(self.model(inputs))
+                logits = class_logits(self.model(inputs), "report")
             return logits, self.predictor(inputs)
 
     def examples(self, data: ImageData, indices: Sequence[int]) -> tuple[Example, ...]:

@@ -72,7 +72,7 @@ def _is_cache(value: Any) -> bool:
 
 def entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Each cache of one module and what stands in its place while it is hidden."""
-    if next(module.parameters(), None) is None:
+    if next(nn.Module.named_parameters(module), None) is None:
         return  # anchors, positions: nothing here can come of a parameter of its own
     assigned, filled = _kept_by_forward(type(module))  # type: ignore[arg-type]
     for name, value in module.__dict__.items():
@@ -108,7 +108,7 @@ def hidden(owner: nn.Module) -> Iterator[None]:
     """Hide the caches of a module and of those below it, and put them back at the end."""
     before: list[tuple[nn.Module, str, Any, dict[Any, Any] | None]] = []
     for module in owner.modules():
-        if next(module.parameters(), None) is None:
+        if next(nn.Module.named_parameters(module), None) is None:
             continue
         assigned, filled = _kept_by_forward(type(module))  # type: ignore[arg-type]
         for name, value in module.__dict__.items():

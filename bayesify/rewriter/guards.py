@@ -20,14 +20,21 @@ MISSING: Any = type("Missing", (), {"__repr__": lambda self: "absent"})()
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """A plain attribute of the module or of one below it, as the traced forward saw it."""
+    """A plain attribute of the module or of one below it, as the traced forward saw it.
+
+    Of the kind "types" it is of no attribute: ``value`` are (path, name, dtype, device,
+    requires_grad) of parameters and buffers.
+    """
 
     path: tuple[str, ...]
     name: str
     value: Any
-    kind: str  # "equal", "same", "keys" (of _modules and the like) or "shape" (of a buffer)
+    kind: str  # "equal", "same", "keys" (of _modules and the like), "shape" (of a buffer), "types"
 
     def holds(self, owner: nn.Module) -> bool:
+        if self.kind == "types":
+            with torch._C.DisableTorchFunction():  # the fallback around it answers with a draw
+                return all(_as_it_was(owner, *entry) for entry in self.value)
         module: Any = owner
         for part in self.path:
             module = module._modules.get(part)
@@ -42,6 +49,21 @@ class Guard:
         if self.kind == "same":
             return found is self.value
         return type(found) is type(self.value) and bool(found == self.value)
+
+
+def _as_it_was(
+    module: Any, path: tuple[str, ...], name: str, dtype: Any, device: Any, requires_grad: bool
+) -> bool:
+    for part in path:
+        module = module._modules.get(part)
+        if module is None:
+            return False
+    tensor = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers.get(name)
+    return tensor is not None and bool(
+        tensor.dtype == dtype and tensor.device == device and tensor.requires_grad == requires_grad
+    )
 
 
 def held(module: nn.Module, name: str) -> Any:

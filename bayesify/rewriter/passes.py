@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
 
 from .. import scope
 from .estimators import LINEAR, RUNTIME
@@ -18,6 +19,10 @@ from .writer import Expression, access
 _LOWERED = frozenset((*LINEAR, torch.matmul, torch.addmm, torch.mm, torch.bmm, torch.baddbmm))
 """Operations whose arguments autocast lowers on every device."""
 _LOWERED_METHODS = frozenset(("matmul", "addmm", "mm", "bmm", "baddbmm"))
+
+
+_PADDING = {F.embedding: 2, F.embedding_bag: 10}
+"""Lookups, and where the index of their padding stands among the arguments."""
 
 
 def draw(module: Any, attribute: str, autocast: bool = False) -> Any:
@@ -50,6 +55,34 @@ def reads_to_draws(trace: Trace, bayesian: Collection[tuple[tuple[str, ...], str
             node.kwargs = {"autocast": True}
         count += 1
     return count
+
+
+def masked_rows(
+    trace: Trace, bayesian: Collection[tuple[tuple[str, ...], str]]
+) -> list[tuple[tuple[str, ...], str, int]]:
+    """The Bayesian parameters whose rows a lookup masks: ``padding_idx`` keeps their gradient 0.
+
+    Args:
+        trace: As it was traced.
+        bayesian: (module path, attribute) of the parameters that have a posterior.
+
+    Returns:
+        Module path, attribute and row.
+    """
+    found = []
+    for node in trace.graph.nodes:
+        where = trace.parameters.get(node.name) if node.op == "get_attr" else None
+        if where is None or where not in bayesian:
+            continue
+        for user in node.users:
+            position = _PADDING.get(user.target) if user.op == "call_function" else None
+            if position is None:
+                continue
+            given = dict(enumerate(user.args))
+            row = given.get(position, user.kwargs.get("padding_idx"))
+            if given.get(1, user.kwargs.get("weight")) is node and type(row) is int:
+                found.append((*where, row))
+    return found
 
 
 def _is_lowered(node: fx.Node) -> bool:

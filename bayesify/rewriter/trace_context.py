@@ -26,12 +26,21 @@ class _Active(threading.local):
         self.fake_mode: FakeTensorMode | None = None
         self.hooked = False
         self.patched = False
+        # functions of autograd: of which apply has begun and with which grad mode, and of which
+        # a call was recorded
+        self.applied: tuple[Any, bool] | None = None
+        self.recorded: Any = None
 
 
 ACTIVE = _Active()
 
 
 TRACE_LOCK = threading.RLock()
+
+
+def transforms() -> tuple[Any, ...]:
+    """How deep in transforms of torch.func and in levels of forward-mode differentiation."""
+    return torch._C._functorch.maybe_current_level(), torch.autograd.forward_ad._current_level
 
 
 def context_state() -> tuple[Any, ...]:
@@ -182,12 +191,15 @@ def patches() -> Iterator[None]:
 class _OpaqueCalls:
     """Lets a trace record, and the fallback exchange, calls that no torch-function mode sees.
 
-    These are torch.autograd.Function, whose backward must survive, and scripted functions. Their
-    entry points are wrapped while a trace or a fallback runs, counted over threads.
+    These are functions of autograd, whose backward must survive, and scripted functions. Whatever
+    name a forward holds such a function under, its call ends in C, which looks ``forward`` up on
+    the class: there the trace steps in. The lookup and the entry points are wrapped while a trace
+    or a fallback runs, counted over threads.
     """
 
     _autograd: Any = torch.autograd.Function
     _scripted: Any = torch._C.ScriptFunction
+    _kind: Any = type(torch.autograd.Function)
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -205,18 +217,40 @@ class _OpaqueCalls:
             if self._depth == 0:
                 self._autograd.apply = self._apply
                 self._scripted.__call__ = self._call
+                del self._kind.__getattribute__
 
     def _install(self) -> None:
         apply = self._apply = self._autograd.__dict__["apply"]
         call = self._call = self._scripted.__call__
 
         def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            bound = apply.__get__(None, cls)
-            if ACTIVE.tracer is not None:
-                return ACTIVE.tracer.call_opaque(cls.apply, bound, args, kwargs)
-            if ACTIVE.exchange is not None:
+            if ACTIVE.tracer is None and ACTIVE.exchange is not None:
                 args, kwargs = ACTIVE.exchange((args, kwargs))
-            return bound(*args, **kwargs)
+            return apply.__get__(None, cls)(*args, **kwargs)
+
+        def patched_lookup(cls: Any, name: str) -> Any:
+            found = type.__getattribute__(cls, name)
+            if ACTIVE.tracer is None:
+                return found
+            # apply reads _backward_cls, switches the gradient off, reads forward and calls it
+            if name == "_backward_cls":
+                ACTIVE.applied = (cls, torch.is_grad_enabled())
+            elif name == "forward" and ACTIVE.applied is not None:
+                (applied, grad), ACTIVE.applied = ACTIVE.applied, None
+                if applied is cls:
+                    return functools.partial(record, cls, apply.__get__(None, cls), grad)
+            elif name == "setup_context" and ACTIVE.recorded is cls:
+                ACTIVE.recorded = None
+                return _set_up_nothing
+            return found
+
+        def record(cls: Any, run: Any, grad: bool, *args: Any) -> Any:
+            separate = cls.setup_context is not self._autograd.setup_context
+            with torch._C.DisableTorchFunction(), torch.set_grad_enabled(grad):
+                args = args if separate else args[1:]  # without ctx
+                result = ACTIVE.tracer.call_opaque(run, run, args, {})  # type: ignore[union-attr]
+            ACTIVE.recorded = cls if separate else None
+            return result
 
         def patched_call(function: Any, *args: Any, **kwargs: Any) -> Any:
             if ACTIVE.tracer is not None:
@@ -227,7 +261,12 @@ class _OpaqueCalls:
             return call(function, *args, **kwargs)
 
         self._autograd.apply = classmethod(patched_apply)
+        self._kind.__getattribute__ = patched_lookup
         self._scripted.__call__ = patched_call
+
+
+def _set_up_nothing(*_: Any) -> None:
+    """In place of the setup_context of a function whose call was recorded, which ran nothing."""
 
 
 opaque_calls = _OpaqueCalls()

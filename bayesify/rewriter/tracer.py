@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import inspect
 import operator
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +27,7 @@ from . import caches
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
 from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
+from .randomness import has_random_numbers, random_numbers_kept
 from .trace_context import (
     ACTIVE,
     TRACE_LOCK,
@@ -36,6 +35,7 @@ from .trace_context import (
     patches,
     paused,
     restore,
+    transforms,
     untouched,
     without_hooks,
 )
@@ -65,6 +65,14 @@ _CONCRETE_METHODS = {
     "dim", "ndimension", "element_size", "is_floating_point", "is_complex", "is_signed",
     "get_device", "is_inference", "is_conj", "is_neg", "has_names", "is_same_size", "type",
     "data_ptr", "_is_view",
+}  # fmt: skip
+
+
+# what a cast, a move or a freeze of the module's own tensors changes
+_TYPES = {
+    "dtype", "device", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu",
+    "itemsize", "element_size", "is_floating_point", "is_complex", "is_signed", "get_device",
+    "type",
 }  # fmt: skip
 
 
@@ -130,6 +138,22 @@ class Trace:
     result: Any
 
 
+class Examples(FakeTensorMode):
+    """Computes examples, and refuses operations that a traced method calls unseen.
+
+    It is on all along. What torch's functions do passes by the tracer, which runs them on examples
+    while it is paused; what arrives here otherwise came of compiled code that calls operations by
+    itself, and would be missing in the graph.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if ACTIVE.tracer is not None:
+            if func is torch.ops.aten.lift_fresh.default:  # torch.from_numpy and its like
+                return ACTIVE.tracer.made_of_data(args[0])
+            raise TraceFailure(f"{func} was reached by code that torch.fx cannot see")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class MethodTracer(GraphWriter, TorchFunctionMode):
     """Runs one method on traced tensors and records it.
 
@@ -149,8 +173,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         GraphWriter.__init__(self, owner)
         self.run_leaf = run_leaf
         self.hide = hide
-        self.fake_mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = fake_mode or Examples(allow_non_fake_inputs=True)
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
+        self.types: dict[tuple[tuple[str, ...], str], tuple[Any, ...]] = {}
         self.writes: set[tuple[tuple[str, ...], str]] = set()
         self.dims: Dims = frozenset()
         self.layout = False
@@ -159,6 +184,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self._sizes: dict[tuple[int, int], TracedInt] = {}
         self._hidden: set[tuple[int, str]] = set()
         self._variables = contextvars.copy_context()
+        self._transforms = transforms()
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
         self._device = modes[-1].device if modes else None
 
@@ -175,7 +201,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer, Outline) or sharded
             if tensor.layout != torch.strided or not plain:
                 raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
-            with torch._C.DisableTorchFunction(), self.fake_mode:
+            with torch._C.DisableTorchFunction(), paused():
                 example = torch.empty_strided(
                     tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype,
                     device=tensor.device, requires_grad=tensor.requires_grad,
@@ -200,6 +226,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         """Record one call of a torch function and give its traced result."""
         if ACTIVE.tracer is not self:
             raise TraceFailure(f"{func} on a traced tensor outside of its trace")
+        if transforms() != self._transforms:
+            raise TraceFailure("it differentiates or maps a function by torch.func or forward_ad")
         name = getattr(func, "__name__", "")
         subject = args[0] if args else None
         if name in ("__get__", "__set__"):
@@ -240,6 +268,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return None
         if name == "shape":
             return self._shape(tensor)
+        if name in _TYPES:
+            self._note_types(tensor)
         example = tensor.example if traced else self.example_of(tensor)
         if name == "device" and not traced:
             with torch._C.DisableTorchFunction():
@@ -266,6 +296,21 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self.guards[key] = Guard(where[1], where[2], tuple(shape), "shape")
         return shape
 
+    def _note_types(self, tensor: Any) -> None:
+        """The code asked for the dtype or the like of one of the owner's tensors.
+
+        Or of a result, which depends on all of them; those of the arguments are in the key.
+        """
+        found = [w for w in self.tensors.values() if w[0] in ("parameter", "buffer")]
+        if type(tensor) is not TracedTensor:
+            found = [where for where in found if where[3] is tensor]
+        elif tensor.argument is not None:
+            return
+        with torch._C.DisableTorchFunction():
+            kinds = ((path, name, t.dtype, t.device, t.requires_grad) for _, path, name, t in found)
+            for kind in kinds:
+                self.types[kind[:2]] = kind
+
     def _metadata(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         tensor = args[0]
         traced = type(tensor) is TracedTensor
@@ -291,6 +336,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if name == "data_ptr" or (name == "type" and len(args) + len(kwargs) > 1):
             return MISSING
         if name in _CONCRETE_METHODS:
+            if name in _TYPES:
+                self._note_types(tensor)
             return self._evaluate(func, args, kwargs)
         return MISSING
 
@@ -300,7 +347,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if self._device is not None and func in _device_constructors():
             if kwargs.get("device") is None:  # `with torch.device(...)`, which acts when it runs
                 kwargs["device"] = self._device
-        with torch._C.DisableTorchFunction(), self.fake_mode, paused():
+        with torch._C.DisableTorchFunction(), paused():
             return func(*args, **kwargs)
 
     def _as_examples(self, value: Any) -> Any:
@@ -337,6 +384,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if name.startswith("squeeze"):
             self.note_dims(None)  # whether a dimension goes depends on its size
         result = self._evaluate(func, args, kwargs)
+        if func is torch._C._set_grad_enabled:
+            if torch.is_inference_mode_enabled() == self.entry_context[1]:  # which switches it too
+                self.grad_mode = torch.is_grad_enabled()
         method = _METHODS.get(func, "") if isinstance(args[0] if args else None, Tensor) else ""
         if method in _OPERATORS:
             op, target, operands = "call_function", _OPERATORS[method], args
@@ -417,8 +467,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         with paused(), self._as_outline(module):
             outer, ACTIVE.fake_mode = ACTIVE.fake_mode, self.fake_mode
             try:
-                with self.fake_mode:
-                    result = self.run_leaf(module, *examples)
+                result = self.run_leaf(module, *examples)
             except TraceFailure:
                 raise
             except Exception as error:
@@ -492,6 +541,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return
         if type(value) in (TracedSize, TracedParts) or isinstance(value, TracedNumber):
             return
+        if has_random_numbers(value):
+            raise TraceFailure(f"it takes random numbers of its {type(value).__name__} {name!r}")
         if plain(value):
             copy = value if isinstance(value, PRIMITIVES) else copy_plain(value)
             self.guards[path, name] = Guard(path, name, copy, "equal")
@@ -588,17 +639,17 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             build: From traced tensors to the method's (args, kwargs).
             tensors: Tensor arguments, real or fake; only their metadata is used.
         """
-        traced = []
-        for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
-            node = self.graph.placeholder(name)
-            self._last_placeholder = node
-            traced.append(TracedTensor(self.example_of(tensor), node, self, index))
-        with self._patched(), self:
+        with self._patched(), random_numbers_kept(), self.fake_mode, self:
+            traced = []
+            for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
+                node = self.graph.placeholder(name)
+                self._last_placeholder = node
+                with torch._C.DisableTorchFunction():
+                    traced.append(TracedTensor(self.example_of(tensor), node, self, index))
             args, kwargs = build(traced)
             before = _shape_of((args, kwargs))
             held = self._containers()
-            with _python_numbers():
-                result = method(*args, **kwargs)
+            result = method(*args, **kwargs)
             self._check_containers(held)
             with torch._C.DisableTorchFunction():
                 output = self.argument(result)
@@ -607,8 +658,11 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             raise TraceFailure("it changes a container among its arguments")
         self.graph.output(output)
         self.graph.output_node().meta["context"] = self.entry_context
+        guards = tuple(self.guards.values())
+        if self.types:
+            guards += (Guard((), "types", tuple(self.types.values()), "types"),)
         return Trace(
-            self.graph, tuple(self.guards.values()), self.dims, self.layout, self.guided,
+            self.graph, guards, self.dims, self.layout, self.guided,
             self.constants, self.parameters, examples,
         )  # fmt: skip
 
@@ -625,27 +679,6 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _hide(self, module: nn.Module) -> None:
         if self.hide:
             self._hidden.update((id(module), name) for name in caches.hide(module))
-
-
-@contextmanager
-def _python_numbers() -> Iterator[None]:
-    """Refuse a forward that takes random numbers which no graph would take again."""
-    numpy = sys.modules.get("numpy")
-    python = random.getstate()
-    legacy = None if numpy is None else numpy.random.get_state()
-    yield
-    if random.getstate() == python and (
-        numpy is None or _same_state(legacy, numpy.random.get_state())
-    ):
-        return
-    random.setstate(python)
-    if numpy is not None:
-        numpy.random.set_state(legacy)
-    raise TraceFailure("it draws random numbers with Python or numpy")
-
-
-def _same_state(a: Any, b: Any) -> bool:
-    return bool(a[0] == b[0] and a[1].tobytes() == b[1].tobytes() and a[2:] == b[2:])
 
 
 def _examples_of_partial(value: Any, convert: Callable[[Any], Any]) -> Any:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import operator
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,13 @@ from .arguments import Outline, argument_names, describe, flatten, shapes_of, un
 from .estimators import reads_to_estimates
 from .fallback import SwapMode
 from .guards import Guard
-from .passes import compile_source, reads_to_draws, restore_contexts, source_of
+from .passes import (
+    compile_source,
+    masked_rows,
+    reads_to_draws,
+    restore_contexts,
+    source_of,
+)
 from .trace_context import ACTIVE, has_hooks
 from .tracer import MethodTracer, Trace
 from .values import StateFound, TraceFailure
@@ -294,6 +301,7 @@ def make(
         variant = Variant(key, (), frozenset(), False, shapes, None, "", "swap", reason)
     else:
         slots = _slots_below(owner)
+        _warn_of_masked(owner, method, trace, slots)
         estimated, kept = reads_to_estimates(trace, slots)
         drawn = reads_to_draws(trace, slots)
         restore_contexts(trace)
@@ -306,6 +314,25 @@ def make(
         )  # fmt: skip
     known[len(known)] = variant
     return variant, None if trace is None else trace.result
+
+
+def _warn_of_masked(
+    owner: nn.Module, method: str, trace: Trace, slots: dict[tuple[tuple[str, ...], str], Slot]
+) -> None:
+    """Name a lookup with ``padding_idx`` in a module's own code: the conversion could not know."""
+    for path, attribute, row in masked_rows(trace, slots):
+        home = owner.get_submodule(".".join(path))
+        known = isinstance(home, nn.Embedding | nn.EmbeddingBag) and home.padding_idx is not None
+        slot = slots[path, attribute]
+        if not known and not slot.has_held:
+            warnings.warn(
+                f"{type(owner).__name__}.{method} looks up {slot.name!r} with padding_idx={row}, "
+                "so that this row gets no gradient: if nothing else reads it, the KL alone moves "
+                "its posterior, to the prior, and what padding reads is noise. Fix the row with "
+                "bayesify.fix_(model, {name: mask}).",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def _slots_below(owner: nn.Module) -> dict[tuple[tuple[str, ...], str], Slot]:

@@ -42,6 +42,7 @@ class GraphWriter:
         self.constants: dict[str, Any] = {}
         self.parameters: dict[str, tuple[tuple[str, ...], str]] = {}
         self.entry_context = context_state()
+        self.grad_mode = self.entry_context[0]
         self._reads: dict[str, fx.Node] = {}
         self._last_read: fx.Node | None = None
         self._last_placeholder: fx.Node | None = None
@@ -110,6 +111,17 @@ class GraphWriter:
                 self.parameters[node.name] = (path, name)
         return node
 
+    def made_of_data(self, tensor: Tensor) -> Tensor:
+        """A tensor made of data outside of torch: the graph makes a fresh one at every call."""
+        self.tensors.setdefault(id(tensor), ("data", (), "", tensor))
+        return tensor
+
+    def _fresh(self, tensor: Tensor) -> fx.Node:
+        name = f"data {id(tensor)}"
+        if name not in self._reads:
+            self._reads[name] = self._node("call_method", "clone", (self.constant(tensor),))
+        return self._reads[name]
+
     def argument(self, value: Any) -> Any:
         """``value`` as an argument of a node."""
         kind = type(value)
@@ -123,6 +135,8 @@ class GraphWriter:
             where = self.tensors.get(id(value))
             if where is None:
                 return self.constant(value)
+            if where[0] == "data":
+                return self._fresh(value)
             if where[0] == "item":
                 return Expression(access((*where[1],)) + "." + where[2])
             return self._read(*where[:3])
@@ -176,8 +190,11 @@ class GraphWriter:
     def _node(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
+        context = context_state()
+        if context[0] != self.grad_mode and context[1] == self.entry_context[1]:
+            raise TraceFailure("code that torch.fx cannot see has switched the gradient on or off")
         node = self.graph.create_node(op, target, args, kwargs or {})
-        node.meta["context"] = context_state()
+        node.meta["context"] = context
         return node
 
     def number(self, target: Any, args: tuple[Any, ...], method: bool = False) -> fx.Node:

@@ -138,7 +138,7 @@ def _note_unread(module: nn.Module, method: str, scope: Scope, drawn: list[Slot]
     if scope.compiled:
         return
     mode = grad_mode()
-    used = {(uid, of): dtype for uid, of, dtype in scope.lowered}
+    used = {(uid, of): dtype for uid, of, dtype in scope.lowered.copy()}
     whole = module.__dict__[STATE].lowered.setdefault((method, mode), {})
     for slot in drawn:
         dtype = used.get((slot.uid, mode))

@@ -9,30 +9,31 @@ from typing import Any
 
 import torch.utils.checkpoint
 
-from .local import LOCAL, Mode
+from .blocks import Mode, only, open_modes
+from .local import LOCAL
 
 
 def _carried(function: Callable[..., Any], *, keep: bool) -> Callable[..., Any]:
     """``function`` bound to the present scope and modes, whenever and wherever it is called."""
     if LOCAL.on_checkpoint is not None:
         LOCAL.on_checkpoint()
-    scope, modes, reads = LOCAL.scope, LOCAL.modes, LOCAL.reads
+    scope, modes, reads = LOCAL.scope, open_modes(), LOCAL.reads
     if scope is None and not modes:
         return function
     snapshot = None if scope is None else scope.fork(keep=keep)
     frozen = [(m, None if m.scope is None else m.scope.fork(keep=keep)) for m in modes]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        outer = LOCAL.scope, LOCAL.modes
+        outer = LOCAL.scope
         LOCAL.scope = None if snapshot is None else snapshot.fork(keep=True)
-        LOCAL.modes = tuple(
+        around = tuple(
             Mode(m.modules, m.drawing, None if s is None else s.fork(keep=True)) for m, s in frozen
         )
         try:
-            with SEAM, reads():
+            with only(around), SEAM, reads():
                 return function(*args, **kwargs)
         finally:
-            LOCAL.scope, LOCAL.modes = outer
+            LOCAL.scope = outer
 
     return run
 
