@@ -12,6 +12,7 @@ line of JSON a model; from it comes the table in `docs/zoo.md`.
 from __future__ import annotations
 
 import argparse
+import copy
 import fnmatch
 import importlib
 import json
@@ -122,13 +123,11 @@ def check(entry: Entry) -> Row:
     found["first_call_s"], found["second_call_s"] = (round(t, 3) for t in times)
     with bayesify.one_draw(converted.train(), seed=1):
         converted(*args, **kwargs)
-    rungs = {(r.owner, r.method): r for r in bayesify.rungs(converted)}
     owners: dict[str, bool] = {}
     for rung in bayesify.rungs(converted):
         owners[rung.owner] = owners.get(rung.owner, False) or rung.rung == "swap"
     census = zoo_checks.census(converted)
     found |= {"all_owners": len(owners), "all_swapped": sum(owners.values()), **census}
-    del rungs
     return found | {"problems": zoo_checks._few(report.problems + stored(entry, converted, call))}
 
 
@@ -162,7 +161,8 @@ def stored(entry: Entry, converted: Any, call: Any) -> list[str]:
         path = Path(folder) / "a.bbb.safetensors"
         try:
             bayesify.save(converted, path)
-            back = bayesify.load(path, model=built(entry)[0])
+            # a copy, as what was converted: a copied GraphModule has more entries
+            back = bayesify.load(path, model=copy.deepcopy(built(entry)[0]))
         except bayesify.BayesifyError as error:
             return [*problems, f"file: {said(error)}"]
     for key, value in state.items():
@@ -195,6 +195,7 @@ def run(only: str, again: bool, minutes: float) -> None:
         while (found := job.result()) is None:
             wait([job.pipe], timeout=1.0)
         rows[name] = {"name": name, "by_hand": name not in listed} | found | source
+        rows = read() | {name: rows[name]}  # another run may write too
         write(rows)
         said_ = "; ".join(found["problems"][:2]) or "ok"
         print(f"{number}/{len(queue)} {name}: {said_} ({found.get('seconds')} s)", flush=True)

@@ -233,6 +233,10 @@ def traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from traced_inside(item, depth + 1)
+    elif isinstance(value, functools.partial):
+        yield from traced_inside((value.func, value.args, value.keywords), depth + 1)
+    elif isinstance(value, types.MethodType):
+        yield from traced_inside(value.__self__, depth + 1)
     elif hasattr(value, "__dict__") and not isinstance(
         value, nn.Module | Tensor | type | types.FunctionType | types.ModuleType
     ):

@@ -51,6 +51,7 @@ def _() -> Built:
     model = n.MultiscaleCompositeTransform(2)
     shape = model.add_transform(n.ActNorm(4), (4, 4, 4))
     model.add_transform(n.OneByOneConvolution(shape[0]), shape)
+    model(noise(3, 4, 4, 4))  # ActNorm takes its parameters from the first batch
     return model, takes(4, 4, 4)
 
 
@@ -292,4 +293,12 @@ def _() -> Built:
         def forward(self, x: Tensor) -> Any:
             return g.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
 
-    return Calls(Process(), lambda m, x: (m(x).mean, m(x).variance)), takes(2)
+    model = Process()
+    with torch.no_grad():
+        model(noise(3, 2))  # its first call sets the variational distribution
+
+    def run(process: Any, x: Tensor) -> Any:
+        found = process(x)
+        return found.mean, found.variance
+
+    return Calls(model, run), takes(2)

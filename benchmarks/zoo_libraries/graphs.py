@@ -91,7 +91,9 @@ def _() -> Built:
 @entry("torch_geometric:models", "GroupAddRev")
 def _() -> Built:
     g = lib("torch_geometric.nn")
-    return g.GroupAddRev(g.GCNConv(4, 4), num_groups=2), graph
+    model = g.GroupAddRev(g.GCNConv(4, 4), num_groups=2)
+    # it lets go of its input's memory
+    return Calls(model, lambda m, x, edges: m(x.clone(), edges)), graph
 
 
 # -- e3nn ------------------------------------------------------------------------------------
