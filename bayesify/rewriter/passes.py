@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import operator
 import re
 from collections.abc import Collection
 from typing import Any
@@ -169,6 +170,11 @@ def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
         else:
             lines.append(indent + line)
     source = "\n".join(lines)
+    for short in [name for name, value in code.globals.items() if value is operator.call]:
+        for node in trace.graph.find_nodes(op="call_function", target=operator.call):
+            callee = str(node.args[0])  # torch.compile knows a call, but not operator.call
+            source = source.replace(f"{short}({callee}, ", f"{callee}(")
+            source = source.replace(f"{short}({callee})", f"{callee}()")
     for short, function in own.items():
         source = re.sub(rf"\b{function.__module__.replace('.', '_')}_{short}\b", short, source)
     source = source.replace("def forward(", f"def {name}(", 1)

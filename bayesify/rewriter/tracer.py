@@ -51,7 +51,7 @@ from .values import (
     TraceFailure,
     unpacks_into_names,
 )
-from .writer import Expression, GraphWriter, access, resolves, traced_inside
+from .writer import Expression, GraphWriter, access, can_be_target, resolves, traced_inside
 
 _CONCRETE_ATTRIBUTES = {
     "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
@@ -160,19 +160,19 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     Args:
         owner: The module whose method is traced.
         run_leaf: Calls a submodule at the means, on examples.
-        hide: Whether to hide the caches that modules keep outside of their buffers.
+        hiding: Of the caches that modules keep outside of their buffers.
         fake_mode: That of the trace of the caller, whose examples are the arguments; None: a new
             one.
     """
 
     def __init__(
-        self, owner: nn.Module, run_leaf: Callable[..., Any], hide: bool,
+        self, owner: nn.Module, run_leaf: Callable[..., Any], hiding: caches.Hiding,
         fake_mode: FakeTensorMode | None = None,
     ) -> None:  # fmt: skip
         TorchFunctionMode.__init__(self)
         GraphWriter.__init__(self, owner)
         self.run_leaf = run_leaf
-        self.hide = hide
+        self.hiding = hiding
         self.fake_mode = fake_mode or Examples(allow_non_fake_inputs=True)
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
         self.types: dict[tuple[tuple[str, ...], str], tuple[Any, ...]] = {}
@@ -182,7 +182,6 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self.guided = False
         self._examples: dict[int, tuple[Tensor, Tensor]] = {}
         self._sizes: dict[tuple[int, int], TracedInt] = {}
-        self._hidden: set[tuple[int, str]] = set()
         self._variables = contextvars.copy_context()
         self._transforms = transforms()
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
@@ -198,7 +197,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if known is None:
             # a sharded parameter has its global shape
             sharded = hasattr(tensor, "full_tensor")
-            plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer, Outline) or sharded
+            kinds = (Tensor, nn.Parameter, nn.Buffer, Outline, FakeTensor)  # that of an export
+            plain = type(tensor) in kinds or sharded
             if tensor.layout != torch.strided or not plain:
                 raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
             with torch._C.DisableTorchFunction(), paused():
@@ -432,8 +432,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return type(result)(items)  # torch.return_types take one sequence
         if isinstance(result, dict):
             entries = {
-                k: self._wrap(v, self._node("call_function", operator.getitem, (node, k)), inputs)
+                k: self._wrap(v, self._node("call_function", operator.getitem, (node, key)), inputs)
                 for k, v in result.items()
+                for key in [self.argument(k)]
             }
             return entries if type(result) is dict else _same_dict(result, entries)
         if dataclasses.is_dataclass(result) and not isinstance(result, type):
@@ -461,8 +462,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if contextvars.copy_context() != self._variables:
             raise TraceFailure("it sets a context variable around a submodule")
         path = self.paths.get(id(module))
-        arguments = tuple(self.argument(a) for a in args)
-        keywords = {k: self.argument(v) for k, v in kwargs.items()}
+        arguments = tuple(self.passed(a) for a in args)
+        keywords = {k: self.passed(v) for k, v in kwargs.items()}
         examples = self._as_examples((args, kwargs))
         with paused(), self._as_outline(module):
             outer, ACTIVE.fake_mode = ACTIVE.fake_mode, self.fake_mode
@@ -477,10 +478,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 ) from error
             finally:
                 ACTIVE.fake_mode = outer
-        if path:
+        if path and can_be_target(path):
             node = self._node("call_module", ".".join(path), arguments, keywords)
         else:
-            callee = self.constant(module)
+            callee = self.constant(module) if path is None else Expression(access(path))
             node = self._node("call_function", operator.call, (callee, *arguments), keywords)
         return self._wrap(result, node, (args, kwargs))
 
@@ -529,6 +530,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
         """A plain attribute was read."""
         path = self.paths.get(id(module))
+        if (id(module), name) in self.hiding.by_train:
+            raise TraceFailure(f"it reads {name!r}, which train() makes")
         if path is None or (path, name) in self.guards:
             return
         if name in ("_modules", "_parameters", "_buffers"):
@@ -537,7 +540,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         own = object.__getattribute__(module, "__dict__")
         if name in INTERNAL or name not in own or (path, name) in self.writes:
             return
-        if (id(module), name) in self._hidden or isinstance(value, Tensor):
+        if (id(module), name) in self.hiding.names:
+            self.hiding.read(module, name)
+            return
+        if isinstance(value, Tensor):
             return
         if type(value) in (TracedSize, TracedParts) or isinstance(value, TracedNumber):
             return
@@ -552,7 +558,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def note_absent(self, module: nn.Module, name: str) -> None:
         """A plain attribute was asked for that is not there."""
         path = self.paths.get(id(module))
-        if path is not None and (path, name) not in self.guards:
+        if (id(module), name) in self.hiding.names:
+            self.hiding.read(module, name)
+        elif path is not None and (path, name) not in self.guards:
             found = held(module, name)
             if found is None or found is MISSING:
                 self.guards[path, name] = Guard(path, name, found, "equal")
@@ -567,7 +575,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if isinstance(value, nn.Module | nn.Parameter):
             raise TraceFailure(f"it adds {name!r}, a parameter or a module")
         self.writes.add((path, name))
-        if (id(module), name) in self._hidden:
+        if (id(module), name) in self.hiding.names:
+            self.hiding.written(module, name)
             if any(self._depends(t.node, "placeholder") for t in traced_inside(value)):
                 caches.note_state(module, name)
                 raise StateFound(f"its attribute {name!r} carries state from call to call")
@@ -576,7 +585,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             if self._made_of_draws(value):
                 return  # a cache: kept, it would outlive its draw
-            self._node("call_function", setattr, (target, name, self.argument(value)))
+            self._node("call_function", setattr, (target, name, self.passed(value)))
 
     def _containers(self) -> list[tuple[str, Any, Any]]:
         return [
@@ -652,7 +661,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             result = method(*args, **kwargs)
             self._check_containers(held)
             with torch._C.DisableTorchFunction():
-                output = self.argument(result)
+                output = self.passed(result)
                 examples = self._as_examples(result)
         if _shape_of((args, kwargs)) != before:
             raise TraceFailure("it changes a container among its arguments")
@@ -677,8 +686,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 ACTIVE.tracer = outer
 
     def _hide(self, module: nn.Module) -> None:
-        if self.hide:
-            self._hidden.update((id(module), name) for name in caches.hide(module))
+        if module is self.owner:
+            self.hiding.hide()
 
 
 def _examples_of_partial(value: Any, convert: Callable[[Any], Any]) -> Any:

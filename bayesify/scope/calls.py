@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from ..kernels import grouped
 from ..kernels.noise import fold
@@ -16,6 +17,7 @@ from .drawing import AT_MEAN, Scope, autocast_dtype, grad_mode, suits_group
 from .local import LOCAL
 from .modes import Mixed, wanted
 from .seeds import new_seed
+from .unused import lead_to_posteriors
 
 
 def enter(
@@ -26,10 +28,12 @@ def enter(
     if scope is AT_MEAN:
         LOCAL.scope = scope
         try:
-            return at_mean(*args, **kwargs)
+            return lead_to_posteriors(at_mean(*args, **kwargs))
         finally:
             LOCAL.scope = None
     held = scope is not None
+    if scope is not None and torch.compiler.is_compiling() and not is_dynamo_compiling():
+        scope, held = scope.empty(), False  # an export's tensors must not outlive it
     if scope is None:
         scope = Scope(new_seed())
     LOCAL.scope = scope
@@ -41,7 +45,7 @@ def enter(
             drawn = _prefill(module, method, scope)
             result = run(*args, **kwargs)
         _note_unread(module, method, scope, drawn)
-        return result
+        return lead_to_posteriors(result)
     finally:
         LOCAL.scope = None
         if not held:
