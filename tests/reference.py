@@ -56,7 +56,8 @@ class Probe(TorchDispatchMode):
         def marked(module: nn.Module, attribute: str, *args: Any) -> Tensor:
             with _disable_current_modes():  # so that it is made as in a call that nobody watches
                 draw = realise(module, attribute, *args)
-            self.draws[id(draw)] = draw, self.means[id(module._parameters[attribute])]
+            mean = dict.get(module._parameters, attribute)  # past the fallback
+            self.draws[id(draw)] = draw, self.means[id(mean)]
             return draw
 
         make = variants.make
@@ -366,7 +367,8 @@ def _gradients(
         if exact and site.slot.parameterization == "exp":  # sigma = exp(raw / 2)
             wanted = expected * (draws[site.name] - site.mean).detach() / 2
             worst = float((site.raw.grad - wanted).abs().max())
-            rounded = 3e-7 * float((expected * draws[site.name]).abs().max())  # of the deviation
+            draw = draws[site.name].detach()
+            rounded = 3e-7 * float((expected * draw).abs().max())  # that of the deviation
             if worst > 2e-3 * float(wanted.abs().max()) + rounded + 1e-12:
                 say(f"5: {label}: gradient of the log variance of {site.name} differs")
     converted.zero_grad()

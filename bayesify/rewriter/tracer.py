@@ -520,7 +520,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     ) -> Any:
         """Record a call of an autograd or scripted function, which stays a call."""
         with torch._C.DisableTorchFunction():
-            result = self._evaluate(run, args, kwargs)
+            # at the means: a module that it calls would leave examples among the draws
+            result = self._evaluate(lambda *a, **k: self.run_leaf(run, a, k), args, kwargs)
             arguments = tuple(self.argument(a) for a in args)
             keywords = {k: self.argument(v) for k, v in kwargs.items()}
             callee = self.constant(function)

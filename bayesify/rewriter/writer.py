@@ -171,6 +171,8 @@ class GraphWriter:
         if not callable(value) or any(True for _ in traced_inside(value)):
             # it may be made anew, or changed, at every call
             raise TraceFailure(f"it passes an object of type {kind.__name__} along")
+        if _reaches_parameters(value):
+            raise TraceFailure(f"it passes a {kind.__name__} along that may read parameters")
         return self.constant(value)
 
     def passed(self, value: Any) -> Any:
@@ -256,6 +258,22 @@ def access(path: tuple[str, ...]) -> str:
     for part in path:
         source = f"{source}.{part}" if part.isidentifier() else f"getattr({source}, {part!r})"
     return source
+
+
+def _reaches_parameters(value: Any) -> bool:
+    """Whether a function is bound to a module with parameters, or closes over one."""
+    if isinstance(value, nn.Module):
+        return next(value.parameters(), None) is not None
+    if isinstance(value, types.MethodType):
+        return _reaches_parameters(value.__self__)
+    cells = value.__closure__ or () if isinstance(value, types.FunctionType) else ()
+    for cell in cells:
+        try:
+            if _reaches_parameters(cell.cell_contents):
+                return True
+        except ValueError:  # an empty cell
+            continue
+    return False
 
 
 def traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
