@@ -134,7 +134,7 @@ def check(entry: Entry) -> Row:
 def stored(entry: Entry, converted: Any, call: Any) -> list[str]:
     """What is wrong with a state dict, and with a file, that go into a model built anew."""
     import torch
-    from reference import clear_caches, same, values
+    from reference import same, values
 
     import bayesify
 
@@ -146,7 +146,6 @@ def stored(entry: Entry, converted: Any, call: Any) -> list[str]:
 
     def drawn(model: Any) -> Any:
         args, kwargs = call(entry.batches[0])
-        clear_caches(model)
         torch.manual_seed(7)
         with torch.no_grad(), bayesify.one_draw(model.eval(), seed=3):
             return values(model(*args, **kwargs))

@@ -118,14 +118,6 @@ def _() -> Built:
     return n.flows.Reverse(n.flows.AffineConstFlow((4,))), takes(4)
 
 
-@entry("normflows", "HamiltonianMonteCarlo")
-def _() -> Built:
-    n = lib("normflows")
-    target = n.distributions.DiagGaussian(4)
-    flow = n.flows.HamiltonianMonteCarlo(target, 2, -torch.ones(4), torch.zeros(4))
-    return flow, takes(4)
-
-
 # -- torchdiffeq and torchcde ----------------------------------------------------------------
 
 

@@ -130,7 +130,13 @@ def tiny(kind: str) -> Any:
     """A configuration of a type of model, small in every way that :data:`RULES` know."""
     default = hf.AutoConfig.for_model(kind)
     values = small(default.to_dict())
-    for name in ("model_type", "transformers_version", "architectures", "dtype", "per_layer_config"):
+    for name in (
+        "model_type",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "per_layer_config",
+    ):
         values.pop(name, None)
     values = merged(values, OVERRIDES.get(kind, {}))
     return type(default)(**values)
