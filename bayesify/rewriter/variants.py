@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import scope as scopes
 from ..errors import UnsupportedModuleError
+from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
 from ..scope import LOCAL
 from . import caches
@@ -204,13 +205,14 @@ def _draw(
         return _swap(owner, state, method, original, args, kwargs, str(error))
     key = (structure, _ambient())
     if torch.compiler.is_compiling():
-        # a constant needs numbers: operator.index guards on a size that is a symbol, int does not
+        # a constant needs numbers: operator.index guards on a size that is a symbol, int does not;
+        # an export's symbol stays one, unless the variant depends on it
+        number = _hint if exporting() else operator.index
         shapes = tuple(
-            (tuple(map(operator.index, t.shape)), tuple(map(operator.index, t.stride())))
-            for t in tensors
+            (tuple(map(number, t.shape)), tuple(map(number, t.stride()))) for t in tensors
         )
-        number = _prepare(state.handle, method, key, shapes)
-        variant = state.variants[method][number]
+        index = _prepare(state.handle, method, key, shapes)
+        variant = state.variants[method][index]
         if not variant.matches(owner, tensors):
             raise RuntimeError("bayesify: the module changed while it was compiled")
     else:
@@ -220,6 +222,10 @@ def _draw(
     if variant.code is None:
         return _swap(owner, state, method, original, args, kwargs, None)
     return variant.code(owner, *tensors)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def find(

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from ..kernels import grouped
-from ..kernels.noise import fold
+from ..kernels.noise import exporting, fold
 from ..posterior import STATE, Slot, owner_state, tensors_of
 from .checkpoints import SEAM
 from .drawing import AT_MEAN, Scope, autocast_dtype, grad_mode, suits_group
@@ -31,7 +30,7 @@ def enter(
         finally:
             LOCAL.scope = None
     held = scope is not None
-    if scope is not None and torch.compiler.is_compiling() and not is_dynamo_compiling():
+    if scope is not None and exporting():
         scope, held = scope.empty(), False  # an export's tensors must not outlive it
     if scope is None:
         scope = Scope(new_seed())
