@@ -46,7 +46,6 @@ def drawing(model: nn.Module, how: str) -> contextlib.AbstractContextManager[Any
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("how", ["train", "sampled", "one_draw"])
@@ -54,7 +53,8 @@ def test_a_model_never_called_is_exported_as_one_that_was(
     how: str, grad: bool, strict: bool
 ) -> None:
     programs, outputs = [], []
-    for called in (False, True):
+    # strict, what is held already becomes constants without a gradient, as torch warns
+    for called in (False,) if strict and how == "one_draw" else (False, True):
         model = converted()
         with drawing(model, how), torch.set_grad_enabled(grad):
             if called:
@@ -65,9 +65,7 @@ def test_a_model_never_called_is_exported_as_one_that_was(
         model.train()
         model(images()).sum().backward()  # what the export has made serves real calls as well
         assert all(p.grad is not None for p in model.parameters())
-    fresh, called_before = (str(p.graph_module.code) for p in programs)
-    if not strict or how != "one_draw":  # strict, what is held already becomes constants
-        assert fresh == called_before
+    assert len({str(p.graph_module.code) for p in programs}) == 1
     if how == "one_draw":
         model = converted()
         with bayesify.one_draw(model, seed=1):

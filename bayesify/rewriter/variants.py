@@ -224,7 +224,7 @@ def _draw(
     return variant.code(owner, *tensors)
 
 
-def _hint(size: int | torch.SymInt) -> int:
+def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
