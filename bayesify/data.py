@@ -437,9 +437,9 @@ def _open_folder(name: str, root: Path, split: Split) -> ImageData:
         raise DataError(
             f"The folder {tree} has no subfolders; expected one folder of images for each class."
         )
-    strangers = sorted(set(_subfolders(tree)) - set(classes))
-    if strangers:
-        raise DataError(f"{tree} has classes that the training images have not: {strangers[:5]}.")
+    unknown = sorted(set(_subfolders(tree)) - set(classes))
+    if unknown:
+        raise DataError(f"{tree} has classes that the training images have not: {unknown[:5]}.")
     try:
         samples = make_dataset(
             str(tree),

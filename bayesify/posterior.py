@@ -190,7 +190,9 @@ def tensors_of(module: nn.Module, attribute: str, slot: Slot) -> tuple[nn.Parame
             conversion.
     """
     parameters = module._parameters
-    mean, raw = parameters.get(attribute), parameters.get(raw_name(attribute, slot))
+    # past the fallback, whose mapping itself gives draws
+    mean = dict.get(parameters, attribute)
+    raw = dict.get(parameters, raw_name(attribute, slot))
     if mean is None or raw is None or mean.shape != raw.shape:
         kind = type(module).__name__
         if mean is None or raw is None:
@@ -258,7 +260,7 @@ def bayesian_sites(model: nn.Module) -> list[Site]:
         )
     names: dict[int, str] = {}
     for site in found:
-        mean = site.module._parameters.get(site.attribute)
+        mean = dict.get(site.module._parameters, site.attribute)
         # what functional_call puts in place of parameters may stand for several
         if isinstance(mean, nn.Parameter) and names.setdefault(id(mean), site.name) != site.name:
             raise UnsupportedModuleError(

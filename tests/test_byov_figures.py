@@ -26,7 +26,7 @@ from recipes.byov.paper.results import Estimate, RunRecord, distinct, read_recor
 from recipes.byov.train import train
 
 HEAD = EvalSettings(num_samples=2, epochs=4)
-DOUBT = UncertaintySettings(
+UNCERTAINTY = UncertaintySettings(
     spread_draws=4, pool=12, most=4, bootstraps=5, latent_draws=3, noises=(0.0, 0.5), images=8,
     shifted=("shear",),
 )  # fmt: skip
@@ -60,7 +60,7 @@ def made(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         out,
         device="cpu",
         head=HEAD,
-        uncertainty=DOUBT,
+        uncertainty=UNCERTAINTY,
         sparsities=(0.0, 0.5),
     )
     return out

@@ -366,11 +366,11 @@ def test_the_whole_path() -> None:
         lines = [line[len(kind) :].split() for line in shown.splitlines() if line.startswith(kind)]
         shares = [f"{row['accuracy']:.2%}", f"{row['top5']:.2%}"]
         scores = [f"{row[name]:.4f}" for name in ("nll", "ece", "brier", "aurc")]
-        doubts = ("adaptive_ece", "classwise_ece", "mce", "entropy", "mutual_information")
+        uncertainties = ("adaptive_ece", "classwise_ece", "mce", "entropy", "mutual_information")
         split = ("uncertainty", "resolution", "reliability", "residual")
         assert lines[:3] == [
             [str(k), *shares, *scores],
-            [f"{row[name]:.4f}" for name in doubts if row[name] is not None],
+            [f"{row[name]:.4f}" for name in uncertainties if row[name] is not None],
             [f"{row['parts'][name]:.4f}" for name in split],
         ]
         assert lines[3][1:] == [

@@ -195,7 +195,7 @@ def test_the_prior_that_held_out_examples_choose() -> None:
     losses = dict(result.tried)
     assert losses[result.prior_precision] == min(losses.values())
     assert [p for p, _ in result.tried] == sorted(losses, reverse=True)
-    # the loss it names is that of the posterior it leaves: some doubt helps
+    # the loss it names is that of the posterior it leaves: some uncertainty helps
     order = torch.randperm(300, generator=torch.Generator().manual_seed(fold(4, 1)))
     held = order[:90].sort().values
     batch = [(inputs[held], labels[held])]

@@ -76,14 +76,14 @@ def evaluate(
 
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
-        strangers = None if ood is None else load_dataset(ood, split=split)
+        ood_data = None if ood is None else load_dataset(ood, split=split)
         opened = open_model(file, model, model_args, target_device)
         note_on_classes(opened, file, data)
         with render.progress("Measuring") as bar:
             rows = training.evaluate(
                 opened.model,
                 images,
-                ood=strangers,
+                ood=ood_data,
                 num_samples=num_samples,
                 seed=seed,
                 batch_size=batch_size,
@@ -97,12 +97,12 @@ def evaluate(
             )
         if json:
             head = {"file": str(file), "data": data, "split": images.split, "images": len(images)}
-            if strangers is not None:
-                head |= {"ood": ood, "ood_images": len(strangers)}
+            if ood_data is not None:
+                head |= {"ood": ood, "ood_images": len(ood_data)}
             render.as_json({**head, "rows": [asdict(row) for row in rows]})
             return
         render.table(*_main(rows))
-        for table in (_doubt(rows), _parts(rows), _strangers(rows), _intervals(rows)):
+        for table in (_uncertainty(rows), _parts(rows), _ood(rows), _intervals(rows)):
             if table[1]:
                 render.text("")
                 render.table(*table)
@@ -114,8 +114,8 @@ def evaluate(
             f"{len(images):,} images of {data} ({images.split})"
             + (f", {part} of the {len(known)} classes." if part < len(known) else ".")
         )
-        if strangers is not None:
-            render.text(f"Out of distribution: {len(strangers):,} images of {ood}.")
+        if ood_data is not None:
+            render.text(f"Out of distribution: {len(ood_data):,} images of {ood}.")
         if images.split == "all":
             render.note(f"{data} has no splits: was the model trained on these images?")
 
@@ -140,12 +140,12 @@ def _main(rows: list[Evaluation]) -> Table:
     ]
 
 
-def _doubt(rows: list[Evaluation]) -> Table:
+def _uncertainty(rows: list[Evaluation]) -> Table:
     lines: list[tuple[str | int, ...]] = []
     for row in rows:
         numbers = row.adaptive_ece, row.classwise_ece, row.mce, row.entropy, row.mutual_information
         lines.append((row.prediction, *("" if n is None else f"{n:.4f}" for n in numbers)))
-    return ("calibration, doubt", "adaptive ECE", "class-wise", "MCE", "entropy", "MI"), lines
+    return ("calibration, uncertainty", "adaptive ECE", "class-wise", "MCE", "entropy", "MI"), lines
 
 
 def _parts(rows: list[Evaluation]) -> Table:
@@ -158,13 +158,13 @@ def _parts(rows: list[Evaluation]) -> Table:
     return ("Brier, in parts", "UNC", "RES", "REL", "rest"), lines
 
 
-def _strangers(rows: list[Evaluation]) -> Table:
+def _ood(rows: list[Evaluation]) -> Table:
     lines: list[tuple[str | int, ...]] = []
     for row in rows:
         for score, found in (row.ood or {}).items():
             numbers = (found[key] for key in ("auroc", "aupr_out", "aupr_in", "fpr95"))
             lines.append((row.prediction, score, *(f"{n:.4f}" for n in numbers)))
-    return ("strangers", "by", "AUROC", "AUPR out", "AUPR in", "FPR95"), lines
+    return ("OOD data", "by", "AUROC", "AUPR out", "AUPR in", "FPR95"), lines
 
 
 def _intervals(rows: list[Evaluation]) -> Table:

@@ -61,8 +61,8 @@ def predict(
 ) -> None:
     """Classify images by the mean of K draws, and say how sure the model is.
 
-    Entropy (in nats) is the whole doubt; mutual information is the part of it about the weights,
-    which more training data would remove.
+    Entropy (in nats) is the whole uncertainty; mutual information is the part of it about the
+    weights, which more training data would remove.
     """
     with guard(debug):
         from . import render

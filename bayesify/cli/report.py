@@ -33,7 +33,7 @@ def report(
     data: Data,
     ood: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Images of another kind: does it doubt them?"),
+        typer.Option(metavar="DATA", help="Images of another kind: is it uncertain of them?"),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page.")] = Path(
         "report.html"
@@ -63,8 +63,8 @@ def report(
     For example: bayesify report fitted.bbb.safetensors fashion-sample --ood folder/of/others
 
     Calibration and quality beside temperature scaling, entropies, accuracy when it may decline,
-    the images of most and least doubt, sigma and signal-to-noise ratio of each tensor, and what
-    can be pruned.
+    the images of most and least uncertainty, sigma and signal-to-noise ratio of each tensor, and
+    what can be pruned.
     """  # fmt: skip
     with guard(debug):
         from .. import storage
@@ -78,12 +78,12 @@ def report(
         check_outputs({"--out": out}, {"FILE": file, "DATA": data, "--ood": ood}, force=force)
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
-        strangers = None if ood is None else load_dataset(ood, split=split)
+        ood_data = None if ood is None else load_dataset(ood, split=split)
         opened = open_model(file, model, model_args, target_device)
         note_on_classes(opened, file, data)
         with render.progress("Measuring") as bar:
             found = gather(
-                opened.model, images, ood=strangers, num_samples=num_samples, seed=seed,
+                opened.model, images, ood=ood_data, num_samples=num_samples, seed=seed,
                 batch_size=batch_size, resamples=resamples, pruning=pruning,
                 model_config=opened.input, device=target_device, amp=amp, workers=workers,
                 title=opened.spec.name,

@@ -22,9 +22,9 @@ class ProbabilitySummary(NamedTuple):
     Attributes:
         mean: Mean over the draws of the class probabilities, (batch, classes).
         std: Standard deviation over the draws (divisor K) of the probabilities, (batch, classes).
-        predictive_entropy: Entropy of ``mean``: the whole doubt, (batch,).
-        expected_entropy: Mean of the draws' entropies: the doubt that more data would leave.
-        mutual_information: Their difference: the doubt about the weights, at least 0.
+        predictive_entropy: Entropy of ``mean``: the whole uncertainty, (batch,).
+        expected_entropy: Mean of the draws' entropies: the uncertainty that more data would leave.
+        mutual_information: Their difference: the uncertainty about the weights, at least 0.
     """
 
     mean: Tensor
@@ -64,7 +64,8 @@ class _Structured(Collector):
         self.structure: Any = None
 
     def add(self, output: Any) -> None:
-        leaves, structure = pytree.tree_flatten(output)
+        leaves, structure = pytree.tree_flatten(output, is_leaf=is_cache)
+        leaves = [None if is_cache(leaf) else leaf for leaf in leaves]
         if self.count == 0:
             self.structure = structure
             self.leaves = [self.first(v) if isinstance(v, Tensor) else v for v in leaves]
@@ -187,6 +188,11 @@ class Probabilities(Collector):
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it holds keys and values of earlier tokens, as Hugging Face's models keep them."""
+    return any(kind.__name__ == "Cache" for kind in type(value).__mro__)
 
 
 def _check_plain(first: Any, other: Any) -> None:

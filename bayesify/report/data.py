@@ -1,4 +1,4 @@
-"""What a report says, measured: one pass over the images, one over the strangers, the weights."""
+"""What a report says, measured: one pass over the images, one over the OOD images, the weights."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Detection:
-    """How well a score tells the strangers from the images."""
+    """How well a score tells OOD images from the others."""
 
     score: str
     auroc: float
@@ -86,7 +86,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Strangers:
+class OodScores:
     """Images that the model was not made for; ``entropy`` of each, nats."""
 
     name: str
@@ -126,7 +126,7 @@ class Report:
     resamples: int
     rows: tuple[Row, ...]
     information: Tensor
-    strangers: Strangers | None
+    ood: OodScores | None
     layers: tuple[Layer, ...]
     left_out: tuple[tuple[str, int, int], ...]
     surest: tuple[Example, ...]
@@ -197,7 +197,7 @@ def gather(
     config = model_config or input_config(model)
     run = _Run(model.eval(), config, num_samples, seed, batch_size, device, amp, workers, on_step)
     found = run.over(images, "Measuring", labelled=True)
-    outside = None if ood is None else run.over(ood, "Measuring strangers")
+    outside = None if ood is None else run.over(ood, "Measuring OOD images")
     rows = _rows(found, num_samples, resamples, seed)
     curve: list[dict[str, Any]] = []
     part = _spread(len(images), CURVE_IMAGES)
@@ -225,7 +225,7 @@ def gather(
         resamples=resamples,
         rows=rows,
         information=found.information,
-        strangers=None if ood is None or outside is None else _strangers(ood, found, outside),
+        ood=None if ood is None or outside is None else _ood_scores(ood, found, outside),
         layers=tuple(measure(site) for site in bayesian_sites(model)),
         left_out=left_out(model),
         surest=chosen[0],
@@ -376,7 +376,7 @@ def _bins(examples: Examples, resamples: int, seed: int) -> tuple[Bin, ...]:
     return tuple(bins)
 
 
-def _strangers(ood: ImageData, inside: _Found, outside: _Found) -> Strangers:
+def _ood_scores(ood: ImageData, inside: _Found, outside: _Found) -> OodScores:
     def scores(found: _Found) -> dict[str, Tensor]:
         at_means = found.logits.double().softmax(-1)
         return {
@@ -394,7 +394,7 @@ def _strangers(ood: ImageData, inside: _Found, outside: _Found) -> Strangers:
         detections.append(
             Detection(name, numbers["auroc"], numbers["aupr_out"], numbers["fpr95"])
         )  # fmt: skip
-    return Strangers(_short(ood.name), ood.split, outside.entropy, tuple(detections))
+    return OodScores(_short(ood.name), ood.split, outside.entropy, tuple(detections))
 
 
 def _varied(order: Sequence[int], found: _Found) -> list[int]:
@@ -425,12 +425,14 @@ def _settings(
     for package in ("torch", "timm", "torchvision"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions.append(f"{package} {metadata.version(package)}")
-    strangers = (
-        [] if ood is None else [("strangers", f"{ood.name} ({ood.split}), {len(ood):,} images")]
+    ood_rows = (
+        []
+        if ood is None
+        else [("out of distribution", f"{ood.name} ({ood.split}), {len(ood):,} images")]
     )
     return [
         ("measured on", f"{images.name} ({images.split}), {len(images):,} images, as {size}"),
-        *strangers,
+        *ood_rows,
         ("draws", f"K = {drawn['num_samples']}, seed {drawn['seed']}, batches of {run.batch_size}"),
         ("intervals", f"95%, percentile bootstrap, {resamples:,} resamples, seed {drawn['seed']}"),
         ("computed on", f"{run.device}{', autocast to bfloat16' if run.amp else ''}"),

@@ -2,20 +2,23 @@
 
 levit, tiny_vit and others keep a function of a parameter in eval mode. Such a cache must neither
 serve a draw nor be made of one, so it is hidden while a method is traced or run by the fallback,
-and dropped when the toolkit writes means.
+and dropped when the toolkit writes means. What neither that method, nor forward, nor what they
+call assigns is no cache: a user has put it there.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from .assignments import Assigned, assigned_by, members
+from .guards import MISSING
 
 INTERNAL = {
     "_parameters", "_buffers", "_modules", "_bayesify", "__dict__", "__class__",
@@ -29,33 +32,30 @@ HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 # (class, attribute) of tensors that were seen to depend on an input: state, which must be kept
 _STATES: set[tuple[type, str]] = set()
+_TRAIN = frozenset(("train", "eval"))
+
+
+class Entry(NamedTuple):
+    """One cache: where it is, what it holds, and what stands in its place while it is hidden."""
+
+    module: nn.Module
+    name: str
+    value: Any
+    empty: Any
+    by_train: bool  # train() and eval() make it, not the forward
+    certain: bool  # made of the module alone, as far as its code shows
 
 
 @functools.cache
-def _kept_by_forward(cls: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Attributes that methods assign, and those whose items they may assign.
+def _by_forward(cls: type, also: frozenset[str]) -> Assigned:
+    forwards = {name for name in members(cls) if name.startswith("forward")}
+    return assigned_by(cls, frozenset(forwards | also))
 
-    Methods that the constructor calls set things up: what they assign is no cache.
-    """
-    functions = {
-        name: member
-        for base in reversed(cls.__mro__)
-        if base not in (nn.Module, object) and "_bayesify_original" not in vars(base)
-        for name, member in vars(base).items()
-        if isinstance(member, types.FunctionType)
-    }
-    constructor = functions.pop("__init__", None)
-    setting_up = set(constructor.__code__.co_names) if constructor is not None else set()
-    assigned: set[str] = set()
-    filled: set[str] = set()
-    for name, function in functions.items():
-        if name in setting_up and not name.startswith("forward"):
-            continue
-        code = list(dis.get_instructions(function))
-        assigned.update(i.argval for i in code if i.opname == "STORE_ATTR")
-        if any(i.opname == "STORE_SUBSCR" for i in code):
-            filled.update(i.argval for i in code if i.opname == "LOAD_ATTR")
-    return frozenset(assigned), frozenset(filled)
+
+@functools.cache
+def _at_first(cls: type) -> frozenset[str]:
+    """Attributes that the constructor assigns; None is what it gives to one that is empty."""
+    return assigned_by(cls, frozenset(("__init__",))).names
 
 
 def note_state(module: nn.Module, name: str) -> None:
@@ -70,27 +70,100 @@ def _is_cache(value: Any) -> bool:
     return bool(tensors) and not all(isinstance(t, nn.Parameter) for t in tensors)
 
 
-def entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Each cache of one module and what stands in its place while it is hidden."""
-    if next(nn.Module.named_parameters(module), None) is None:
-        return  # anchors, positions: nothing here can come of a parameter of its own
-    assigned, filled = _kept_by_forward(type(module))  # type: ignore[arg-type]
-    for name, value in module.__dict__.items():
-        if name in INTERNAL or (type(module), name) in _STATES:
-            continue
-        if type(value) is dict:
-            if name in filled and any(isinstance(v, Tensor) for v in value.values()):
-                yield name, {k: v for k, v in value.items() if not isinstance(v, Tensor)}
-        elif name in assigned and _is_cache(value):
-            yield name, None
+def _may_be(owner: nn.Module, method: str) -> Iterator[tuple[nn.Module, Assigned, Assigned]]:
+    """The modules from one on whose methods may keep a cache, with what forward and train assign.
+
+    Without a parameter of its own or below, a module's anchors and positions come of none.
+    """
+    modules = [m for m in owner.modules() if any(True for c in m.modules() if c._parameters)]
+    called: frozenset[str] = frozenset()
+    classes: set[Any] = {type(m) for m in modules}
+    for cls in classes:
+        called |= _by_forward(cls, frozenset((method,))).called
+    for module in modules:
+        kind: Any = type(module)
+        roots = called.intersection(members(kind))
+        if module is owner:
+            roots |= {method}
+        yield module, _by_forward(kind, roots), assigned_by(kind, _TRAIN)
 
 
-def hide(module: nn.Module) -> list[str]:
-    """Hide the caches of one module; gives their names."""
-    found = list(entries(module))
-    for name, value in found:
+def entries(owner: nn.Module, method: str = "forward") -> Iterator[Entry]:
+    """The caches of a module and of those below it, as a call of one of its methods sees them."""
+    for module, forward, train in _may_be(owner, method):
+        for name, value in module.__dict__.items():
+            if name in INTERNAL or (type(module), name) in _STATES:
+                continue
+            by_train = name not in forward.names and name in train.names
+            if type(value) is dict:
+                if name in forward.filled and any(isinstance(v, Tensor) for v in value.values()):
+                    empty = {k: v for k, v in value.items() if not isinstance(v, Tensor)}
+                    yield Entry(module, name, value, empty, False, name in forward.computed)
+            elif (name in forward.names or by_train) and _is_cache(value):
+                certain = by_train or name in forward.computed
+                cls: Any = type(module)
+                nothing = None if name in _at_first(cls) else MISSING
+                yield Entry(module, name, value, nothing, by_train, certain)
+
+
+def _put(module: nn.Module, name: str, value: Any) -> None:
+    if value is MISSING:
+        module.__dict__.pop(name, None)
+    else:
         module.__dict__[name] = value
-    return [name for name, _ in found]
+
+
+class Hiding:
+    """Hides the caches of one trace, and tells which of them were none.
+
+    Attributes:
+        names: (identity of the module, attribute) of what is hidden.
+        by_train: Of what train() and eval() make; it stays, and no graph may read it.
+        kept: (class, attribute) of what stays.
+    """
+
+    def __init__(self, owner: nn.Module, method: str) -> None:
+        self.owner, self.method = owner, method
+        self.names: set[tuple[int, str]] = set()
+        self.by_train: set[tuple[int, str]] = set()
+        self.kept: set[tuple[type, str]] = set()
+        self._certain: set[tuple[int, str]] = set()
+        self._missed: dict[tuple[int, str], nn.Module] = {}
+
+    def hide(self) -> None:
+        """Hide them; whoever traces puts them back."""
+        for found in (self.names, self.by_train, self._certain, self._missed):
+            found.clear()
+        for module, name, _, empty, by_train, certain in list(entries(self.owner, self.method)):
+            if by_train:
+                self.by_train.add((id(module), name))
+            elif (type(module), name) not in self.kept:
+                self.names.add((id(module), name))
+                if certain:
+                    self._certain.add((id(module), name))
+                _put(module, name, empty)
+
+    def read(self, module: nn.Module, name: str) -> None:
+        """One that is hidden was asked for."""
+        self._missed[id(module), name] = module
+
+    def written(self, module: nn.Module, name: str) -> None:
+        """One that is hidden was made anew."""
+        self._missed.pop((id(module), name), None)
+
+    def keep_missed(self) -> bool:
+        """Let what was asked for in vain stay at the next attempt; whether there is any."""
+        found = {
+            (type(module), key[1])
+            for key, module in self._missed.items()
+            if key not in self._certain
+        }
+        self.kept |= found
+        return bool(found)
+
+    def note_kept(self) -> None:
+        """What had to stay is state."""
+        _STATES.update(self.kept)
 
 
 @contextmanager
@@ -104,22 +177,27 @@ def parametrizations_computed_anew() -> Iterator[None]:
 
 
 @contextmanager
-def hidden(owner: nn.Module) -> Iterator[None]:
-    """Hide the caches of a module and of those below it, and put them back at the end."""
+def hidden(owner: nn.Module, method: str) -> Iterator[Callable[[], None]]:
+    """Hide the caches of a module and of those below it, and put them back at the end.
+
+    Where it cannot be known whether one is a cache, it stays. Gives a function that makes those
+    of train() anew, of what the parameters are then.
+    """
     before: list[tuple[nn.Module, str, Any, dict[Any, Any] | None]] = []
-    for module in owner.modules():
-        if next(nn.Module.named_parameters(module), None) is None:
-            continue
-        assigned, filled = _kept_by_forward(type(module))  # type: ignore[arg-type]
-        for name, value in module.__dict__.items():
-            if name not in INTERNAL and (type(module), name) not in _STATES:
-                if type(value) is dict and name in filled:
-                    before.append((module, name, value, dict(value)))
-                elif name in assigned and (value is None or _is_cache(value)):
-                    before.append((module, name, value, None))
-        hide(module)
+    for module, forward, train in _may_be(owner, method):
+        for name in (forward.names | forward.filled) & forward.computed | train.names:
+            value = module.__dict__.get(name, MISSING)
+            if name in INTERNAL or (type(module), name) in _STATES:
+                continue
+            if type(value) is dict:
+                before.append((module, name, value, dict(value)))
+            elif value is None or value is MISSING or _is_cache(value):
+                before.append((module, name, value, None))
+    found = [entry for entry in entries(owner, method) if entry.certain]
+    for entry in found:
+        _put(entry.module, entry.name, entry.empty)
     try:
-        yield
+        yield functools.partial(_make_anew, found)
     finally:
         for module, name, value, content in before:
             if content is not None:
@@ -127,11 +205,24 @@ def hidden(owner: nn.Module) -> Iterator[None]:
                     if key not in content:
                         del value[key]
                 module.__dict__[name] = value
-            elif value is not None or _is_cache(module.__dict__.get(name)):
-                module.__dict__[name] = value
+            elif _is_cache(value) or _is_cache(module.__dict__.get(name)):
+                _put(module, name, value)
+
+
+def _make_anew(found: list[Entry]) -> None:
+    """Let train() make its caches, with every module in the mode that it is in."""
+    for module in dict.fromkeys(entry.module for entry in found if entry.by_train):
+        modes = [(child, child.training) for child in module.modules()]
+        module.train(module.training)
+        for child, training in modes:
+            child.training = training
 
 
 def drop(model: nn.Module) -> None:
-    """Forget every cache: the means from which it may have been made are about to change."""
-    for module in model.modules():
-        hide(module)
+    """Forget every cache, or make it anew: the means from which it may have been made changed."""
+    found = [entry for entry in entries(model) if entry.certain]
+    for entry in found:
+        if not entry.by_train:
+            _put(entry.module, entry.name, entry.empty)
+    with torch.no_grad():
+        _make_anew(found)

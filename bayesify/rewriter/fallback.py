@@ -1,29 +1,148 @@
-"""The fallback: the original code runs and each read of a parameter is exchanged for its draw."""
+"""The fallback: the original code runs, and modules give it draws in place of their parameters.
+
+Each Bayesian module of the owner holds its parameters in a dict that gives draws to the thread
+that runs the fallback, and to every other thread, and to the toolkit, what it holds.
+"""
 
 from __future__ import annotations
 
+import functools
+import threading
+import types
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import scope as scopes
-from ..posterior import owner_state
+from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
-from .trace_context import ACTIVE, opaque_calls
+from .assignments import members
+from .caches import INTERNAL
+from .trace_context import ACTIVE, opaque_calls, restore
+
+_LOCK = threading.Lock()
 
 
-class SwapMode(TorchFunctionMode):
-    """Exchanges each Bayesian parameter among a torch function's arguments for its draw."""
+class DrawnParameters(dict[str, Any]):
+    """The parameters of one module, which read as draws where the present thread exchanges them.
+
+    It stands in the module while any thread does. The functions of ``dict`` itself, called as
+    ``dict.get(parameters, name)``, give what it holds.
+    """
+
+    __slots__ = ("module", "plain", "users")
+
+    def __init__(self, module: nn.Module, plain: dict[str, Any]) -> None:
+        super().__init__(plain)
+        self.module, self.plain, self.users = module, plain, 0
+
+    def exchanged(self) -> Any:
+        """The slots of the module where they are read as draws, else None."""
+        if id(self.module) not in ACTIVE.exchanged or ACTIVE.tracer is not None:
+            return None
+        scope = LOCAL.scope
+        if scope is None or not scope.drawing:
+            return None
+        return self.module.__dict__[STATE].slots
+
+    def __getitem__(self, name: str) -> Any:
+        slots = self.exchanged()
+        if slots is None or name not in slots:
+            return dict.__getitem__(self, name)
+        outer, ACTIVE.exchanged = ACTIVE.exchanged, frozenset()
+        try:
+            return scopes.read(self.module, name)
+        finally:
+            ACTIVE.exchanged = outer
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def __iter__(self) -> Iterator[str]:
+        slots = self.exchanged()
+        if slots is None:
+            return dict.__iter__(self)
+        raws = {raw_name(attribute, slot) for attribute, slot in slots.items()}
+        return iter([name for name in dict.__iter__(self) if name not in raws])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def keys(self) -> Any:
+        return KeysView(self)
+
+    def values(self) -> Any:
+        return ValuesView(self)
+
+    def items(self) -> Any:
+        return ItemsView(self)
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(dict.items(self)),)
+
+
+@contextmanager
+def exchanged(owner: nn.Module) -> Iterator[None]:
+    """Let the Bayesian parameters of a module and of those below it read as draws, in this thread.
+
+    No one else sees them: not other threads, nor calls whose scope does not draw.
+    """
+    outer = ACTIVE.exchanged
+    modules = [
+        module for module in owner.modules()
+        if (state := owner_state(module)) is not None and state.slots and id(module) not in outer
+    ]  # fmt: skip
+    with _LOCK:
+        held = [_installed(module) for module in modules]
+    ACTIVE.exchanged = outer.union(map(id, modules))
+    try:
+        yield
+    finally:
+        ACTIVE.exchanged = outer
+        with _LOCK:
+            for parameters in held:
+                _release(parameters)
+
+
+def _installed(module: nn.Module) -> DrawnParameters:
+    parameters: Any = module._parameters
+    if type(parameters) is not DrawnParameters:
+        parameters = module.__dict__["_parameters"] = DrawnParameters(module, parameters)
+    found: DrawnParameters = parameters
+    found.users += 1
+    return found
+
+
+def _release(parameters: DrawnParameters) -> None:
+    parameters.users -= 1
+    if not parameters.users and parameters.module.__dict__["_parameters"] is parameters:
+        restore(parameters.plain, dict(dict.items(parameters)))  # some may have been replaced
+        parameters.module.__dict__["_parameters"] = parameters.plain
+
+
+class HeldReads(TorchFunctionMode):
+    """Exchanges each Bayesian parameter among a torch function's arguments for its draw.
+
+    A second way beside :func:`exchanged`, at a cost for every torch function: what holds a
+    parameter itself, such as a closure, a list, an RNN's flat weights, reads it from no module.
+    """
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.outer: list[Any] = []
+        self.met = False
         self.where: dict[int, tuple[nn.Module, str]] = {}
         for module in owner.modules():
             state = owner_state(module)
             for attribute in state.slots if state is not None else ():
-                self.where.setdefault(id(module._parameters[attribute]), (module, attribute))
+                mean = dict.get(module._parameters, attribute)
+                self.where.setdefault(id(mean), (module, attribute))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if LOCAL.scope is None or not LOCAL.scope.drawing or ACTIVE.tracer is not None:
@@ -33,7 +152,7 @@ class SwapMode(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return func(*self.exchange(args), **self.exchange(kwargs or {}))
 
-    def __enter__(self) -> SwapMode:
+    def __enter__(self) -> HeldReads:
         opaque_calls.__enter__()
         self.outer.append(ACTIVE.exchange)
         ACTIVE.exchange = self.exchange_while_drawing
@@ -52,7 +171,10 @@ class SwapMode(TorchFunctionMode):
     def exchange(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             found = self.where.get(id(value))
-            return value if found is None else scopes.read(*found)
+            if found is None:
+                return value
+            self.met = True
+            return scopes.read(*found)
         kind = type(value)
         if kind in (tuple, list):
             return kind(self.exchange(v) for v in value)
@@ -64,15 +186,76 @@ class SwapMode(TorchFunctionMode):
 _HARMLESS = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad"}
 
 
+@contextmanager
+def drawn_reads(owner: nn.Module, held: bool) -> Iterator[HeldReads | None]:
+    """Every read of a parameter below a module is a draw; ``held``: also one that is held."""
+    with exchanged(owner):
+        if held:
+            with HeldReads(owner) as mode:
+                yield mode
+        else:
+            yield None
+
+
 class DrawnHook:
     """A forward hook that reads parameters, run with those reads exchanged for draws."""
 
     def __init__(self, hook: Any) -> None:
         self.hook = hook
+        self.held: bool | None = None  # whether it was seen to read some that it holds itself
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         scope = LOCAL.scope
         if scope is None or not scope.drawing:
             return self.hook(module, *args, **kwargs)
-        with SwapMode(module):
-            return self.hook(module, *args, **kwargs)
+        held = self.held is not False or holds_parameters(self.hook)
+        with drawn_reads(module, held) as mode:
+            result = self.hook(module, *args, **kwargs)
+        if mode is not None:
+            self.held = bool(self.held) or mode.met
+        return result
+
+
+def owner_holds_parameters(owner: nn.Module) -> bool:
+    """Whether a module, or the code of its class, shows that it holds parameters elsewhere.
+
+    What lies in a deeper object is found when it is read in the first run.
+    """
+    state = owner_state(owner)
+    own = [value for name, value in owner.__dict__.items() if name not in INTERNAL]
+    methods = () if state is None else state.methods.values()
+    return any(map(holds_parameters, (*own, *methods, *_closures(type(owner)))))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _closures(cls: type) -> tuple[types.FunctionType, ...]:
+    found = (f for many in members(cls).values() for f in many if isinstance(f, types.FunctionType))
+    return tuple(f for f in found if f.__closure__ or f.__defaults__ or f.__kwdefaults__)
+
+
+def holds_parameters(value: Any, depth: int = 0) -> bool:
+    """Whether a container, or a function by what it closes over, holds a parameter itself."""
+    if isinstance(value, nn.Parameter):
+        return True
+    parts: Any = ()
+    if depth > 3 or isinstance(value, nn.Module | Tensor):
+        pass
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts = value
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+    elif isinstance(value, types.MethodType):
+        parts = (value.__self__, value.__func__)
+    elif isinstance(value, types.FunctionType):
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        parts = (value.__defaults__, value.__kwdefaults__, *cells)
+    return any(holds_parameters(part, depth + 1) for part in tuple(parts))
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn, no_grad
 
 from .. import scope as scopes
+from ..errors import UnsupportedModuleError
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
 from .trace_context import ACTIVE
@@ -156,6 +157,13 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         base.__setstate__(self, state)
         adopt(self)
 
+    def _replicate_for_data_parallel(self: Any) -> Any:
+        raise UnsupportedModuleError(
+            "nn.DataParallel is not supported: its copies of a module have no parameters, and so "
+            "no posterior. Use DistributedDataParallel or FSDP2 (fully_shard), with one process "
+            "for each device, or one device: nn.DataParallel(model, device_ids=[0])."
+        )
+
     def no_weight_decay(self: Any) -> set[str]:
         inherited = getattr(base, "no_weight_decay", None)
         names = set(inherited(self)) if inherited is not None else set()
@@ -194,6 +202,7 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         _apply=_apply,
         __reduce_ex__=__reduce_ex__,
         __setstate__=__setstate__,
+        _replicate_for_data_parallel=_replicate_for_data_parallel,
         no_weight_decay=no_weight_decay,
         extra_repr=extra_repr,
     )

@@ -24,6 +24,7 @@ class _Active(threading.local):
     def __init__(self) -> None:
         self.tracer: MethodTracer | None = None
         self.exchange: Callable[[Any], Any] | None = None
+        self.exchanged: frozenset[int] = frozenset()  # modules whose parameters read as draws
         self.fake_mode: FakeTensorMode | None = None
         self.hooked = False
         self.patched = False
@@ -108,6 +109,8 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
         yield
     finally:
         for module, attributes, containers, buffers in saved:
+            # another thread may exchange them
+            attributes["_parameters"] = module.__dict__["_parameters"]
             restore(module.__dict__, attributes)
             restore(module._buffers, buffers)
             for container, content in containers:

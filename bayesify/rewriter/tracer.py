@@ -160,19 +160,19 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     Args:
         owner: The module whose method is traced.
         run_leaf: Calls a submodule at the means, on examples.
-        hide: Whether to hide the caches that modules keep outside of their buffers.
+        hiding: Of the caches that modules keep outside of their buffers.
         fake_mode: That of the trace of the caller, whose examples are the arguments; None: a new
             one.
     """
 
     def __init__(
-        self, owner: nn.Module, run_leaf: Callable[..., Any], hide: bool,
+        self, owner: nn.Module, run_leaf: Callable[..., Any], hiding: caches.Hiding,
         fake_mode: FakeTensorMode | None = None,
     ) -> None:  # fmt: skip
         TorchFunctionMode.__init__(self)
         GraphWriter.__init__(self, owner)
         self.run_leaf = run_leaf
-        self.hide = hide
+        self.hiding = hiding
         self.fake_mode = fake_mode or Examples(allow_non_fake_inputs=True)
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
         self.types: dict[tuple[tuple[str, ...], str], tuple[Any, ...]] = {}
@@ -182,7 +182,6 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self.guided = False
         self._examples: dict[int, tuple[Tensor, Tensor]] = {}
         self._sizes: dict[tuple[int, int], TracedInt] = {}
-        self._hidden: set[tuple[int, str]] = set()
         self._variables = contextvars.copy_context()
         self._transforms = transforms()
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
@@ -531,6 +530,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
         """A plain attribute was read."""
         path = self.paths.get(id(module))
+        if (id(module), name) in self.hiding.by_train:
+            raise TraceFailure(f"it reads {name!r}, which train() makes")
         if path is None or (path, name) in self.guards:
             return
         if name in ("_modules", "_parameters", "_buffers"):
@@ -539,7 +540,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         own = object.__getattribute__(module, "__dict__")
         if name in INTERNAL or name not in own or (path, name) in self.writes:
             return
-        if (id(module), name) in self._hidden or isinstance(value, Tensor):
+        if (id(module), name) in self.hiding.names:
+            self.hiding.read(module, name)
+            return
+        if isinstance(value, Tensor):
             return
         if type(value) in (TracedSize, TracedParts) or isinstance(value, TracedNumber):
             return
@@ -554,7 +558,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def note_absent(self, module: nn.Module, name: str) -> None:
         """A plain attribute was asked for that is not there."""
         path = self.paths.get(id(module))
-        if path is not None and (path, name) not in self.guards:
+        if (id(module), name) in self.hiding.names:
+            self.hiding.read(module, name)
+        elif path is not None and (path, name) not in self.guards:
             found = held(module, name)
             if found is None or found is MISSING:
                 self.guards[path, name] = Guard(path, name, found, "equal")
@@ -569,7 +575,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if isinstance(value, nn.Module | nn.Parameter):
             raise TraceFailure(f"it adds {name!r}, a parameter or a module")
         self.writes.add((path, name))
-        if (id(module), name) in self._hidden:
+        if (id(module), name) in self.hiding.names:
+            self.hiding.written(module, name)
             if any(self._depends(t.node, "placeholder") for t in traced_inside(value)):
                 caches.note_state(module, name)
                 raise StateFound(f"its attribute {name!r} carries state from call to call")
@@ -679,8 +686,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 ACTIVE.tracer = outer
 
     def _hide(self, module: nn.Module) -> None:
-        if self.hide:
-            self._hidden.update((id(module), name) for name in caches.hide(module))
+        if module is self.owner:
+            self.hiding.hide()
 
 
 def _examples_of_partial(value: Any, convert: Callable[[Any], Any]) -> Any:

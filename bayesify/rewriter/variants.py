@@ -9,7 +9,8 @@ import logging
 import operator
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..scope import LOCAL
 from . import caches
 from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
 from .estimators import reads_to_estimates
-from .fallback import SwapMode
+from .fallback import HeldReads, drawn_reads, owner_holds_parameters
 from .guards import Guard
 from .passes import (
     compile_source,
@@ -60,6 +61,7 @@ class Variant:
     source: str
     rung: str
     reason: str
+    held: bool | None = None  # whether the fallback was seen to read a parameter from no module
 
     def matches(self, owner: nn.Module, tensors: list[Tensor]) -> bool:
         """Whether the attributes and shapes on which the code depends are as they were."""
@@ -202,7 +204,8 @@ def _draw(
             flatten(kwargs, tensors, names, ""),
         )
     except TypeError as error:
-        return _swap(owner, state, method, original, args, kwargs, str(error))
+        opaque = _opaque(owner, state, method, str(error))
+        return _fall_back(owner, opaque, method, original, args, kwargs)
     key = (structure, _ambient())
     if torch.compiler.is_compiling():
         # a constant needs numbers: operator.index guards on a size that is a symbol, int does not;
@@ -220,7 +223,7 @@ def _draw(
         if variant is None:
             variant, _ = make(owner, state, method, original, key, tensors)
     if variant.code is None:
-        return _swap(owner, state, method, original, args, kwargs, None)
+        return _fall_back(owner, variant, method, original, args, kwargs)
     return variant.code(owner, *tensors)
 
 
@@ -276,26 +279,42 @@ def make(
     Returns:
         The variant, and what it gives with examples for tensors.
     """
+    exchanged, ACTIVE.exchanged = ACTIVE.exchanged, frozenset()
+    try:
+        return _make(owner, state, method, original, key, tensors)
+    finally:
+        ACTIVE.exchanged = exchanged
+
+
+def _make(
+    owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any], key: Any,
+    tensors: list[Tensor],
+) -> tuple[Variant, Any]:  # fmt: skip
     known = state.variants.setdefault(method, {})
     trace: Trace | None = None
     reason = ""
     if sum(v.code is not None for v in known.values()) >= MAX_VARIANTS:
         reason = f"more than {MAX_VARIANTS} variants: something it reads changes at every call"
     else:
-        attempts = [False, True]  # whether to hide caches, the last one first
-        while attempts:
-            hide = attempts.pop()
+        hiding, retried = caches.Hiding(owner, method), False
+        while True:
             try:
-                trace = _trace(owner, method, original, key, tensors, hide)
-                break
+                trace = _trace(owner, original, key, tensors, hiding)
             except StateFound as failure:
-                attempts.append(hide)
                 reason = str(failure)
+                continue
             except TraceFailure as failure:
                 reason = str(failure)
             except Exception as error:  # the fallback runs the code itself and shows its errors
                 first = (str(error).splitlines() or [""])[0]
                 reason = f"{type(error).__name__}: {first}"
+                # an error of a kernel says nothing of what was hidden
+                if not retried and not isinstance(error, RuntimeError) and hiding.keep_missed():
+                    retried = True
+                    continue
+                break
+            hiding.note_kept()
+            break
     shapes = shapes_of(tensors, trace is not None and trace.layout)
     if trace is None:
         if state.strict:
@@ -352,8 +371,8 @@ def _slots_below(owner: nn.Module) -> dict[tuple[tuple[str, ...], str], Slot]:
 
 
 def _trace(
-    owner: nn.Module, method: str, original: Callable[..., Any], key: Any, tensors: list[Tensor],
-    hide: bool,
+    owner: nn.Module, original: Callable[..., Any], key: Any, tensors: list[Tensor],
+    hiding: caches.Hiding,
 ) -> Trace:  # fmt: skip
     (args_structure, kwargs_structure), _ = key
     names = argument_names(original, args_structure, kwargs_structure)
@@ -362,7 +381,7 @@ def _trace(
         used = itertools.count()
         return unflatten(args_structure, traced, used), unflatten(kwargs_structure, traced, used)
 
-    tracer = MethodTracer(owner, run_at_mean, hide, ACTIVE.fake_mode)
+    tracer = MethodTracer(owner, run_at_mean, hiding, ACTIVE.fake_mode)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
     unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
     # inside the trace of a caller, its fake mode is on and torch functions are off
@@ -395,28 +414,47 @@ def run_at_mean(module: nn.Module, args: Any, kwargs: Any) -> Any:
         LOCAL.scope = outer
 
 
-def _swap(
-    owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any], args: Any,
-    kwargs: Any, reason: str | None,
+def _opaque(owner: nn.Module, state: OwnerState, method: str, reason: str) -> Variant:
+    """The fallback of calls whose arguments cannot be taken apart."""
+    known: dict[int, Variant] = state.variants.setdefault(method, {})
+    for variant in known.values():
+        if variant.key is None and variant.reason == reason:
+            return variant
+    if state.strict:
+        raise UnsupportedModuleError(
+            f"{type(owner).__name__}.{method} cannot become a graph: {reason}. Convert "
+            "without strict, or skip this module."
+        )
+    variant = Variant(None, (), frozenset(), False, (), None, "", "swap", reason)
+    known[len(known)] = variant
+    return variant
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _fall_back(
+    owner: nn.Module, variant: Variant, method: str, original: Callable[..., Any], args: Any,
+    kwargs: Any,
 ) -> Any:  # fmt: skip
-    """The fallback: run the original method with its parameter reads exchanged for draws."""
-    if reason is not None:
-        known = state.variants.setdefault(method, {})
-        if not any(v.code is None and v.reason == reason for v in known.values()):
-            if state.strict:
-                raise UnsupportedModuleError(
-                    f"{type(owner).__name__}.{method} cannot become a graph: {reason}. Convert "
-                    "without strict, or skip this module."
-                )
-            known[len(known)] = Variant(None, (), frozenset(), False, (), None, "", "swap", reason)
-    mode = SwapMode(owner)
-    outer, LOCAL.reads = LOCAL.reads, functools.partial(SwapMode, owner)
+    """Run the original method with its parameter reads exchanged for draws."""
+    held = variant.held is not False or owner_holds_parameters(owner)
+    outer, LOCAL.reads = LOCAL.reads, functools.partial(_drawn, owner, method, held)
     try:
-        with caches.hidden(owner), caches.parametrizations_computed_anew(), mode:
+        with _drawn(owner, method, held) as mode:
             result = original(owner, *args, **kwargs)
     finally:
         LOCAL.reads = outer
-    return mode.exchange(result)  # a parameter merely handed on passes through no function
+    if mode is not None:
+        result = mode.exchange(result)  # a parameter merely handed on passes through no function
+        variant.held = bool(variant.held) or mode.met
+    return result
+
+
+@contextmanager
+def _drawn(owner: nn.Module, method: str, held: bool) -> Iterator[HeldReads | None]:
+    fresh = caches.parametrizations_computed_anew()
+    with caches.hidden(owner, method) as make_anew, fresh, drawn_reads(owner, held) as mode:
+        make_anew()
+        yield mode
 
 
 def adopt(module: nn.Module) -> None:

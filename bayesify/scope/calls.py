@@ -16,6 +16,7 @@ from .drawing import AT_MEAN, Scope, autocast_dtype, grad_mode, suits_group
 from .local import LOCAL
 from .modes import Mixed, wanted
 from .seeds import new_seed
+from .unused import lead_to_posteriors
 
 
 def enter(
@@ -26,7 +27,7 @@ def enter(
     if scope is AT_MEAN:
         LOCAL.scope = scope
         try:
-            return at_mean(*args, **kwargs)
+            return lead_to_posteriors(at_mean(*args, **kwargs))
         finally:
             LOCAL.scope = None
     held = scope is not None
@@ -43,7 +44,7 @@ def enter(
             drawn = _prefill(module, method, scope)
             result = run(*args, **kwargs)
         _note_unread(module, method, scope, drawn)
-        return result
+        return lead_to_posteriors(result)
     finally:
         LOCAL.scope = None
         if not held:

@@ -106,7 +106,7 @@ def evaluate(
         data: As in :func:`fit`. The classes of an ``ImageData`` are found among the model's by name
             where the model knows them, from a fit or a file; a part of them in any order will do.
         ood: Images of none of the classes, as ``data``; their labels are not used. Each row then
-            says how well its doubt tells them from those of ``data``.
+            says how well its uncertainty tells them from those of ``data``.
         num_samples: Draws K of the MC average, the same K weights for every batch. The memory
             needed does not depend on it.
         seed: Of the draws.
@@ -175,20 +175,20 @@ def evaluate(
             averaged.add(summary.mean, targets, summary.mutual_information)
         if on_step is not None:
             on_step(done, total)
-    strange: list[Tensor] = []
+    ood_logits: list[Tensor] = []
     if outside is not None:
         for done, batch in enumerate(outside, len(inside) + 1):
             logits, summary = run(_inputs(batch))
             at_means.add_outside(logits.double().softmax(-1))
             if control:
-                strange.append(logits)
+                ood_logits.append(logits)
             if summary is not None:
                 averaged.add_outside(summary.mean, summary.mutual_information)
             if on_step is not None:
                 on_step(done, total)
     rows = [at_means.row("at the means" if bayesian else "deterministic", 1, resamples, seed)]
     if control:
-        rows.append(_scaled(kept, strange, batch_size, resamples, seed))
+        rows.append(_scaled(kept, ood_logits, batch_size, resamples, seed))
     if bayesian:
         rows.append(averaged.row("MC average", num_samples, resamples, seed))
     return rows
@@ -278,7 +278,7 @@ class _Row:
 
 
 def _gather(into: dict[str, list[Tensor]], probs: Tensor, information: Tensor | None) -> None:
-    """The scores of a batch: higher for a stranger."""
+    """The scores of a batch: higher for an OOD image."""
     # the sum of all others keeps the order of images of which 1 - max would be rounded to 0
     rest = probs.scatter(1, probs.argmax(1, keepdim=True), 0.0).double().sum(1)
     into.setdefault(MAX_PROBABILITY, []).append(rest.cpu())
@@ -289,21 +289,21 @@ def _gather(into: dict[str, list[Tensor]], probs: Tensor, information: Tensor | 
 
 def _scaled(
     kept: list[tuple[Tensor, Tensor]],
-    strange: list[Tensor],
+    ood_logits: list[Tensor],
     batch_size: int,
     resamples: int,
     seed: int,
 ) -> Evaluation:
-    """The control: each image with a temperature fitted on others, strangers with their mean."""
+    """The control: each image with a temperature fitted on others, OOD images with their mean."""
     logits, targets = (torch.cat(column) for column in zip(*kept, strict=True))
     scaled = cross_fitted_temperature(logits, targets, min(5, len(targets)), seed)
     temperature = float(scaled.temperatures.mean())
-    measured = _Row(bool(strange))
+    measured = _Row(bool(ood_logits))
     for probs, labels in zip(
         scaled.probs.split(batch_size), targets.split(batch_size), strict=True
     ):
         measured.add(probs, labels)
-    for outside in strange:
+    for outside in ood_logits:
         measured.add_outside((outside.double() / temperature).softmax(-1))
     row = measured.row("temperature scaled", 1, resamples, seed)
     return replace(row, temperature=temperature)

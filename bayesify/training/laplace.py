@@ -99,8 +99,8 @@ def fit_laplace_(
         temperature: The factor T, above 0; below 1 the posterior is cold.
         holdout: Share of ``train`` that is held out where that chooses, in (0, 1).
         augment: Random changes of held-out images, as in :func:`fit`. A network knows the images
-            that it was trained on by heart, and no doubt would help there; changed as much as that
-            it errs about as often as on new images, they are the next best thing.
+            that it was trained on by heart, and no uncertainty would help there; changed as much as
+            that it errs about as often as on new images, they are the next best thing.
         max_examples: Take the Fisher information of so many examples, chosen at random, for that of
             all; None takes all.
         batch_size: Examples in a batch, at least 1. Their gradients, each as large as the model,
