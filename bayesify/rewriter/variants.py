@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -383,7 +384,10 @@ def _trace(
 
     tracer = MethodTracer(owner, run_at_mean, hiding, ACTIVE.fake_mode)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
-    unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
+    unseen: Any = contextlib.nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        # kept as it is, a result would hold the node that holds it, for good
+        unseen = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _identity)
     # inside the trace of a caller, its fake mode is on and torch functions are off
     with (
         scopes.recording(_refuse_checkpoint), unseen, _disable_current_modes(),
