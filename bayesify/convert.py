@@ -19,6 +19,7 @@ from .errors import (
     BiasBeforeNormWarning,
     LostPosteriorWarning,
     NoMatchWarning,
+    SigmaBelowSpacingWarning,
     UnsupportedModuleError,
 )
 from .gaussian import raw_from_logvar
@@ -160,8 +161,11 @@ def to_bbb_(
             "or to_deterministic(model) first."
         )
     spec = specify(skip, only, preset, prior, logvar, estimator, config)
-    for hint in apply_(model, spec).hints:
+    planned = apply_(model, spec)
+    for hint in planned.hints:
         warnings.warn(hint, BiasBeforeNormWarning, stacklevel=2)
+    for note in planned.spacing:
+        warnings.warn(note, SigmaBelowSpacingWarning, stacklevel=2)
     for note in _left_out(model):
         warnings.warn(note, LostPosteriorWarning, stacklevel=2)
     return model
