@@ -116,7 +116,9 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 drawn.append(slot)
             if together and suits_group(slot, mean, raw):
                 if index not in items:
-                    items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers, dtype)
+                    items[index] = grouped.Item(
+                        mean, raw, scope.key_of(slot), slot.buffers, dtype, slot.has_held
+                    )
                     slots.append(slot)
                     slot.drawn = None
             elif dtype is None:
