@@ -52,7 +52,7 @@ def test_no_example_outlives_its_trace(make: Any, hooks: bool) -> None:
     before = left()
     for _ in range(3):
         use()
-    assert left() == before
+    assert left() <= before  # those of other tests may go
 
 
 @torch.library.custom_op("bayesify_tests::undecided", mutates_args=())

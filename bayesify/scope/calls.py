@@ -27,7 +27,8 @@ def enter(
     if scope is AT_MEAN:
         LOCAL.scope = scope
         try:
-            return lead_to_posteriors(at_mean(*args, **kwargs))
+            result = at_mean(*args, **kwargs)
+            return result if torch.compiler.is_compiling() else lead_to_posteriors(result)
         finally:
             LOCAL.scope = None
     held = scope is not None
