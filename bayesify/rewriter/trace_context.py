@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,6 +131,14 @@ def restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
             target[name] = value
 
 
+_EXAMPLES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def _not_of_a_trace(record: logging.LogRecord) -> bool:
+    """Whether torch's log is to have a record: what examples cannot do, the fallback does."""
+    return not ACTIVE.patched
+
+
 @contextmanager
 def patches() -> Iterator[None]:
     """Let module calls, attribute reads and writes, and opaque calls pass by the tracer.
@@ -180,11 +189,13 @@ def patches() -> Iterator[None]:
     if not inner:
         module_class.__getattribute__ = patched_read
     ACTIVE.patched = True
+    _EXAMPLES_LOG.addFilter(_not_of_a_trace)
     try:
         with opaque_calls:
             yield
     finally:
         ACTIVE.patched = False
+        _EXAMPLES_LOG.removeFilter(_not_of_a_trace)
         module_class.__call__ = call
         module_class.__setattr__ = set_attribute
         if not inner:

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext, _device_constructors
 
-from . import caches
+from . import caches, context_variables
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
 from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
@@ -459,13 +459,13 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return self._call_module(module, args, kwargs)
 
     def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if contextvars.copy_context() != self._variables:
-            raise TraceFailure("it sets a context variable around a submodule")
+        variables = context_variables.changed(self._variables)
         path = self.paths.get(id(module))
         arguments = tuple(self.passed(a) for a in args)
         keywords = {k: self.passed(v) for k, v in kwargs.items()}
         examples = self._as_examples((args, kwargs))
         with paused(), self._as_outline(module):
+            copies = context_variables.constants(variables, ACTIVE.hooked) if variables else ()
             outer, ACTIVE.fake_mode = ACTIVE.fake_mode, self.fake_mode
             try:
                 result = self.run_leaf(module, *examples)
@@ -478,7 +478,11 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 ) from error
             finally:
                 ACTIVE.fake_mode = outer
-        if path and can_be_target(path):
+        if variables:
+            context_variables.check(variables, copies)
+            called = (self.constant(copies), self.argument(module), *arguments)
+            node = self._node("call_function", context_variables.in_context, called, keywords)
+        elif path and can_be_target(path):
             node = self._node("call_module", ".".join(path), arguments, keywords)
         else:
             callee = self.constant(module) if path is None else Expression(access(path))
@@ -629,7 +633,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             if on == "placeholder" and current.op == "placeholder":
                 return True
             if on == "parameter" and (
-                current.op == "call_module" or current.name in self.parameters
+                current.op == "call_module"
+                or current.target is context_variables.in_context
+                or current.name in self.parameters
             ):
                 return True
             new = [n for n in current.all_input_nodes if n not in seen]
@@ -659,7 +665,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             args, kwargs = build(traced)
             before = _shape_of((args, kwargs))
             held = self._containers()
-            result = method(*args, **kwargs)
+            context = contextvars.copy_context()  # what it leaves set is not to stay
+            result = context.run(functools.partial(method, *args, **kwargs))
+            if context.run(context_variables.changed, self._variables):
+                raise TraceFailure("it sets a context variable for later calls")
             self._check_containers(held)
             with torch._C.DisableTorchFunction():
                 output = self.passed(result)

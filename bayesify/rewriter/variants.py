@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import scope as scopes
 from ..errors import UnsupportedModuleError
+from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
 from ..scope import LOCAL
 from . import caches
@@ -207,13 +209,14 @@ def _draw(
         return _fall_back(owner, opaque, method, original, args, kwargs)
     key = (structure, _ambient())
     if torch.compiler.is_compiling():
-        # a constant needs numbers: operator.index guards on a size that is a symbol, int does not
+        # a constant needs numbers: operator.index guards on a size that is a symbol, int does not;
+        # an export's symbol stays one, unless the variant depends on it
+        number = _hint if exporting() else operator.index
         shapes = tuple(
-            (tuple(map(operator.index, t.shape)), tuple(map(operator.index, t.stride())))
-            for t in tensors
+            (tuple(map(number, t.shape)), tuple(map(number, t.stride()))) for t in tensors
         )
-        number = _prepare(state.handle, method, key, shapes)
-        variant = state.variants[method][number]
+        index = _prepare(state.handle, method, key, shapes)
+        variant = state.variants[method][index]
         if not variant.matches(owner, tensors):
             raise RuntimeError("bayesify: the module changed while it was compiled")
     else:
@@ -223,6 +226,10 @@ def _draw(
     if variant.code is None:
         return _fall_back(owner, variant, method, original, args, kwargs)
     return variant.code(owner, *tensors)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def find(
@@ -377,7 +384,10 @@ def _trace(
 
     tracer = MethodTracer(owner, run_at_mean, hiding, ACTIVE.fake_mode)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
-    unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
+    unseen: Any = contextlib.nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        # kept as it is, a result would hold the node that holds it, for good
+        unseen = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _identity)
     # inside the trace of a caller, its fake mode is on and torch functions are off
     with (
         scopes.recording(_refuse_checkpoint), unseen, _disable_current_modes(),
