@@ -26,14 +26,16 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import zoo
+import zoo_table
 from provenance import provenance
 from zoo_libraries import rule
 from zoo_libraries.entries import ENTRIES, Entry
+from zoo_others_table import RESULT, read
 from zoo_process import Job, Row, said
 
 from bayesify.storage import replacing
 
-RESULT = Path(__file__).parent / "results" / "zoo_others.jsonl"
 LIMIT_S = 600
 MEMORY = 10 * 2**30
 MODULES = ("huggingface", "sequences", "vision", "generative", "graphs", "flows", "decisions")
@@ -50,13 +52,6 @@ def names() -> list[str]:
     """The rule's list, then what was chosen by hand."""
     listed = rule.keys()
     return listed + [key for key in entries() if key not in set(listed)]
-
-
-def read() -> dict[str, Row]:
-    if not RESULT.exists():
-        return {}
-    rows = (json.loads(line) for line in RESULT.read_text().splitlines())
-    return {row["name"]: row for row in rows}
 
 
 def write(rows: dict[str, Row]) -> None:
@@ -185,7 +180,8 @@ def run(only: str, again: bool, minutes: float) -> None:
     queue = [n for n in names() if fnmatch.fnmatchcase(n, only)]
     if not again:
         queue = [n for n in queue if rows.get(n, {"problems": ["not run"]})["problems"]]
-        queue.sort(key=lambda n: n in rows)  # what never ran comes first
+        # what never ran comes first, the quick ones of that before the others
+        queue.sort(key=lambda n: (n in rows, n.startswith(("transformers", "torchvision"))))
     for number, name in enumerate(queue, 1):
         if time.monotonic() > stop:
             print(f"{len(queue) - number + 1} more to do", flush=True)
@@ -213,6 +209,7 @@ def main() -> None:
         return
     if not options.render:
         run(options.only, options.again, options.minutes)
+    zoo_table.render(zoo.read())
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Entry:
     library: str
     name: str
     make: Callable[[], Built]
-    batches: tuple[int, ...] = (2, 3)
+    batches: tuple[int, ...] = (3,)
 
     @property
     def key(self) -> str:
