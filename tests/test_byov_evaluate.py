@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import bayesify as bb
@@ -30,11 +31,12 @@ from recipes.byov import (
     runs,
     strangers,
 )
+from recipes.byov.augment import TwoViews
 from recipes.byov.cards import Card, against, estimate, families, paper_like
 from recipes.byov.claims import CLAIMS, by_beta, judge
 from recipes.byov.config import PRESETS, UNSEEN_SHIFTS, BYOVConfig
-from recipes.byov.data import eval_batches
-from recipes.byov.measure import features_of
+from recipes.byov.data import eval_batches, train_views
+from recipes.byov.measure import configs_of, features_of
 from recipes.byov.model import Student
 from recipes.byov.optimizer import make_optimizer
 from recipes.byov.page import noise_levels, rises
@@ -106,6 +108,37 @@ def test_a_run_of_byol_with_batchnorm_opens(tmp_path: Path) -> None:
     state = open_run(run.out, device="cpu").encoder.state_dict()
     assert any("running_mean" in name for name in student)
     assert all(torch.equal(state[name], value) for name, value in student.items())
+
+
+@pytest.mark.parametrize("objective", ["byol", "supervised"])
+def test_batchnorm_statistics_of_a_bayesian_run_are_those_of_its_views(
+    tmp_path: Path, objective: Any
+) -> None:
+    """As those of BYOL are, which has them from its training: a control must not differ in it."""
+    small = {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]}
+    config = replace(
+        CONFIG, encoder="resnet18", encoder_args=small, image_size=32, objective=objective
+    )
+    run = small_run(tmp_path, eval_every=0)
+    train(config, run)
+    opened = open_run(run.out, device="cpu")
+    exported = load_file(run.out / "student.safetensors")
+    assert torch.equal(opened.encoder.bn1.running_mean, exported["bn1.running_mean"])
+
+    def mean_of(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return F.conv2d(images, opened.encoder.conv1.weight, stride=2, padding=3).mean(
+                (0, 2, 3)
+            )
+
+    source, views = opened.source, TwoViews(*configs_of(config, opened.source))
+    [batch] = train_views(source, batch_size=48, seed=config.seed, epoch=config.epochs, views=views)
+    seen = batch[:2] if objective == "byol" else batch[:1]
+    torch.testing.assert_close(
+        opened.encoder.bn1.running_mean, torch.stack([mean_of(view) for view in seen]).mean(0)
+    )
+    [(plain, _)] = eval_batches(source, "train", batch_size=48)
+    assert (opened.encoder.bn1.running_mean - mean_of(plain)).norm() > 0.01
 
 
 def test_a_result_is_made_once_and_again_for_other_settings(byov: Run) -> None:

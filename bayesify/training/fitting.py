@@ -71,8 +71,9 @@ def fit(
 
     Every step draws the weights and minimises :func:`bayesify.elbo_loss` of one batch by AdamW;
     the learning rates rise over ``warmup`` and then fall to 0 as a cosine. Afterwards the
-    statistics of BatchNorm are gathered anew at the posterior means. The model is left in
-    ``eval()`` on ``device``; the global random states of torch, numpy and Python are as before.
+    statistics of BatchNorm are gathered anew at the posterior means, from one more epoch of the
+    same batches, augmented if those of the fit were. The model is left in ``eval()`` on
+    ``device``; the global random states of torch, numpy and Python are as before.
 
     Args:
         model: Converted or not: without a posterior there is no KL, all else is the same.

@@ -80,12 +80,6 @@ class Run:
             train, indices, batch_size=settings.batch_size, accumulate=settings.accumulate,
             augment=augment, seed=settings.seed, pin=device.type == "cuda", **common,
         )  # fmt: skip
-        self.plain_batches = self.batches
-        if settings.augment != "none":  # BatchNorm's statistics are those of the images themselves
-            self.plain_batches, _ = shuffled_batches(
-                train, indices, batch_size=settings.batch_size, accumulate=1, augment="none",
-                seed=settings.seed, pin=False, **common,
-            )  # fmt: skip
         self.held_batches = (
             batches_in_order(train, batch_size=settings.batch_size, indices=held, **common)
             if held
@@ -277,10 +271,11 @@ class Run:
             put_back(self.model, self.best)
         if not self.settings.freeze_batchnorm:
             self.order.epoch, self.order.first = self.settings.epochs, 0
+            # from the images that trained: augmented ones have other statistics than plain ones
             if self.bayesian:
-                recompute_batchnorm_(self.model, self.plain_batches, self.device)
+                recompute_batchnorm_(self.model, self.batches, self.device)
             elif self.average.mean:  # the statistics are those of the last iterate
-                update_bn(self.plain_batches, self.model, self.device)
+                update_bn(self.batches, self.model, self.device)
         self.model.eval()
         logvars = None
         if self.bayesian:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from bayesify import ArgumentError, one_draw, posteriors
 
-from .augment import TwoViews, view_configs
+from .augment import TwoViews
 from .data import Views, train_views
+from .measure import configs_of
 from .model import Student, build_student, convert_
 from .objective import byol_loss
 from .predictive import Moments, seed_of
@@ -82,15 +83,10 @@ def _rebuilt(run: Run, estimator: str) -> nn.Module:
 
 def _views(run: Run, size: int, seed: int) -> Views:
     """The first batch of an epoch, as training sees it."""
-    config, source = run.config, run.source
-    both = view_configs(
-        config.augmentation, size=config.image_size, mean=source.mean, std=source.std,
-        grey=source.grey, min_crop=config.min_crop, strength=config.augmentation_strength,
-    )  # fmt: skip
-    views = TwoViews(*both)
+    views = TwoViews(*configs_of(run.config, run.source))
     return next(
         train_views(
-            source,
+            run.source,
             batch_size=size,
             seed=seed,
             epoch=0,

@@ -173,7 +173,7 @@ def gone_on(
                 number += 1
     model.eval()
     if steps and config.bayesian:
-        refresh_batchnorm_(model, run.source, Reading(run.device, workers=run.workers))
+        refresh_batchnorm_(model, config, run.source, Reading(run.device, workers=run.workers))
     return replace(run, model=model)
 
 

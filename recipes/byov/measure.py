@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from bayesify import recompute_batchnorm_
 from bayesify.data import InMemory
 
-from .data import Source, eval_batches
+from .augment import TwoViews, ViewConfig, view_configs
+from .config import BYOVConfig
+from .data import Source, eval_batches, train_views
 from .knn import knn_accuracy
 from .model import Student
 from .sources import Images
@@ -106,11 +108,32 @@ def monitor_knn(x: Tensor, y: Tensor, queries: int) -> float:
     return knn_accuracy(x[~is_query], y[~is_query], x[is_query], y[is_query])
 
 
-def refresh_batchnorm_(model: nn.Module, source: Source, reading: Reading) -> None:
-    """Gather BatchNorm's statistics of the encoder at the means: those of training saw draws."""
+def configs_of(config: BYOVConfig, source: Source) -> tuple[ViewConfig, ViewConfig]:
+    """How a run makes both views of its images."""
+    return view_configs(
+        config.augmentation, size=config.image_size, mean=source.mean, std=source.std,
+        grey=source.grey, min_crop=config.min_crop, strength=config.augmentation_strength,
+    )  # fmt: skip
+
+
+def refresh_batchnorm_(
+    model: nn.Module, config: BYOVConfig, source: Source, reading: Reading
+) -> None:
+    """Gather BatchNorm's statistics of the encoder at the means: those of training saw draws.
+
+    They are those of the views that the encoder is trained on, as BYOL's are, from an epoch of
+    their own. The device makes the views, whoever made those of training.
+    """
     few = thinned(source, _BATCHNORM_IMAGES)
-    encoder = model.encoder if isinstance(model, Student) else model
-    recompute_batchnorm_(encoder, (images for images, _ in _batches(few, "train", reading)))
+    batches = train_views(
+        few, batch_size=min(_BATCH, few.num_images), seed=config.seed, epoch=config.epochs,
+        views=TwoViews(*configs_of(config, source)), device=reading.device, workers=reading.workers,
+    )  # fmt: skip
+    if isinstance(model, Student):
+        both = (view for batch in batches for view in (batch.first, batch.second))
+        recompute_batchnorm_(model.encoder, both)
+    else:
+        recompute_batchnorm_(model, (batch.first for batch in batches))
 
 
 def _batches(

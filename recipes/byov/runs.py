@@ -168,7 +168,7 @@ def open_run(
         ) from error
     model.to(here).eval()
     if config.bayesian:  # statistics of training saw draws
-        refresh_batchnorm_(model, source, Reading(here, workers=workers))
+        refresh_batchnorm_(model, config, source, Reading(here, workers=workers))
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     steps = next((line["steps"] for line in log if line["kind"] == "start"), saved["step"])
     return Run(

@@ -21,7 +21,7 @@ from bayesify import (
 )
 
 from . import checkpoint
-from .augment import TwoViews, WorkerViews, view_configs
+from .augment import TwoViews, WorkerViews
 from .board import Board
 from .config import BYOVConfig, RunConfig
 from .data import Source, Views, open_source, train_views
@@ -34,7 +34,7 @@ from .health import (
     posterior_health,
 )
 from .journal import Journal
-from .measure import Reading, features, monitor_knn, refresh_batchnorm_, thinned
+from .measure import Reading, configs_of, features, monitor_knn, refresh_batchnorm_, thinned
 from .model import build_encoder
 from .optimizer import lr_factor, set_lr
 from .parallel import World, joined
@@ -281,7 +281,7 @@ def _train(
 
     student, teacher = stepper.whole()
     if config.bayesian and world.first:
-        refresh_batchnorm_(student, source, reading)
+        refresh_batchnorm_(student, config, source, reading)
     results = export(config, run, student, teacher, stepper.probe, source, reading, world)
     journal.add("end", steps, results.numbers)
     return Outcome(steps, steps, newest, results)
@@ -344,15 +344,7 @@ def batches_of(
     start: int,
 ) -> Iterator[list[Views]]:
     """The micro-batches of this process, step by step from ``start`` on."""
-    configs = view_configs(
-        config.augmentation,
-        size=config.image_size,
-        mean=source.mean,
-        std=source.std,
-        grey=source.grey,
-        min_crop=config.min_crop,
-        strength=config.augmentation_strength,
-    )
+    configs = configs_of(config, source)
     views = WorkerViews(*configs) if run.workers and not source.resident else TwoViews(*configs)
     for epoch in range(start // steps_per_epoch, config.epochs):
         stream = train_views(
