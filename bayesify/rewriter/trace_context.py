@@ -123,7 +123,7 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
                     if container:
                         container.clear()
                 elif isinstance(container, dict):
-                    restore(container, content)
+                    restore(container, content)  # type: ignore[arg-type]
                 elif isinstance(container, list):
                     container[:] = content
                 else:
