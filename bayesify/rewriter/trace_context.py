@@ -92,15 +92,20 @@ def _computes_weights(hook: Any) -> bool:
     return type(hook).__module__.startswith("torch.nn.utils")
 
 
+_CONTAINERS = (dict, list, set)
+_REBUILT = ("_parameters", "_modules")
+
+
 @contextmanager
 def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) -> Iterator[None]:
     """Put every attribute of these modules back as it was."""
     saved = []
     for module in modules:
         attributes = dict(module.__dict__)
+        # most are empty: dicts of hooks
         containers = [
-            (v, v.copy()) for k, v in attributes.items()
-            if isinstance(v, dict | list | set) and k not in ("_parameters", "_modules")
+            (v, v.copy() if v else ()) for k, v in attributes.items()
+            if isinstance(v, _CONTAINERS) and k not in _REBUILT
         ]  # fmt: skip
         saved.append((module, attributes, containers, dict(module._buffers)))
     try:
@@ -114,7 +119,10 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
             restore(module.__dict__, attributes)
             restore(module._buffers, buffers)
             for container, content in containers:
-                if isinstance(container, dict):
+                if not content:
+                    if container:
+                        container.clear()
+                elif isinstance(container, dict):
                     restore(container, content)  # type: ignore[arg-type]
                 elif isinstance(container, list):
                     container[:] = content
@@ -124,8 +132,9 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
 
 
 def restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
-    for name in [n for n in target if n not in content]:
-        del target[name]
+    if target.keys() != content.keys():
+        for name in [n for n in target if n not in content]:
+            del target[name]
     for name, value in content.items():
         if target.get(name, MISSING) is not value:
             target[name] = value

@@ -151,7 +151,7 @@ class Examples(FakeTensorMode):
             if func is torch.ops.aten.lift_fresh.default:  # torch.from_numpy and its like
                 return ACTIVE.tracer.made_of_data(args[0])
             raise TraceFailure(f"{func} was reached by code that torch.fx cannot see")
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return self.dispatch(func, types, args, kwargs or {})
 
 
 class MethodTracer(GraphWriter, TorchFunctionMode):
@@ -594,7 +594,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
 
     def _containers(self) -> list[tuple[str, Any, Any]]:
         return [
-            (name, value, value.copy())
+            (name, value, value.copy() if value else type(value)())
             for module in self._modules
             for name, value in module.__dict__.items()
             if (type(value) in (list, dict, set) and name not in INTERNAL) or name in HOOKS
