@@ -132,7 +132,13 @@ def patches() -> Iterator[None]:
         yield
         return
     call, set_attribute = nn.Module.__call__, nn.Module.__setattr__
+    initialise = nn.Module.__init__
     inner = "__getattribute__" in nn.Module.__dict__
+
+    def patched_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        if ACTIVE.tracer is not None:
+            ACTIVE.tracer.made[id(self)] = self
 
     def patched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tracer = ACTIVE.tracer
@@ -166,6 +172,7 @@ def patches() -> Iterator[None]:
         return None
 
     module_class: Any = nn.Module
+    module_class.__init__ = patched_init
     module_class.__call__ = patched_call
     module_class.__setattr__ = patched_write
     if not inner:
@@ -176,6 +183,7 @@ def patches() -> Iterator[None]:
             yield
     finally:
         ACTIVE.patched = False
+        module_class.__init__ = initialise
         module_class.__call__ = call
         module_class.__setattr__ = set_attribute
         if not inner:

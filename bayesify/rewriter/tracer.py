@@ -28,6 +28,7 @@ from torch.utils._device import DeviceContext, _device_constructors
 from . import caches, context_variables
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
+from .fake_kernels import STAND_INS
 from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
 from .trace_context import (
     ACTIVE,
@@ -157,6 +158,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self.guided = False
         self._examples: dict[int, tuple[Tensor, Tensor]] = {}
         self._sizes: dict[tuple[int, int], TracedInt] = {}
+        self.made: dict[int, nn.Module] = {}  # modules that the method itself has made
         self._variables = contextvars.copy_context()
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
         self._device = modes[-1].device if modes else None
@@ -300,7 +302,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             if kwargs.get("device") is None:  # `with torch.device(...)`, which acts when it runs
                 kwargs["device"] = self._device
         with torch._C.DisableTorchFunction(), self.fake_mode, paused():
-            return func(*args, **kwargs)
+            return STAND_INS.get(func, func)(*args, **kwargs)
 
     def _as_examples(self, value: Any) -> Any:
         kind = type(value)
@@ -434,6 +436,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         elif path:
             node = self._node("call_module", ".".join(path), arguments, keywords)
         else:
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            traced = any(True for _ in traced_inside(module.__dict__))
+            if id(module) in self.made and (traced or any(t is not None for t in tensors)):
+                raise TraceFailure(f"it makes a {type(module).__name__} that holds tensors")
             callee = self.constant(module)
             node = self._node("call_function", operator.call, (callee, *arguments), keywords)
         return self._wrap(result, node, (args, kwargs))
@@ -519,6 +525,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def note_write(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute was assigned: the generated code assigns it too, unless it is a cache."""
         path = self.paths.get(id(module))
+        if id(module) in self.made and not isinstance(value, Tensor | nn.Module):
+            return
         if path is None or name in INTERNAL:
             raise TraceFailure(f"it assigns {name!r} of a module that it does not hold")
         if name in module._parameters or name in module._modules:

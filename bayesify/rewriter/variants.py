@@ -404,9 +404,10 @@ def _fall_back(
 ) -> Any:  # fmt: skip
     """Run the original method with its parameter reads exchanged for draws."""
     held = variant.held is not False or owner_holds_parameters(owner)
-    outer, LOCAL.reads = LOCAL.reads, functools.partial(_drawn, owner, method, held)
+    drawn = functools.partial(_drawn, owner, method, held)
+    outer, LOCAL.reads = LOCAL.reads, drawn
     try:
-        with _drawn(owner, method, held) as mode:
+        with drawn() as mode:
             result = original(owner, *args, **kwargs)
     finally:
         LOCAL.reads = outer
@@ -418,8 +419,12 @@ def _fall_back(
 
 @contextmanager
 def _drawn(owner: nn.Module, method: str, held: bool) -> Iterator[HeldReads | None]:
+    if not held and method == "forward" and id(owner) in ACTIVE.exchanged:
+        yield None  # the fallback of a module around this one has seen to it
+        return
+    modules = caches.below(owner)
     fresh = caches.parametrizations_computed_anew()
-    with caches.hidden(owner, method) as make_anew, fresh, drawn_reads(owner, held) as mode:
+    with caches.hidden(modules, method) as make_anew, fresh, drawn_reads(modules, held) as mode:
         make_anew()
         yield mode
 
