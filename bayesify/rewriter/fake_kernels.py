@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_NARROW = (torch.bfloat16, torch.float16)
+_GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)  # experts of a mixture
 
 
-def _in_bfloat16(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(operation)
-    def run(mat_a: Tensor, mat_b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        dtype = kwargs.get("out_dtype") or mat_a.dtype
-        if mat_a.dtype in (torch.bfloat16, torch.float16):
-            return operation(mat_a, mat_b, *args, **kwargs)
-        result = operation(mat_a.bfloat16(), mat_b.bfloat16(), *args, **kwargs)
-        return result.to(dtype).contiguous()  # it pads the rows of the narrower dtype
+class ExampleMode(FakeTensorMode):
+    """A fake mode in which a model may run that runs on the CPU."""
 
-    return run
-
-
-STAND_INS: dict[Any, Callable[..., Any]] = {
-    operation: _in_bfloat16(operation)
-    for operation in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
-    if operation is not None
-}
-"""What is run on examples in place of an operation."""
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _GROUPED is None or func is not _GROUPED.default or args[0].dtype in _NARROW:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        a, b, *rest = args
+        dtype = (kwargs or {}).get("out_dtype") or a.dtype
+        with self:
+            result = func(a.bfloat16(), b.bfloat16(), *rest, **(kwargs or {}))
+            return result.to(dtype).contiguous()  # it pads the rows of the narrower dtype

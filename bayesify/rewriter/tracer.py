@@ -23,13 +23,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext, _device_constructors
 
-from . import caches, context_variables
+from . import caches, context_variables, objects
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
-from .fake_kernels import STAND_INS
+from .fake_kernels import ExampleMode
 from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
+from .objects import TracedObject, may_be_handed_on
 from .trace_context import (
     ACTIVE,
     TRACE_LOCK,
@@ -150,7 +152,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         GraphWriter.__init__(self, owner)
         self.run_leaf = run_leaf
         self.hiding = hiding
-        self.fake_mode = fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = fake_mode or ExampleMode(allow_non_fake_inputs=True)
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
         self.writes: set[tuple[tuple[str, ...], str]] = set()
         self.dims: Dims = frozenset()
@@ -158,6 +160,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self.guided = False
         self._examples: dict[int, tuple[Tensor, Tensor]] = {}
         self._sizes: dict[tuple[int, int], TracedInt] = {}
+        self._handing_on = False
+        self._handed_on = False  # whether a submodule was given an object, whatever that holds
         self.made: dict[int, nn.Module] = {}  # modules that the method itself has made
         self._variables = contextvars.copy_context()
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
@@ -188,6 +192,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         """The code asked for a value that depends on these dimensions of the arguments."""
         if dims is None or dims:
             self.guided = True
+            if dims is None and self._handed_on:
+                raise TraceFailure("a size may come of an object that a submodule was given")
         self.dims = None if dims is None or self.dims is None else self.dims | dims
 
     # -- recording -------------------------------------------------------------------------
@@ -302,12 +308,16 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             if kwargs.get("device") is None:  # `with torch.device(...)`, which acts when it runs
                 kwargs["device"] = self._device
         with torch._C.DisableTorchFunction(), self.fake_mode, paused():
-            return STAND_INS.get(func, func)(*args, **kwargs)
+            return func(*args, **kwargs)
 
     def _as_examples(self, value: Any) -> Any:
         kind = type(value)
         if kind is TracedTensor:
             return value.example
+        if kind is TracedObject:
+            if not self._handing_on:
+                raise TraceFailure("it gives an object to a function of torch")
+            return value.__dict__["example"]
         if isinstance(value, TracedNumber):
             return value.value
         if isinstance(value, Tensor):
@@ -399,6 +409,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                     for n in names
                 }
             )
+        if may_be_handed_on(result):
+            return TracedObject(result, node)
         raise TraceFailure(f"{node.target} gives an object of type {type(result).__name__}")
 
     # -- modules ---------------------------------------------------------------------------
@@ -413,7 +425,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         path = self.paths.get(id(module))
         arguments = tuple(self.argument(a) for a in args)
         keywords = {k: self.argument(v) for k, v in kwargs.items()}
-        examples = self._as_examples((args, kwargs))
+        with self._objects():
+            examples = self._as_examples((args, kwargs))
         with paused(), self._as_outline(module):
             copies = context_variables.constants(variables, ACTIVE.hooked) if variables else ()
             outer, ACTIVE.fake_mode = ACTIVE.fake_mode, self.fake_mode
@@ -442,7 +455,18 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 raise TraceFailure(f"it makes a {type(module).__name__} that holds tensors")
             callee = self.constant(module)
             node = self._node("call_function", operator.call, (callee, *arguments), keywords)
+        if any(type(v) is TracedObject for v in pytree.tree_leaves((args, kwargs))):
+            self._handed_on = True
         return self._wrap(result, node, (args, kwargs))
+
+    @contextmanager
+    def _objects(self) -> Iterator[None]:
+        """Objects are handed on here."""
+        self._handing_on = True
+        try:
+            yield
+        finally:
+            self._handing_on = False
 
     @contextmanager
     def _as_outline(self, module: nn.Module) -> Iterator[None]:
@@ -613,6 +637,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
             node = self.graph.placeholder(name)
             self._last_placeholder = node
+            if not isinstance(tensor, Tensor | Outline):
+                example = objects.example_of(tensor, self.example_of)
+                traced.append(TracedObject(example, node))
+                continue
             traced.append(TracedTensor(self.example_of(tensor), node, self, index))
         with self._patched(), self:
             args, kwargs = build(traced)
@@ -624,7 +652,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 if context.run(context_variables.changed, self._variables):
                     raise TraceFailure("it sets a context variable for later calls")
             self._check_containers(held)
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), self._objects():
                 output = self.argument(result)
                 examples = self._as_examples(result)
         if _shape_of((args, kwargs)) != before:

@@ -165,13 +165,18 @@ def _example(
     variant, result = find(owner, state, method, key, tensors), None
     if variant is None:
         variant, result = make(owner, state, method, original, key, tensors)
-        if variant.code is not None:
+        if variant.code is not None and _all_tensors(tensors):
             return result
     result = original(owner, *args, **kwargs)
     if variant.code is None and (ACTIVE.hooked or any(map(has_hooks, owner.modules()))):
         # it may give what hooks collect, those that it registers too, and no hook sees examples
         raise TraceFailure(f"its {type(owner).__name__} takes the fallback and has hooks")
     return result
+
+
+def _all_tensors(values: list[Any]) -> bool:
+    """Whether there is no object among the inputs of a graph, which a submodule may change."""
+    return all(isinstance(v, Tensor) for v in values)
 
 
 def _without_self(bound: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,7 +204,11 @@ def _draw(
         opaque = _opaque(owner, state, method, str(error))
         return _fall_back(owner, opaque, method, original, args, kwargs)
     key = (structure, _ambient())
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling and not _all_tensors(tensors):
+        opaque = _opaque(owner, state, method, "an argument that torch.compile cannot take apart")
+        return _fall_back(owner, opaque, method, original, args, kwargs)
+    if compiling:
         # a constant needs numbers: operator.index guards on a size that is a symbol, int does not
         shapes = tuple(
             (tuple(map(operator.index, t.shape)), tuple(map(operator.index, t.stride())))
