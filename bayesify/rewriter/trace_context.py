@@ -159,7 +159,13 @@ def patches() -> Iterator[None]:
         yield
         return
     call, set_attribute = nn.Module.__call__, nn.Module.__setattr__
+    initialise = nn.Module.__init__
     inner = "__getattribute__" in nn.Module.__dict__
+
+    def patched_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        if ACTIVE.tracer is not None:
+            ACTIVE.tracer.made[id(self)] = self
 
     def patched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tracer = ACTIVE.tracer
@@ -193,6 +199,7 @@ def patches() -> Iterator[None]:
         return None
 
     module_class: Any = nn.Module
+    module_class.__init__ = patched_init
     module_class.__call__ = patched_call
     module_class.__setattr__ = patched_write
     if not inner:
@@ -205,6 +212,7 @@ def patches() -> Iterator[None]:
     finally:
         ACTIVE.patched = False
         _EXAMPLES_LOG.removeFilter(_not_of_a_trace)
+        module_class.__init__ = initialise
         module_class.__call__ = call
         module_class.__setattr__ = set_attribute
         if not inner:

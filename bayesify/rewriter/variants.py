@@ -174,13 +174,18 @@ def _example(
     variant, result = find(owner, state, method, key, tensors), None
     if variant is None:
         variant, result = make(owner, state, method, original, key, tensors)
-        if variant.code is not None:
+        if variant.code is not None and _all_tensors(tensors):
             return result
     result = original(owner, *args, **kwargs)
     if variant.code is None and (ACTIVE.hooked or any(map(has_hooks, owner.modules()))):
         # it may give what hooks collect, those that it registers too, and no hook sees examples
         raise TraceFailure(f"its {type(owner).__name__} takes the fallback and has hooks")
     return result
+
+
+def _all_tensors(values: list[Any]) -> bool:
+    """Whether there is no object among the inputs of a graph, which a submodule may change."""
+    return all(isinstance(v, Tensor) for v in values)
 
 
 def _without_self(bound: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,7 +213,11 @@ def _draw(
         opaque = _opaque(owner, state, method, str(error))
         return _fall_back(owner, opaque, method, original, args, kwargs)
     key = (structure, _ambient())
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling and not _all_tensors(tensors):
+        opaque = _opaque(owner, state, method, "an argument that torch.compile cannot take apart")
+        return _fall_back(owner, opaque, method, original, args, kwargs)
+    if compiling:
         # a constant needs numbers: operator.index guards on a size that is a symbol, int does not;
         # an export's symbol stays one, unless the variant depends on it
         number = _hint if exporting() else operator.index
@@ -441,9 +450,10 @@ def _fall_back(
 ) -> Any:  # fmt: skip
     """Run the original method with its parameter reads exchanged for draws."""
     held = variant.held is not False or owner_holds_parameters(owner)
-    outer, LOCAL.reads = LOCAL.reads, functools.partial(_drawn, owner, method, held)
+    drawn = functools.partial(_drawn, owner, method, held)
+    outer, LOCAL.reads = LOCAL.reads, drawn
     try:
-        with _drawn(owner, method, held) as mode:
+        with drawn() as mode:
             result = original(owner, *args, **kwargs)
     finally:
         LOCAL.reads = outer
@@ -455,8 +465,12 @@ def _fall_back(
 
 @contextmanager
 def _drawn(owner: nn.Module, method: str, held: bool) -> Iterator[HeldReads | None]:
+    if not held and method == "forward" and id(owner) in ACTIVE.exchanged:
+        yield None  # the fallback of a module around this one has seen to it
+        return
+    modules = caches.below(owner)
     fresh = caches.parametrizations_computed_anew()
-    with caches.hidden(owner, method) as make_anew, fresh, drawn_reads(owner, held) as mode:
+    with caches.hidden(modules, method) as make_anew, fresh, drawn_reads(modules, held) as mode:
         make_anew()
         yield mode
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from .caches import INTERNAL
 from .guards import PRIMITIVES
+from .objects import TracedObject
 from .trace_context import context_state
 from .values import TracedNumber, TracedParts, TracedSize, TracedTensor, TraceFailure
 
@@ -133,6 +134,8 @@ class GraphWriter:
             if value.recorder is not self:
                 raise TraceFailure("a tensor of another trace")
             return value.node
+        if kind is TracedObject:
+            return value.__dict__["node"]
         if isinstance(value, TracedNumber):
             return value.node
         if isinstance(value, Tensor):
@@ -279,7 +282,7 @@ def _reaches_parameters(value: Any) -> bool:
 def traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
     if type(value) is TracedTensor:
         yield value
-    elif depth > 6:
+    elif depth > 6 or type(value) is TracedObject:
         return
     elif isinstance(value, list | tuple | set):
         for item in tuple.__iter__(value) if isinstance(value, tuple) else list(value):
