@@ -21,7 +21,6 @@ import time
 from collections import defaultdict
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 import zoo_table
 from provenance import provenance

@@ -87,10 +87,10 @@ def check(entry: Entry) -> Row:
     """
     import torch
     import zoo_checks  # puts the tests' reference on the path
-    from reference import check as numeric
-    from reference import perturb_
 
     import bayesify
+    from reference import check as numeric
+    from reference import perturb_
 
     model, call = built(entry)
     try:
@@ -129,9 +129,9 @@ def check(entry: Entry) -> Row:
 def stored(entry: Entry, converted: Any, call: Any) -> list[str]:
     """What is wrong with a state dict, and with a file, that go into a model built anew."""
     import torch
-    from reference import same, values
 
     import bayesify
+    from reference import same, values
 
     problems = []
     converted.eval()
