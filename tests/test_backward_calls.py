@@ -85,8 +85,10 @@ def test_an_ordinary_step_has_gradients() -> None:
     converted = bayesify.to_bbb(Solved(method=False), logvar=-2.0).train()
     converted(X).sum().backward()
     for site in sites(converted):
-        assert site.mean.grad is not None and site.mean.grad.abs().max() > 0.1
-        assert site.raw.grad is not None and site.raw.grad.abs().max() > 0
+        assert site.mean.grad is not None
+        assert site.mean.grad.abs().max() > 0.1
+        assert site.raw.grad is not None
+        assert site.raw.grad.abs().max() > 0
 
 
 def test_nothing_is_kept_after_backward() -> None:
@@ -155,3 +157,59 @@ def test_a_function_that_holds_a_traced_tensor() -> None:
         found = converted(X)
     wanted = torch.func.functional_call(model, bayesify.draws(converted, seed=1), (X,))
     assert torch.equal(found, wanted)
+
+
+class Penalised(nn.Module):
+    """Looks over its own parameters, as a weight penalty inside a forward does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y + sum(p.square().sum() for p in self.parameters())
+
+
+def test_a_forward_knows_of_no_log_variances() -> None:
+    model = Penalised()
+    converted = bayesify.to_bbb(model, logvar=-2.0)
+    with bayesify.one_draw(converted, seed=1):
+        found = converted(X)
+    assert {rung.rung for rung in bayesify.rungs(converted)} <= {"plain", "guided"}
+    wanted = torch.func.functional_call(model, bayesify.draws(converted, seed=1), (X,))
+    assert torch.equal(found, wanted)
+
+
+class Frequencies:
+    """Not a module: makes its table when it is first asked."""
+
+    def __init__(self) -> None:
+        self.table: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(3.0).cos()
+        return x * self.table
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.frequencies = nn.Linear(3, 3), Frequencies()
+
+    def forward(self, x: Tensor, power: float = 1.0) -> Tensor:
+        y: Tensor = self.frequencies(self.layer(x)) ** power
+        return y
+
+
+def test_a_trace_leaves_nothing_in_the_objects_of_a_module() -> None:
+    model = Positioned()
+    converted: Any = bayesify.to_bbb(model, logvar=-2.0)
+    for power in (1.0, 2.0):  # the second call finds what the first one left
+        with bayesify.one_draw(converted, seed=1):
+            found = converted(X, power)
+        draws = bayesify.draws(converted, seed=1)
+        assert torch.equal(found, torch.func.functional_call(model, draws, (X, power)))
+    assert type(converted.frequencies.table) in (Tensor, type(None))

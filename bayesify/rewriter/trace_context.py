@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..posterior import owner_state, raw_name
+from .caches import INTERNAL
 from .guards import MISSING
 
 if TYPE_CHECKING:
@@ -100,6 +103,7 @@ _REBUILT = ("_parameters", "_modules")
 def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) -> Iterator[None]:
     """Put every attribute of these modules back as it was."""
     saved = []
+    seen: set[int] = set()
     for module in modules:
         attributes = dict(module.__dict__)
         # most are empty: dicts of hooks
@@ -107,6 +111,7 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
             (v, v.copy() if v else ()) for k, v in attributes.items()
             if isinstance(v, _CONTAINERS) and k not in _REBUILT
         ]  # fmt: skip
+        containers += [(held, held.copy()) for _, held in attributes_of_objects(module, seen)]
         saved.append((module, attributes, containers, dict(module._buffers)))
     try:
         for module in modules:
@@ -129,6 +134,24 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
                 else:
                     container.clear()
                     container.update(content)
+
+
+def attributes_of_objects(
+    module: nn.Module, seen: set[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the plain objects that a module holds hold themselves, each object once."""
+    for name, value in module.__dict__.items():
+        held = getattr(value, "__dict__", None)
+        known = isinstance(value, _NOT_PLAIN) or name in INTERNAL or id(value) in seen
+        if type(held) is dict and not known:
+            seen.add(id(value))
+            yield name, held
+
+
+_NOT_PLAIN = (
+    nn.Module, torch.Tensor, type, dict, list, set, types.FunctionType, types.MethodType,
+    types.ModuleType, functools.partial,
+)  # fmt: skip
 
 
 def restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
@@ -185,7 +208,7 @@ def patches() -> Iterator[None]:
             tracer.note_absent(self, name)
             raise
         tracer.note_read(self, name, value)
-        return value
+        return _without_log_variances(self, value) if name == "_parameters" else value
 
     def patched_write(self: nn.Module, name: str, value: Any) -> None:
         tracer = ACTIVE.tracer
@@ -217,6 +240,15 @@ def patches() -> Iterator[None]:
         module_class.__setattr__ = set_attribute
         if not inner:
             del module_class.__getattribute__
+
+
+def _without_log_variances(module: nn.Module, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that a forward knows of, as its fallback has them too."""
+    state = owner_state(module)
+    if state is None or not state.slots:
+        return parameters
+    raws = {raw_name(attribute, slot) for attribute, slot in state.slots.items()}
+    return {name: p for name, p in parameters.items() if name not in raws}
 
 
 class _OpaqueCalls:

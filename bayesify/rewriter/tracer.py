@@ -34,6 +34,7 @@ from .randomness import has_random_numbers, random_numbers_kept
 from .trace_context import (
     ACTIVE,
     TRACE_LOCK,
+    attributes_of_objects,
     has_hooks,
     patches,
     paused,
@@ -609,12 +610,18 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self._node("call_function", setattr, (target, name, self.passed(value)))
 
     def _containers(self) -> list[tuple[str, Any, Any]]:
+        seen: set[int] = set()
         return [
             (name, value, value.copy() if value else type(value)())
             for module in self._modules
-            for name, value in module.__dict__.items()
-            if (type(value) in (list, dict, set) and name not in INTERNAL) or name in HOOKS
-        ]
+            for name, value in (
+                *(
+                    (n, v) for n, v in module.__dict__.items()
+                    if (type(v) in (list, dict, set) and n not in INTERNAL) or n in HOOKS
+                ),
+                *attributes_of_objects(module, seen),
+            )
+        ]  # fmt: skip
 
     def _check_containers(self, held: list[tuple[str, Any, Any]]) -> None:
         """What a forward does to a list or dict of its module must happen at every call."""

@@ -1,1 +1,1 @@
-"""Models of other libraries at tiny configurations, with random weights; `zoo_others.py` checks them."""
+"""Models of other libraries, tiny and with random weights; `zoo_others.py` checks them."""

@@ -55,9 +55,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "gemma4_unified_text": {"per_layer_config": {1: {"head_dim": 16}}},
-    "levit": {"image_size": 64, "patch_size": 16, "hidden_sizes": [32, 48, 64], "depths": [1, 1, 1]},
+    "levit": {"image_size": 64, "patch_size": 16, "hidden_sizes": [32, 48, 64],
+              "depths": [1, 1, 1]},
     "minicpm3": {"num_key_value_heads": 4},
-    "nemo_speechlm": {"text_config": {"n_groups": 1}, "word_timestamp_config": {"blank_token_id": VOCABULARY - 1}},
+    "nemo_speechlm": {"text_config": {"n_groups": 1},
+                      "word_timestamp_config": {"blank_token_id": VOCABULARY - 1}},
     "qwen4_exp": {"text_config": {
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "indexer_n_heads": 4,
         "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
@@ -103,7 +105,7 @@ def shrunk(name: str, value: Any) -> Any:
 
 def small(values: dict[str, Any]) -> dict[str, Any]:
     """All of a configuration and of those inside it, small."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and ("model_type" in value or name.endswith("_config")):
             found[name] = small(value)

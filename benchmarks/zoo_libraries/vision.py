@@ -236,7 +236,7 @@ TIMM_LIKE = {
     "convnext_base": ("convnext_atto", 64),
     "ViT-B-16-SigLIP2-256": ("vit_tiny_patch16_224", 224),
 }
-"""A small image tower of the same family as the one that the configuration names, and its size of image."""
+"""A small image tower of the family that the configuration names, and its size of image."""
 CLIP_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias")
 
 for _name in ("ViT-B-32-256", "EVA02-L-14", "convnext_base", "ViT-B-16-SigLIP2-256", "RN101"):
