@@ -404,6 +404,17 @@ def _of_layer(model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
     return drawn["layer.weight"], drawn["layer.bias"]
 
 
+def test_no_draw_stays_in_the_list_of_an_rnn() -> None:
+    converted: Any = bayesify.to_bbb(AsksRecurrent(), logvar=-3.0)
+    x = rows(3)[0][0]
+    seen = []
+    converted.register_forward_hook(lambda *_: seen.append([*converted._flat_weights]))
+    for _ in range(2):
+        converted(x)
+        for weights in (seen.pop(), converted._flat_weights):
+            assert all(isinstance(w, nn.Parameter) for w in weights)
+
+
 # -- what is left behind ---------------------------------------------------------------------
 
 

@@ -89,10 +89,11 @@ class DrawnParameters(dict[str, Any]):
 
 
 @contextmanager
-def exchanged(modules: list[nn.Module]) -> Iterator[None]:
+def exchanged(modules: list[nn.Module], aside: nn.Module | None = None) -> Iterator[None]:
     """Let the Bayesian parameters of these modules read as draws, in this thread.
 
-    No one else sees them: not other threads, nor calls whose scope does not draw.
+    No one else sees them: not other threads, nor calls whose scope does not draw. One stands
+    aside that would put what it reads where other threads find it, as an RNN's list of weights.
     """
     outer = ACTIVE.exchanged
     held = []
@@ -101,7 +102,7 @@ def exchanged(modules: list[nn.Module]) -> Iterator[None]:
             state = module.__dict__.get(STATE)
             if state is not None and state.slots and id(module) not in outer:
                 held.append(_installed(module))
-    ACTIVE.exchanged = outer.union(map(id, modules))
+    ACTIVE.exchanged = outer.union(map(id, modules)).difference((id(aside),))
     try:
         yield
     finally:
@@ -188,9 +189,11 @@ _HARMLESS = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_
 
 
 @contextmanager
-def drawn_reads(modules: list[nn.Module], held: bool) -> Iterator[HeldReads | None]:
+def drawn_reads(
+    modules: list[nn.Module], held: bool, aside: nn.Module | None = None
+) -> Iterator[HeldReads | None]:
     """Every read of a parameter of these modules is a draw; ``held``: also one that is held."""
-    with exchanged(modules):
+    with exchanged(modules, aside):
         if held:
             with HeldReads(modules) as mode:
                 yield mode

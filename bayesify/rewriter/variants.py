@@ -449,8 +449,9 @@ def _fall_back(
     kwargs: Any,
 ) -> Any:  # fmt: skip
     """Run the original method with its parameter reads exchanged for draws."""
-    held = variant.held is not False or owner_holds_parameters(owner)
-    drawn = functools.partial(_drawn, owner, method, held)
+    aside = owner if owner_holds_parameters(owner) else None
+    held = variant.held is not False or aside is not None
+    drawn = functools.partial(_drawn, owner, method, held, aside)
     outer, LOCAL.reads = LOCAL.reads, drawn
     try:
         with drawn() as mode:
@@ -464,13 +465,19 @@ def _fall_back(
 
 
 @contextmanager
-def _drawn(owner: nn.Module, method: str, held: bool) -> Iterator[HeldReads | None]:
+def _drawn(
+    owner: nn.Module, method: str, held: bool, aside: nn.Module | None
+) -> Iterator[HeldReads | None]:
     if not held and method == "forward" and id(owner) in ACTIVE.exchanged:
         yield None  # the fallback of a module around this one has seen to it
         return
     modules = caches.below(owner)
     fresh = caches.parametrizations_computed_anew()
-    with caches.hidden(modules, method) as make_anew, fresh, drawn_reads(modules, held) as mode:
+    with (
+        caches.hidden(modules, method) as make_anew,
+        fresh,
+        drawn_reads(modules, held, aside) as mode,
+    ):
         make_anew()
         yield mode
 
