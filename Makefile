@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 UV := $(VENV)/.uv
+OTHERS := $(VENV)/.others
 # Several workers with a thread pool each would fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv browser demo test test-all test-oldest test-newest test-python lint types format bench zoo clean distclean
+.PHONY: help venv browser demo test test-all test-oldest test-newest test-python lint types format bench zoo zoo-others clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -79,6 +80,13 @@ bench: $(PEERS) ## speed beside the original and beside peers, which it installs
 
 zoo: venv ## check every model of timm and torchvision (hours; goes on where it ended)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --jobs $(WORKERS)
+
+$(OTHERS): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[zoo]'
+	@touch $@
+
+zoo-others: $(OTHERS) ## check models of other libraries, which it installs (an hour; goes on where it ended)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo_others.py
 
 clean: ## remove caches and build outputs
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .errors import ModelError as ModelError
     from .errors import NoMatchError as NoMatchError
     from .errors import NoMatchWarning as NoMatchWarning
+    from .errors import SigmaBelowSpacingWarning as SigmaBelowSpacingWarning
     from .errors import UnsupportedModuleError as UnsupportedModuleError
     from .errors import UnsupportedVersionError as UnsupportedVersionError
     from .export import Ensemble as Ensemble
@@ -81,8 +82,8 @@ _HOMES = {
     "planning": "BBBConfig ConversionPlan plan",
     "convert": "extend_ to_bbb to_bbb_ to_deterministic",
     "errors": "ArgumentError BayesifyError CheckpointError DataError LostPosteriorWarning "
-    "ModelError NoMatchError NoMatchWarning BiasBeforeNormWarning UnsupportedModuleError "
-    "UnsupportedVersionError",
+    "ModelError NoMatchError NoMatchWarning BiasBeforeNormWarning SigmaBelowSpacingWarning "
+    "UnsupportedModuleError UnsupportedVersionError",
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",

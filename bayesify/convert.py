@@ -19,6 +19,7 @@ from .errors import (
     BiasBeforeNormWarning,
     LostPosteriorWarning,
     NoMatchWarning,
+    SigmaBelowSpacingWarning,
     UnsupportedModuleError,
 )
 from .gaussian import raw_from_logvar
@@ -160,8 +161,11 @@ def to_bbb_(
             "or to_deterministic(model) first."
         )
     spec = specify(skip, only, preset, prior, logvar, estimator, config)
-    for hint in apply_(model, spec).hints:
+    planned = apply_(model, spec)
+    for hint in planned.hints:
         warnings.warn(hint, BiasBeforeNormWarning, stacklevel=2)
+    for note in planned.spacing:
+        warnings.warn(note, SigmaBelowSpacingWarning, stacklevel=2)
     for note in _left_out(model):
         warnings.warn(note, LostPosteriorWarning, stacklevel=2)
     return model
@@ -369,7 +373,8 @@ def extend_(model: nn.Module) -> nn.Module:
     A new head, an appended block, a layer that another function has exchanged
     (``SyncBatchNorm.convert_sync_batchnorm``), a parameter set to one of another shape: what the
     conversion's ``skip``, ``only`` and config select of them becomes Bayesian with its prior,
-    initial sigma and estimator, all else keeps its posterior. A weight tied since to a Bayesian one
+    initial sigma and estimator, all else keeps its posterior. (What was exchanged starts with the
+    initial sigma again, so exchange before the training.) A weight tied since to a Bayesian one
     shares its posterior, and the posterior of a parameter that is gone is dropped. What the
     conversion has skipped, or has found frozen, stays deterministic. :func:`elbo_loss`,
     :func:`check_optimizer` and :func:`save` name what waits for this.

@@ -44,5 +44,9 @@ class LostPosteriorWarning(UserWarning):
     """A parameter of a converted model has no posterior, or one that is not stored or trained."""
 
 
+class SigmaBelowSpacingWarning(UserWarning):
+    """A sigma is below the distance of the numbers of its tensor's dtype: draws cannot show it."""
+
+
 class BiasBeforeNormWarning(UserWarning):
     """A bias gets a posterior and no loss depends on it: a BatchNorm takes it off again."""

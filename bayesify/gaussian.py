@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 Parameterization = Literal["exp", "softplus"]
 HELD = -2048.0
-"""A trained spread of at most this is no spread: sigma is 0 and the KL divergence leaves it out.
+"""A trained spread below this is that of a pruned or fixed weight, where a tensor has such.
 
-Sigma is 0 also in float64, by exp and by softplus. The kernels have the same number.
+Sigma is 0, also in float64, by exp and by softplus. The kernels have the same number.
 """
 
 

@@ -74,9 +74,9 @@ class InputConfig:
                 f"mean and std need one number for each of the {self.size[0]} channels, "
                 f"not {len(self.mean)} and {len(self.std)}."
             )
-        mean = tuple(_each("mean", self.mean, "finite numbers", math.isfinite))
+        mean = tuple(_each("mean", self.mean, "finite", math.isfinite))
         object.__setattr__(self, "mean", mean)
-        std = tuple(_each("std", self.std, "finite numbers above 0", positive))
+        std = tuple(_each("std", self.std, "finite and above 0", positive))
         object.__setattr__(self, "std", std)
         if self.interpolation not in get_args(Interpolation):
             raise ModelError(
@@ -313,7 +313,7 @@ def _per_channel(values: Iterable[float], channels: int) -> tuple[float, ...]:
 def _each(
     what: str, values: Iterable[Any], expected: str, fits: Callable[[float], bool]
 ) -> Iterable[float]:
-    return (real(what, v, f"made of {expected}", fits, kind=ModelError) for v in values)
+    return (real(f"each number of {what}", v, expected, fits, kind=ModelError) for v in values)
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

@@ -265,8 +265,8 @@ class KLSchedule:
                 f"{self.end!r}. Take 'linear' or 'cosine' to go from one to the other."
             )
 
-    def __call__(self, step: int) -> float:
-        step = whole("kl_schedule: step", step, "an integer from 0", least=0)
+    def __call__(self, step: float) -> float:
+        step = real("kl_schedule: step", step, "a number of at least 0", not_negative)
         if step >= self.steps:
             return self.end
         done = step / self.steps
@@ -340,7 +340,7 @@ def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.H
     if hook is None:
         return None
     mean, raw = site.tensors
-    if not hook.node.may_carry(mean, raw):
+    if not hook.node.may_carry(mean, raw) or hook.node.item.held != site.slot.has_held:
         return None
     if any(isinstance(v, Tensor) and v.dtype != mean.dtype for v in prior):
         return None

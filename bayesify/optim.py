@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, SigmaBelowSpacingWarning
 from .fixed import masked
 from .numeric import not_negative, real
 from .own_lists import listed, trained_parameters
@@ -22,6 +22,7 @@ from .posterior import (
     owner_state,
     root_mean_square,
 )
+from .spacing import Spread, below_spacing
 from .unconverted import warn_of_unconverted
 
 # A sigma above this is no initial value of a network's weight, but what a parameter near 0 gives.
@@ -101,7 +102,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     that its weights are mere noise, which is what an initialisation loop over ``parameters()``
     leaves behind; weights that a module masks and that are not fixed (:func:`bayesify.fix_`), as
     where ``padding_idx`` was set after the conversion; a parameter that came after the conversion
-    (:func:`extend_`).
+    (:func:`extend_`); a sigma that the bfloat16 or float16 of its tensor cannot hold.
 
     Args:
         model: A converted model, or a module that holds one.
@@ -170,6 +171,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             UserWarning,
             stacklevel=2,
         )
+    for note in below_spacing(s for s in map(_spread, found) if s is not None):
+        warnings.warn(note, SigmaBelowSpacingWarning, stacklevel=2)
     drawn = _drawn_though_masked(model, found)
     if drawn:
         warnings.warn(
@@ -191,6 +194,19 @@ def _drawn_though_masked(model: nn.Module, found: list[Site]) -> list[str]:
         if not bool(full_tensor(fixed_elements(site.raw))[rule.index].all()):
             result.append(f"{site.name}: {rule.what}")
     return result
+
+
+def _spread(site: Site) -> Spread | None:
+    """Sigma beside the mean of a half precision tensor that is drawn whole."""
+    mean = site.mean
+    if mean.dtype.itemsize >= 4 or site.slot.estimator != "weight":
+        return None
+    with torch.no_grad():
+        std, whole = full_tensor(site.std), full_tensor(mean)
+        if site.slot.has_held:
+            kept = ~held_elements(full_tensor(site.raw))
+            std, whole = std[kept], whole[kept]
+        return Spread(site.name, root_mean_square(std), root_mean_square(whole), mean.dtype)
 
 
 def _is_noise(site: Site) -> bool:

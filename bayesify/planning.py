@@ -19,6 +19,7 @@ from .priors import GaussianPrior, Prior
 from .rewriter.estimators import may_take
 from .rewriter.owner import methods_to_wrap, original_class
 from .selection import Pattern, assign, parse_patterns, select
+from .spacing import Spread, below_spacing
 from .validation import Found, check_model, obstacle, refuse
 
 Estimators = Estimator | Mapping[Any, Estimator]
@@ -97,7 +98,7 @@ class ConversionPlan:
     """What :func:`to_bbb` will do: one row for each floating-point parameter.
 
     ``notes`` are of patterns that may not mean what was meant, ``hints`` of the model; ``fixed``
-    says which elements are fixed, and why.
+    says which elements are fixed, and why; ``spacing`` which sigmas their dtype cannot hold.
     """
 
     model: str
@@ -105,6 +106,7 @@ class ConversionPlan:
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
+    spacing: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -131,6 +133,7 @@ class ConversionPlan:
             "notes": list(self.notes),
             "hints": list(self.hints),
             "fixed": list(self.fixed),
+            "spacing": list(self.spacing),
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -145,7 +148,7 @@ class ConversionPlan:
             f"{self.model}: {self.bayesian_elements:,} of {self.elements:,} parameters "
             f"({100 * self.share:.2f} %) get a posterior"
         )
-        return "\n".join([*lines, *self.fixed, *self.notes, *self.hints])
+        return "\n".join([*lines, *self.fixed, *self.notes, *self.hints, *self.spacing])
 
 
 @dataclass(frozen=True)
@@ -317,7 +320,14 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
         for item in found
     ]
     told = hints(model, {name for item in bayes for name, _, _ in item.places})
-    planned = ConversionPlan(type(model).__name__, tuple(rows), notes, told, tuple(told_fixed))
+    spreads = [
+        Spread(item.name, item.std, item.rms, item.parameter.dtype)
+        for item in bayes
+        if item.estimator == "weight" and item.std is not None and item.rms is not None
+    ]
+    planned = ConversionPlan(
+        type(model).__name__, tuple(rows), notes, told, tuple(told_fixed), below_spacing(spreads)
+    )
     return planned, chosen
 
 

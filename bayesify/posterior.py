@@ -155,7 +155,7 @@ class Site(NamedTuple):
 
 def held_elements(raw: Tensor) -> Tensor:
     """Which weights are pruned or fixed, from their trained spread."""
-    return raw.detach() <= gaussian.HELD
+    return raw.detach() < gaussian.HELD
 
 
 def fixed_elements(raw: Tensor) -> Tensor:

@@ -444,6 +444,7 @@ def test_log_variances_stay_float32(cast: Callable[[Any], Any]) -> None:
     assert float(converted[0].weight_logvar.detach().mean()) == pytest.approx(-9.999, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Sigma is below the spacing")
 def test_log_variances_of_a_model_that_is_low_already() -> None:
     converted: Any = to_bbb(nn.Linear(3, 3).bfloat16())
     assert converted.weight_logvar.dtype == torch.float32

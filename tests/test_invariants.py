@@ -586,6 +586,7 @@ FALLBACK = {
 RETURN_TYPES = pytest.mark.xfail(reason="torch.return_types handed on take the fallback")
 
 
+@pytest.mark.filterwarnings("ignore:Sigma is below the spacing")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[RETURN_TYPES] if n == "result_of_torch" else []) for n in CASES],

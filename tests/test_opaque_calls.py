@@ -283,3 +283,19 @@ def test_gradient_reversal_has_the_reversed_gradient() -> None:
     model(torch.ones(2, 3)).sum().backward()
     assert isinstance(model.l, nn.Linear)
     torch.testing.assert_close(model.l.weight.grad, torch.full((1, 3), -4.0))
+
+
+@pytest.mark.parametrize(
+    "name", ["reversal", "straight through", "partial", "its own apply", "script", "operator"]
+)
+def test_torch_compile_takes_the_call(name: str) -> None:
+    model: Any = bayesify.to_bbb(type("Held", (Model,), {"forward": FORWARDS[name]})())
+    x = torch.randn(3, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for call in (compiled, model):
+        model.zero_grad()
+        with bayesify.one_draw(model, seed=1):
+            call(x).square().sum().backward()
+        gradients.append([p.grad for p in model.layer.parameters()])
+    torch.testing.assert_close(*gradients)

@@ -350,6 +350,34 @@ def test_tables_of_another_length() -> None:
     assert model(torch.arange(7)).shape == (7, 7)
 
 
+class Forgets(nn.Linear):
+    """It copies what it knows of itself."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"weight": self.weight, "bias": self.bias}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias = state["weight"], state["bias"]
+        self.out_features, self.in_features = self.weight.shape
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_that_lost_its_posterior(copied: Any, tmp_path: Path) -> None:
+    model = copied(bayesify.to_bbb(nn.Sequential(nn.Linear(3, 4), Forgets(4, 2)), logvar=-4.0))
+    for text in told(model, tmp_path):
+        assert "1.weight, 1.bias" in text
+    bayesify.extend_(model.eval())
+    assert type(model[1]).__mro__[1] is Forgets
+    with bayesify.one_draw(model, seed=1):
+        out = model(x := torch.randn(2, 3))
+    drawn = bayesify.draws(model, seed=1)
+    assert len(drawn) == 4
+    assert torch.equal(out, torch.func.functional_call(bayesify.to_deterministic(model), drawn, x))
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 

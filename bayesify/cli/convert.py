@@ -166,7 +166,7 @@ def convert(
             return
         if not quiet:
             print_plan(result, verbose)
-        for line in (*result.fixed, *result.hints, *notes):
+        for line in (*result.fixed, *result.hints, *result.spacing, *notes):
             render.note(line)
         for entry in listing or ():
             print_code(entry)

@@ -22,13 +22,17 @@ from .noise import noise
 
 
 class Item(NamedTuple):
-    """One tensor to draw: N(mean, exp(logvar)), noise key, memory, and the dtype of the draw."""
+    """One tensor to draw: N(mean, exp(logvar)), noise key, memory, and the dtype of the draw.
+
+    With ``held`` the KL divergence leaves out weights whose log variance is below ``HELD``.
+    """
 
     mean: nn.Parameter
     logvar: nn.Parameter
     key: int
     buffers: Buffers
     dtype: torch.dtype | None = None  # of the mean
+    held: bool = False
 
 
 def possible() -> bool:
@@ -195,7 +199,7 @@ class Draw:
         if kl is not None:
             assert self.prior is not None
             prior_mean, prior_var = self.prior
-            held = logvar <= HELD
+            held = (logvar < HELD) & self.item.held
             if isinstance(prior_var, Tensor):
                 prior_var = torch.where(held, 1.0, prior_var)
             by_mean = by_mean + (kl * (mean - prior_mean) / prior_var).masked_fill(held, 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import warnings
 from array import array
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..gaussian import HELD
 
 Prior = tuple[Tensor | float, Tensor | float]
 """Mean and variance, each a number or a tensor of the parameter's shape."""
@@ -35,7 +38,7 @@ class _KL(ctypes.Structure):
     _fields_ = (
         ("mean", ctypes.c_void_p), ("logvar", ctypes.c_void_p),
         ("prior_mean", ctypes.c_void_p), ("prior_var", ctypes.c_void_p),
-        ("one_mean", ctypes.c_float), ("one_var", ctypes.c_float),
+        ("one_mean", ctypes.c_float), ("one_var", ctypes.c_float), ("least", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -50,6 +53,15 @@ class DrawRow(NamedTuple):
     value: Tensor | None
     half: Tensor | None
     key: int
+
+
+class KLRow(NamedTuple):
+    """One tensor whose KL divergence is wanted; with ``held``, that of log variances from HELD."""
+
+    mean: Tensor
+    logvar: Tensor
+    prior: Prior
+    held: bool = False
 
 
 def there() -> bool:
@@ -85,28 +97,32 @@ def draw(rows: Sequence[DrawRow], seed: int) -> None:
     _loaded().bayesify_draw(_at(table), _at(sizes), len(rows), torch.get_num_threads())
 
 
-def kl(rows: Sequence[tuple[Tensor, Tensor, Prior]]) -> float:
+def kl(rows: Sequence[KLRow]) -> float:
     """Sum of the KL divergences of N(mean, e^logvar) from N(prior mean, prior variance)."""
     table = (_KL * len(rows))(
-        *(_KL(mean.data_ptr(), logvar.data_ptr(), *_prior(*prior)) for mean, logvar, prior in rows)
+        *(
+            _KL(row.mean.data_ptr(), row.logvar.data_ptr(), *_prior(*row.prior), _least(row.held))
+            for row in rows
+        )
     )
-    sizes = array("q", [mean.numel() for mean, *_ in rows])
+    sizes = array("q", [row.mean.numel() for row in rows])
     twice = _loaded().bayesify_kl(table, _at(sizes), len(rows), torch.get_num_threads())
     return 0.5 * float(twice)
 
 
 def gradient(
     mean: Tensor, logvar: Tensor, prior: Prior, factor: float, grad: Tensor | None,
-    by_mean: Tensor, by_logvar: Tensor,
+    by_mean: Tensor, by_logvar: Tensor, held: bool = False,
 ) -> None:  # fmt: skip
     """What a draw and ``factor`` times the KL divergence give mean and log variance.
 
     ``by_logvar``, which holds ``std * noise / 2``, becomes
     ``grad * std * noise / 2 + factor (e^logvar / v - 1) / 2``, and
-    ``by_mean = grad + factor (mean - m) / v``; without ``grad`` only the terms of the KL.
+    ``by_mean = grad + factor (mean - m) / v``; without ``grad`` only the terms of the KL. With
+    ``held`` there is none of the KL at log variances below HELD.
     """
     _loaded().bayesify_gradient(
-        mean.data_ptr(), logvar.data_ptr(), *_prior(*prior),
+        mean.data_ptr(), logvar.data_ptr(), *_prior(*prior), _least(held),
         None if grad is None else grad.data_ptr(), by_mean.data_ptr(), by_logvar.data_ptr(),
         factor, mean.numel(), torch.get_num_threads(),
     )  # fmt: skip
@@ -124,6 +140,10 @@ def _prior(m: Tensor | float, v: Tensor | float) -> tuple[int | None, int | None
     place_m, one_m = (m.data_ptr(), 0.0) if isinstance(m, Tensor) else (None, m)
     place_v, one_v = (v.data_ptr(), 1.0) if isinstance(v, Tensor) else (None, v)
     return place_m, place_v, one_m, one_v
+
+
+def _least(held: bool) -> float:
+    return HELD if held else -math.inf
 
 
 def _at(numbers: array[Any]) -> int:
@@ -162,8 +182,8 @@ def _library() -> Any:
     library.bayesify_kl.restype = ctypes.c_double
     number = ctypes.c_float
     library.bayesify_gradient.argtypes = (
-        pointer, pointer, pointer, pointer, number, number, pointer, pointer, pointer, number,
-        big, big,
+        pointer, pointer, pointer, pointer, number, number, number, pointer, pointer, pointer,
+        number, big, big,
     )  # fmt: skip
     for function in ("bayesify_noise", "bayesify_draw", "bayesify_gradient"):
         getattr(library, function).restype = None

@@ -131,7 +131,7 @@ def prune_n_of_m_(
     [2, 2]
     """
     m = whole("prune_n_of_m_: m", m, "an integer above 1", least=2)
-    n = whole("prune_n_of_m_: n", n, f"an integer from 1 to m - 1 = {m - 1}", below=m)
+    n = whole("prune_n_of_m_: n", n, "an integer with 1 <= n < m", below=m)
     layers = [
         site
         for site in chosen(model, only, skip, 2)

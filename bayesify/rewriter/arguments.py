@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .guards import PRIMITIVES, float_key
+from .objects import may_be_handed_on
 
 
 def flatten(value: Any, tensors: list[Tensor], names: list[str], name: str) -> Any:
-    """Split arguments into tensors and a hashable structure; None stands for opaque arguments.
+    """Split arguments into a hashable structure, and tensors with objects that are handed on.
 
     Raises:
         TypeError: Something is opaque or mutable in a way that a graph cannot follow.
@@ -65,13 +66,20 @@ def flatten(value: Any, tensors: list[Tensor], names: list[str], name: str) -> A
                 (f, flatten(getattr(value, f), tensors, names, f"{name}_{f}")) for f in fields
             ]
             return ("dataclass", kind, tuple(entries))
+    if may_be_handed_on(value):
+        for index, known in enumerate(tensors):
+            if known is value:
+                return ("same", index)
+        tensors.append(value)
+        names.append(name)
+        return ("object", kind)
     raise TypeError(f"an argument of type {kind.__name__}")
 
 
 def unflatten(structure: Any, tensors: list[Any], used: Iterator[int]) -> Any:
     """Inverse of :func:`flatten`; ``used`` counts the tensors that were taken."""
     kind = structure[0]
-    if kind == "tensor":
+    if kind in ("tensor", "object"):
         return tensors[next(used)]
     if kind == "same":
         return tensors[structure[1]]
@@ -89,7 +97,11 @@ def unflatten(structure: Any, tensors: list[Any], used: Iterator[int]) -> Any:
 
 
 def shapes_of(tensors: list[Tensor], layout: bool) -> tuple[Any, ...]:
-    return tuple((tuple(t.shape), t.stride() if layout else None) for t in tensors)
+    return tuple(
+        (tuple(t.shape), t.stride() if layout else None)
+        for t in tensors
+        if isinstance(t, Tensor | Outline)
+    )
 
 
 @dataclasses.dataclass
@@ -117,7 +129,7 @@ def describe(structure: Any, found: list[Any]) -> None:
 
 
 def argument_names(original: Callable[..., Any], args: Any, kwargs: Any) -> list[str]:
-    """A readable name for every tensor argument, after the method's signature."""
+    """A readable name for every input of the graph, after the method's signature."""
     try:
         parameters = list(inspect.signature(original).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -128,7 +140,7 @@ def argument_names(original: Callable[..., Any], args: Any, kwargs: Any) -> list
     found: list[str] = []
 
     def walk(structure: Any, name: str) -> None:
-        if structure[0] == "tensor":
+        if structure[0] in ("tensor", "object"):
             found.append(name if name.isidentifier() else "input")
         elif structure[0] == "dataclass":
             for key, item in structure[2]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .assignments import Assigned, assigned_by, members
-from .guards import MISSING
+from .guards import MISSING, holds_tensor
 
 INTERNAL = {
     "_parameters", "_buffers", "_modules", "_bayesify", "__dict__", "__class__",
@@ -70,29 +70,57 @@ def _is_cache(value: Any) -> bool:
     return bool(tensors) and not all(isinstance(t, nn.Parameter) for t in tensors)
 
 
-def _may_be(owner: nn.Module, method: str) -> Iterator[tuple[nn.Module, Assigned, Assigned]]:
-    """The modules from one on whose methods may keep a cache, with what forward and train assign.
+def below(owner: nn.Module) -> list[nn.Module]:
+    """A module and those below it, each once, parents before children; ``modules()`` is slower."""
+    found, stack = {id(owner): owner}, [owner]
+    while stack:
+        for child in stack.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                stack.append(child)
+    return list(found.values())
+
+
+@functools.cache
+def _keeping(classes: frozenset[type], owner: type, method: str) -> dict[Any, Any]:
+    """What forward and train assign, of those among some classes that may keep a cache.
+
+    Under None, what the class of the owner assigns in the method that is called on it.
+    """
+    called: frozenset[str] = frozenset()
+    for cls in classes:
+        called |= _by_forward(cls, frozenset((method,))).called
+    found: dict[Any, Any] = {}
+    for cls, also in (*((c, frozenset[str]()) for c in classes), (owner, frozenset((method,)))):
+        forward = _by_forward(cls, called.intersection(members(cls)) | also)
+        train = assigned_by(cls, _TRAIN)
+        if forward.names or forward.filled or train.names:
+            found[None if also else cls] = forward, train
+    return found
+
+
+def _may_keep(
+    modules: list[nn.Module], method: str
+) -> Iterator[tuple[nn.Module, Assigned, Assigned]]:
+    """The modules, the first of which is the owner, whose methods may keep a cache.
 
     Without a parameter of its own or below, a module's anchors and positions come of none.
     """
-    modules = [m for m in owner.modules() if any(True for c in m.modules() if c._parameters)]
-    called: frozenset[str] = frozenset()
     classes: set[Any] = {type(m) for m in modules}
-    for cls in classes:
-        called |= _by_forward(cls, frozenset((method,))).called
-    for module in modules:
-        kind: Any = type(module)
-        roots = called.intersection(members(kind))
-        if module is owner:
-            roots |= {method}
-        yield module, _by_forward(kind, roots), assigned_by(kind, _TRAIN)
+    owner: Any = type(modules[0])
+    found = _keeping(frozenset(classes), owner, method)
+    for module in modules if found else ():
+        known = found.get(None if module is modules[0] else type(module))
+        if known is not None and any(m._parameters for m in below(module)):
+            yield module, *known
 
 
-def entries(owner: nn.Module, method: str = "forward") -> Iterator[Entry]:
+def entries(modules: list[nn.Module], method: str = "forward") -> Iterator[Entry]:
     """The caches of a module and of those below it, as a call of one of its methods sees them."""
-    for module, forward, train in _may_be(owner, method):
-        for name, value in module.__dict__.items():
-            if name in INTERNAL or (type(module), name) in _STATES:
+    for module, forward, train in _may_keep(modules, method):
+        for name in forward.names | forward.filled | train.names:
+            value = module.__dict__.get(name)
+            if value is None or name in INTERNAL or (type(module), name) in _STATES:
                 continue
             by_train = name not in forward.names and name in train.names
             if type(value) is dict:
@@ -134,7 +162,9 @@ class Hiding:
         """Hide them; whoever traces puts them back."""
         for found in (self.names, self.by_train, self._certain, self._missed):
             found.clear()
-        for module, name, _, empty, by_train, certain in list(entries(self.owner, self.method)):
+        for module, name, _, empty, by_train, certain in list(
+            entries(below(self.owner), self.method)
+        ):
             if by_train:
                 self.by_train.add((id(module), name))
             elif (type(module), name) not in self.kept:
@@ -177,23 +207,23 @@ def parametrizations_computed_anew() -> Iterator[None]:
 
 
 @contextmanager
-def hidden(owner: nn.Module, method: str) -> Iterator[Callable[[], None]]:
-    """Hide the caches of a module and of those below it, and put them back at the end.
+def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]]:
+    """Hide the caches of modules, whose first holds the others, and put them back at the end.
 
     Where it cannot be known whether one is a cache, it stays. Gives a function that makes those
     of train() anew, of what the parameters are then.
     """
     before: list[tuple[nn.Module, str, Any, dict[Any, Any] | None]] = []
-    for module, forward, train in _may_be(owner, method):
+    for module, forward, train in _may_keep(modules, method):
         for name in (forward.names | forward.filled) & forward.computed | train.names:
             value = module.__dict__.get(name, MISSING)
             if name in INTERNAL or (type(module), name) in _STATES:
                 continue
             if type(value) is dict:
                 before.append((module, name, value, dict(value)))
-            elif value is None or value is MISSING or _is_cache(value):
+            elif value is None or value is MISSING or holds_tensor(value):
                 before.append((module, name, value, None))
-    found = [entry for entry in entries(owner, method) if entry.certain]
+    found = [entry for entry in entries(modules, method) if entry.certain]
     for entry in found:
         _put(entry.module, entry.name, entry.empty)
     try:
@@ -220,7 +250,7 @@ def _make_anew(found: list[Entry]) -> None:
 
 def drop(model: nn.Module) -> None:
     """Forget every cache, or make it anew: the means from which it may have been made changed."""
-    found = [entry for entry in entries(model) if entry.certain]
+    found = [entry for entry in entries(below(model)) if entry.certain]
     for entry in found:
         if not entry.by_train:
             _put(entry.module, entry.name, entry.empty)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from .. import scope as scopes
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
 from .assignments import members
-from .caches import INTERNAL
+from .caches import INTERNAL, below
 from .trace_context import ACTIVE, opaque_calls, restore
 
 _LOCK = threading.Lock()
@@ -88,19 +89,20 @@ class DrawnParameters(dict[str, Any]):
 
 
 @contextmanager
-def exchanged(owner: nn.Module) -> Iterator[None]:
-    """Let the Bayesian parameters of a module and of those below it read as draws, in this thread.
+def exchanged(modules: list[nn.Module], aside: nn.Module | None = None) -> Iterator[None]:
+    """Let the Bayesian parameters of these modules read as draws, in this thread.
 
-    No one else sees them: not other threads, nor calls whose scope does not draw.
+    No one else sees them: not other threads, nor calls whose scope does not draw. One stands
+    aside that would put what it reads where other threads find it, as an RNN's list of weights.
     """
     outer = ACTIVE.exchanged
-    modules = [
-        module for module in owner.modules()
-        if (state := owner_state(module)) is not None and state.slots and id(module) not in outer
-    ]  # fmt: skip
+    held = []
     with _LOCK:
-        held = [_installed(module) for module in modules]
-    ACTIVE.exchanged = outer.union(map(id, modules))
+        for module in modules:
+            state = module.__dict__.get(STATE)
+            if state is not None and state.slots and id(module) not in outer:
+                held.append(_installed(module))
+    ACTIVE.exchanged = outer.union(map(id, modules)).difference((id(aside),))
     try:
         yield
     finally:
@@ -133,12 +135,12 @@ class HeldReads(TorchFunctionMode):
     parameter itself, such as a closure, a list, an RNN's flat weights, reads it from no module.
     """
 
-    def __init__(self, owner: nn.Module) -> None:
+    def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__()
         self.outer: list[Any] = []
         self.met = False
         self.where: dict[int, tuple[nn.Module, str]] = {}
-        for module in owner.modules():
+        for module in modules:
             state = owner_state(module)
             for attribute in state.slots if state is not None else ():
                 mean = dict.get(module._parameters, attribute)
@@ -187,11 +189,13 @@ _HARMLESS = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_
 
 
 @contextmanager
-def drawn_reads(owner: nn.Module, held: bool) -> Iterator[HeldReads | None]:
-    """Every read of a parameter below a module is a draw; ``held``: also one that is held."""
-    with exchanged(owner):
+def drawn_reads(
+    modules: list[nn.Module], held: bool, aside: nn.Module | None = None
+) -> Iterator[HeldReads | None]:
+    """Every read of a parameter of these modules is a draw; ``held``: also one that is held."""
+    with exchanged(modules, aside):
         if held:
-            with HeldReads(owner) as mode:
+            with HeldReads(modules) as mode:
                 yield mode
         else:
             yield None
@@ -209,7 +213,7 @@ class DrawnHook:
         if scope is None or not scope.drawing:
             return self.hook(module, *args, **kwargs)
         held = self.held is not False or holds_parameters(self.hook)
-        with drawn_reads(module, held) as mode:
+        with drawn_reads(below(module), held) as mode:
             result = self.hook(module, *args, **kwargs)
         if mode is not None:
             self.held = bool(self.held) or mode.met
@@ -222,9 +226,15 @@ def owner_holds_parameters(owner: nn.Module) -> bool:
     What lies in a deeper object is found when it is read in the first run.
     """
     state = owner_state(owner)
-    own = [value for name, value in owner.__dict__.items() if name not in INTERNAL]
+    own = [v for n, v in owner.__dict__.items() if type(v) in _HOLDERS and v and n not in INTERNAL]
     methods = () if state is None else state.methods.values()
     return any(map(holds_parameters, (*own, *methods, *_closures(type(owner)))))  # type: ignore[arg-type]
+
+
+_HOLDERS = (
+    list, tuple, set, frozenset, dict, OrderedDict, functools.partial, types.MethodType,
+    types.FunctionType,
+)  # fmt: skip
 
 
 @functools.cache
@@ -235,23 +245,24 @@ def _closures(cls: type) -> tuple[types.FunctionType, ...]:
 
 def holds_parameters(value: Any, depth: int = 0) -> bool:
     """Whether a container, or a function by what it closes over, holds a parameter itself."""
-    if isinstance(value, nn.Parameter):
-        return True
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return isinstance(value, nn.Parameter)
+    if kind not in _HOLDERS or depth > 3:
+        return False
     parts: Any = ()
-    if depth > 3 or isinstance(value, nn.Module | Tensor):
-        pass
-    elif isinstance(value, list | tuple | set | frozenset):
-        parts = value
-    elif isinstance(value, dict):
-        parts = value.values()
-    elif isinstance(value, functools.partial):
+    if kind in (list, tuple, set, frozenset):
+        parts = tuple(value)
+    elif kind in (dict, OrderedDict):
+        parts = tuple(value.values())
+    elif kind is functools.partial:
         parts = (value.func, value.args, value.keywords)
-    elif isinstance(value, types.MethodType):
+    elif kind is types.MethodType:
         parts = (value.__self__, value.__func__)
-    elif isinstance(value, types.FunctionType):
+    else:
         cells = [_content(cell) for cell in value.__closure__ or ()]
         parts = (value.__defaults__, value.__kwdefaults__, *cells)
-    return any(holds_parameters(part, depth + 1) for part in tuple(parts))
+    return any(holds_parameters(part, depth + 1) for part in parts)
 
 
 def _content(cell: types.CellType) -> Any:

@@ -13,6 +13,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from .. import scope
+from .context_variables import in_context
 from .estimators import LINEAR, RUNTIME
 from .tracer import Trace
 from .writer import Expression, access
@@ -154,7 +155,7 @@ _EXIT = re.compile(r"^\s*\w+ = .*exit_context\(\).*$")
 
 def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
     """Python source of the rewritten method ``name`` and the globals that it needs."""
-    own = {function.__name__: function for function in (draw, *RUNTIME)}
+    own = {function.__name__: function for function in (draw, in_context, *RUNTIME)}
     for node in trace.graph.nodes:
         if node.name == "self" or node.name in own:  # names that the generated code uses itself
             node._rename(f"{node.name}_value")

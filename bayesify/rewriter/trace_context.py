@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..posterior import owner_state, raw_name
+from .caches import INTERNAL
 from .guards import MISSING
 
 if TYPE_CHECKING:
@@ -91,16 +95,23 @@ def _computes_weights(hook: Any) -> bool:
     return type(hook).__module__.startswith("torch.nn.utils")
 
 
+_CONTAINERS = (dict, list, set)
+_REBUILT = ("_parameters", "_modules")
+
+
 @contextmanager
 def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) -> Iterator[None]:
     """Put every attribute of these modules back as it was."""
     saved = []
+    seen: set[int] = set()
     for module in modules:
         attributes = dict(module.__dict__)
+        # most are empty: dicts of hooks
         containers = [
-            (v, v.copy()) for k, v in attributes.items()
-            if isinstance(v, dict | list | set) and k not in ("_parameters", "_modules")
+            (v, v.copy() if v else ()) for k, v in attributes.items()
+            if isinstance(v, _CONTAINERS) and k not in _REBUILT
         ]  # fmt: skip
+        containers += [(held, held.copy()) for _, held in attributes_of_objects(module, seen)]
         saved.append((module, attributes, containers, dict(module._buffers)))
     try:
         for module in modules:
@@ -113,7 +124,10 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
             restore(module.__dict__, attributes)
             restore(module._buffers, buffers)
             for container, content in containers:
-                if isinstance(container, dict):
+                if not content:
+                    if container:
+                        container.clear()
+                elif isinstance(container, dict):
                     restore(container, content)  # type: ignore[arg-type]
                 elif isinstance(container, list):
                     container[:] = content
@@ -122,12 +136,39 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
                     container.update(content)
 
 
+def attributes_of_objects(
+    module: nn.Module, seen: set[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the plain objects that a module holds hold themselves, each object once."""
+    for name, value in module.__dict__.items():
+        held = getattr(value, "__dict__", None)
+        known = isinstance(value, _NOT_PLAIN) or name in INTERNAL or id(value) in seen
+        if type(held) is dict and not known:
+            seen.add(id(value))
+            yield name, held
+
+
+_NOT_PLAIN = (
+    nn.Module, torch.Tensor, type, dict, list, set, types.FunctionType, types.MethodType,
+    types.ModuleType, functools.partial,
+)  # fmt: skip
+
+
 def restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
-    for name in [n for n in target if n not in content]:
-        del target[name]
+    if target.keys() != content.keys():
+        for name in [n for n in target if n not in content]:
+            del target[name]
     for name, value in content.items():
         if target.get(name, MISSING) is not value:
             target[name] = value
+
+
+_EXAMPLES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def _not_of_a_trace(record: logging.LogRecord) -> bool:
+    """Whether torch's log is to have a record: what examples cannot do, the fallback does."""
+    return not ACTIVE.patched
 
 
 @contextmanager
@@ -141,7 +182,13 @@ def patches() -> Iterator[None]:
         yield
         return
     call, set_attribute = nn.Module.__call__, nn.Module.__setattr__
+    initialise = nn.Module.__init__
     inner = "__getattribute__" in nn.Module.__dict__
+
+    def patched_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        if ACTIVE.tracer is not None:
+            ACTIVE.tracer.made[id(self)] = self
 
     def patched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tracer = ACTIVE.tracer
@@ -161,7 +208,7 @@ def patches() -> Iterator[None]:
             tracer.note_absent(self, name)
             raise
         tracer.note_read(self, name, value)
-        return value
+        return _without_log_variances(self, value) if name == "_parameters" else value
 
     def patched_write(self: nn.Module, name: str, value: Any) -> None:
         tracer = ACTIVE.tracer
@@ -175,20 +222,33 @@ def patches() -> Iterator[None]:
         return None
 
     module_class: Any = nn.Module
+    module_class.__init__ = patched_init
     module_class.__call__ = patched_call
     module_class.__setattr__ = patched_write
     if not inner:
         module_class.__getattribute__ = patched_read
     ACTIVE.patched = True
+    _EXAMPLES_LOG.addFilter(_not_of_a_trace)
     try:
         with opaque_calls:
             yield
     finally:
         ACTIVE.patched = False
+        _EXAMPLES_LOG.removeFilter(_not_of_a_trace)
+        module_class.__init__ = initialise
         module_class.__call__ = call
         module_class.__setattr__ = set_attribute
         if not inner:
             del module_class.__getattribute__
+
+
+def _without_log_variances(module: nn.Module, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that a forward knows of, as its fallback has them too."""
+    state = owner_state(module)
+    if state is None or not state.slots:
+        return parameters
+    raws = {raw_name(attribute, slot) for attribute, slot in state.slots.items()}
+    return {name: p for name, p in parameters.items() if name not in raws}
 
 
 class _OpaqueCalls:

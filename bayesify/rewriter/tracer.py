@@ -21,16 +21,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext, _device_constructors
 
-from . import caches
+from . import caches, context_variables, objects
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
+from .examples import Examples
 from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
+from .objects import TracedObject, may_be_handed_on
 from .randomness import has_random_numbers, random_numbers_kept
 from .trace_context import (
     ACTIVE,
     TRACE_LOCK,
+    attributes_of_objects,
     has_hooks,
     patches,
     paused,
@@ -138,22 +142,6 @@ class Trace:
     result: Any
 
 
-class Examples(FakeTensorMode):
-    """Computes examples, and refuses operations that a traced method calls unseen.
-
-    It is on all along. What torch's functions do passes by the tracer, which runs them on examples
-    while it is paused; what arrives here otherwise came of compiled code that calls operations by
-    itself, and would be missing in the graph.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if ACTIVE.tracer is not None:
-            if func is torch.ops.aten.lift_fresh.default:  # torch.from_numpy and its like
-                return ACTIVE.tracer.made_of_data(args[0])
-            raise TraceFailure(f"{func} was reached by code that torch.fx cannot see")
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 class MethodTracer(GraphWriter, TorchFunctionMode):
     """Runs one method on traced tensors and records it.
 
@@ -182,6 +170,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self.guided = False
         self._examples: dict[int, tuple[Tensor, Tensor]] = {}
         self._sizes: dict[tuple[int, int], TracedInt] = {}
+        self._handing_on = False
+        self._handed_on = False  # whether a submodule was given an object, whatever that holds
+        self.made: dict[int, nn.Module] = {}  # modules that the method itself has made
         self._variables = contextvars.copy_context()
         self._transforms = transforms()
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
@@ -213,6 +204,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         """The code asked for a value that depends on these dimensions of the arguments."""
         if dims is None or dims:
             self.guided = True
+            if dims is None and self._handed_on:
+                raise TraceFailure("a size may come of an object that a submodule was given")
         self.dims = None if dims is None or self.dims is None else self.dims | dims
 
     # -- recording -------------------------------------------------------------------------
@@ -354,6 +347,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         kind = type(value)
         if kind is TracedTensor:
             return value.example
+        if kind is TracedObject:
+            if not self._handing_on:
+                raise TraceFailure("it gives an object to a function of torch")
+            return value.__dict__["example"]
         if isinstance(value, TracedNumber):
             return value.value
         if isinstance(value, Tensor):
@@ -449,6 +446,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                     for n in names
                 }
             )
+        if may_be_handed_on(result):
+            return TracedObject(result, node)
         raise TraceFailure(f"{node.target} gives an object of type {type(result).__name__}")
 
     # -- modules ---------------------------------------------------------------------------
@@ -459,13 +458,14 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return self._call_module(module, args, kwargs)
 
     def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if contextvars.copy_context() != self._variables:
-            raise TraceFailure("it sets a context variable around a submodule")
+        variables = context_variables.changed(self._variables)
         path = self.paths.get(id(module))
         arguments = tuple(self.passed(a) for a in args)
         keywords = {k: self.passed(v) for k, v in kwargs.items()}
-        examples = self._as_examples((args, kwargs))
+        with self._objects():
+            examples = self._as_examples((args, kwargs))
         with paused(), self._as_outline(module):
+            copies = context_variables.constants(variables, ACTIVE.hooked) if variables else ()
             outer, ACTIVE.fake_mode = ACTIVE.fake_mode, self.fake_mode
             try:
                 result = self.run_leaf(module, *examples)
@@ -478,12 +478,31 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 ) from error
             finally:
                 ACTIVE.fake_mode = outer
-        if path and can_be_target(path):
+        if variables:
+            context_variables.check(variables, copies)
+            called = (self.constant(copies), self.argument(module), *arguments)
+            node = self._node("call_function", context_variables.in_context, called, keywords)
+        elif path and can_be_target(path):
             node = self._node("call_module", ".".join(path), arguments, keywords)
         else:
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            traced = any(True for _ in traced_inside(module.__dict__))
+            if id(module) in self.made and (traced or any(t is not None for t in tensors)):
+                raise TraceFailure(f"it makes a {type(module).__name__} that holds tensors")
             callee = self.constant(module) if path is None else Expression(access(path))
             node = self._node("call_function", operator.call, (callee, *arguments), keywords)
+        if any(type(v) is TracedObject for v in pytree.tree_leaves((args, kwargs))):
+            self._handed_on = True
         return self._wrap(result, node, (args, kwargs))
+
+    @contextmanager
+    def _objects(self) -> Iterator[None]:
+        """Objects are handed on here."""
+        self._handing_on = True
+        try:
+            yield
+        finally:
+            self._handing_on = False
 
     @contextmanager
     def _as_outline(self, module: nn.Module) -> Iterator[None]:
@@ -520,7 +539,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     ) -> Any:
         """Record a call of an autograd or scripted function, which stays a call."""
         with torch._C.DisableTorchFunction():
-            result = self._evaluate(run, args, kwargs)
+            # at the means: a module that it calls would leave examples among the draws
+            result = self._evaluate(lambda *a, **k: self.run_leaf(run, a, k), args, kwargs)
             arguments = tuple(self.argument(a) for a in args)
             keywords = {k: self.argument(v) for k, v in kwargs.items()}
             callee = self.constant(function)
@@ -568,6 +588,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def note_write(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute was assigned: the generated code assigns it too, unless it is a cache."""
         path = self.paths.get(id(module))
+        if id(module) in self.made and not isinstance(value, Tensor | nn.Module):
+            return
         if path is None or name in INTERNAL:
             raise TraceFailure(f"it assigns {name!r} of a module that it does not hold")
         if name in module._parameters or name in module._modules:
@@ -588,12 +610,18 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self._node("call_function", setattr, (target, name, self.passed(value)))
 
     def _containers(self) -> list[tuple[str, Any, Any]]:
+        seen: set[int] = set()
         return [
-            (name, value, value.copy())
+            (name, value, value.copy() if value else type(value)())
             for module in self._modules
-            for name, value in module.__dict__.items()
-            if (type(value) in (list, dict, set) and name not in INTERNAL) or name in HOOKS
-        ]
+            for name, value in (
+                *(
+                    (n, v) for n, v in module.__dict__.items()
+                    if (type(v) in (list, dict, set) and n not in INTERNAL) or n in HOOKS
+                ),
+                *attributes_of_objects(module, seen),
+            )
+        ]  # fmt: skip
 
     def _check_containers(self, held: list[tuple[str, Any, Any]]) -> None:
         """What a forward does to a list or dict of its module must happen at every call."""
@@ -628,7 +656,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             if on == "placeholder" and current.op == "placeholder":
                 return True
             if on == "parameter" and (
-                current.op == "call_module" or current.name in self.parameters
+                current.op == "call_module"
+                or current.target is context_variables.in_context
+                or current.name in self.parameters
             ):
                 return True
             new = [n for n in current.all_input_nodes if n not in seen]
@@ -649,18 +679,26 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             tensors: Tensor arguments, real or fake; only their metadata is used.
         """
         with self._patched(), random_numbers_kept(), self.fake_mode, self:
-            traced = []
+            traced: list[Any] = []
             for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
                 node = self.graph.placeholder(name)
                 self._last_placeholder = node
-                with torch._C.DisableTorchFunction():
-                    traced.append(TracedTensor(self.example_of(tensor), node, self, index))
+                with torch._C.DisableTorchFunction(), paused():
+                    if isinstance(tensor, Tensor | Outline):
+                        example = self.example_of(tensor)
+                        traced.append(TracedTensor(example, node, self, index))
+                    else:
+                        example = objects.example_of(tensor, self.example_of)
+                        traced.append(TracedObject(example, node))
             args, kwargs = build(traced)
             before = _shape_of((args, kwargs))
             held = self._containers()
-            result = method(*args, **kwargs)
+            context = contextvars.copy_context()  # what it leaves set is not to stay
+            result = context.run(functools.partial(method, *args, **kwargs))
+            if context.run(context_variables.changed, self._variables):
+                raise TraceFailure("it sets a context variable for later calls")
             self._check_containers(held)
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), self._objects():
                 output = self.passed(result)
                 examples = self._as_examples(result)
         if _shape_of((args, kwargs)) != before:

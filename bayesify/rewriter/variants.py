@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .. import scope as scopes
 from .. import torch_support
 from ..errors import UnsupportedModuleError
+from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
 from ..scope import LOCAL
 from . import caches
@@ -173,13 +175,18 @@ def _example(
     variant, result = find(owner, state, method, key, tensors), None
     if variant is None:
         variant, result = make(owner, state, method, original, key, tensors)
-        if variant.code is not None:
+        if variant.code is not None and _all_tensors(tensors):
             return result
     result = original(owner, *args, **kwargs)
     if variant.code is None and (ACTIVE.hooked or any(map(has_hooks, owner.modules()))):
         # it may give what hooks collect, those that it registers too, and no hook sees examples
         raise TraceFailure(f"its {type(owner).__name__} takes the fallback and has hooks")
     return result
+
+
+def _all_tensors(values: list[Any]) -> bool:
+    """Whether there is no object among the inputs of a graph, which a submodule may change."""
+    return all(isinstance(v, Tensor) for v in values)
 
 
 def _without_self(bound: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,14 +214,19 @@ def _draw(
         opaque = _opaque(owner, state, method, str(error))
         return _fall_back(owner, opaque, method, original, args, kwargs)
     key = (structure, _ambient())
-    if torch.compiler.is_compiling():
-        # a constant needs numbers: operator.index guards on a size that is a symbol, int does not
+    compiling = torch.compiler.is_compiling()
+    if compiling and not _all_tensors(tensors):
+        opaque = _opaque(owner, state, method, "an argument that torch.compile cannot take apart")
+        return _fall_back(owner, opaque, method, original, args, kwargs)
+    if compiling:
+        # a constant needs numbers: operator.index guards on a size that is a symbol, int does not;
+        # an export's symbol stays one, unless the variant depends on it
+        number = _hint if exporting() else operator.index
         shapes = tuple(
-            (tuple(map(operator.index, t.shape)), tuple(map(operator.index, t.stride())))
-            for t in tensors
+            (tuple(map(number, t.shape)), tuple(map(number, t.stride()))) for t in tensors
         )
-        number = _prepare(state.handle, method, key, shapes)
-        variant = state.variants[method][number]
+        index = _prepare(state.handle, method, key, shapes)
+        variant = state.variants[method][index]
         if not variant.matches(owner, tensors):
             raise RuntimeError("bayesify: the module changed while it was compiled")
     else:
@@ -224,6 +236,10 @@ def _draw(
     if variant.code is None:
         return _fall_back(owner, variant, method, original, args, kwargs)
     return variant.code(owner, *tensors)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def find(
@@ -379,7 +395,10 @@ def _trace(
 
     tracer = MethodTracer(owner, run_at_mean, hiding, ACTIVE.fake_mode)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
-    unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
+    unseen: Any = contextlib.nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        # kept as it is, a result would hold the node that holds it, for good
+        unseen = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _identity)
     # inside the trace of a caller, its fake mode is on and torch functions are off
     with (
         scopes.recording(_refuse_checkpoint), unseen, _disable_current_modes(),
@@ -432,10 +451,12 @@ def _fall_back(
     kwargs: Any,
 ) -> Any:  # fmt: skip
     """Run the original method with its parameter reads exchanged for draws."""
-    held = variant.held is not False or owner_holds_parameters(owner)
-    outer, LOCAL.reads = LOCAL.reads, functools.partial(_drawn, owner, method, held)
+    aside = owner if owner_holds_parameters(owner) else None
+    held = variant.held is not False or aside is not None
+    drawn = functools.partial(_drawn, owner, method, held, aside)
+    outer, LOCAL.reads = LOCAL.reads, drawn
     try:
-        with _drawn(owner, method, held) as mode:
+        with drawn() as mode:
             result = original(owner, *args, **kwargs)
     finally:
         LOCAL.reads = outer
@@ -446,9 +467,19 @@ def _fall_back(
 
 
 @contextmanager
-def _drawn(owner: nn.Module, method: str, held: bool) -> Iterator[HeldReads | None]:
+def _drawn(
+    owner: nn.Module, method: str, held: bool, aside: nn.Module | None
+) -> Iterator[HeldReads | None]:
+    if not held and method == "forward" and id(owner) in ACTIVE.exchanged:
+        yield None  # the fallback of a module around this one has seen to it
+        return
+    modules = caches.below(owner)
     fresh = caches.parametrizations_computed_anew()
-    with caches.hidden(owner, method) as make_anew, fresh, drawn_reads(owner, held) as mode:
+    with (
+        caches.hidden(modules, method) as make_anew,
+        fresh,
+        drawn_reads(modules, held, aside) as mode,
+    ):
         make_anew()
         yield mode
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from .caches import INTERNAL
 from .guards import PRIMITIVES
+from .objects import TracedObject
 from .trace_context import context_state
 from .values import TracedNumber, TracedParts, TracedSize, TracedTensor, TraceFailure
 
@@ -133,6 +134,8 @@ class GraphWriter:
             if value.recorder is not self:
                 raise TraceFailure("a tensor of another trace")
             return value.node
+        if kind is TracedObject:
+            return value.__dict__["node"]
         if isinstance(value, TracedNumber):
             return value.node
         if isinstance(value, Tensor):
@@ -171,6 +174,8 @@ class GraphWriter:
         if not callable(value) or any(True for _ in traced_inside(value)):
             # it may be made anew, or changed, at every call
             raise TraceFailure(f"it passes an object of type {kind.__name__} along")
+        if _reaches_parameters(value):
+            raise TraceFailure(f"it passes a {kind.__name__} along that may read parameters")
         return self.constant(value)
 
     def passed(self, value: Any) -> Any:
@@ -258,10 +263,26 @@ def access(path: tuple[str, ...]) -> str:
     return source
 
 
+def _reaches_parameters(value: Any) -> bool:
+    """Whether a function is bound to a module with parameters, or closes over one."""
+    if isinstance(value, nn.Module):
+        return next(value.parameters(), None) is not None
+    if isinstance(value, types.MethodType):
+        return _reaches_parameters(value.__self__)
+    cells = value.__closure__ or () if isinstance(value, types.FunctionType) else ()
+    for cell in cells:
+        try:
+            if _reaches_parameters(cell.cell_contents):
+                return True
+        except ValueError:  # an empty cell
+            continue
+    return False
+
+
 def traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
     if type(value) is TracedTensor:
         yield value
-    elif depth > 6:
+    elif depth > 6 or type(value) is TracedObject:
         return
     elif isinstance(value, list | tuple | set):
         for item in tuple.__iter__(value) if isinstance(value, tuple) else list(value):
@@ -269,6 +290,10 @@ def traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from traced_inside(item, depth + 1)
+    elif isinstance(value, functools.partial):
+        yield from traced_inside((value.func, value.args, value.keywords), depth + 1)
+    elif isinstance(value, types.MethodType):
+        yield from traced_inside(value.__self__, depth + 1)
     elif hasattr(value, "__dict__") and not isinstance(
         value, nn.Module | Tensor | type | types.FunctionType | types.ModuleType
     ):

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from ..kernels import grouped
-from ..kernels.noise import fold
+from ..kernels.noise import exporting, fold
 from ..posterior import STATE, Slot, owner_state, tensors_of
 from .checkpoints import SEAM
 from .drawing import AT_MEAN, Scope, autocast_dtype, grad_mode, suits_group
@@ -28,11 +27,12 @@ def enter(
     if scope is AT_MEAN:
         LOCAL.scope = scope
         try:
-            return lead_to_posteriors(at_mean(*args, **kwargs))
+            result = at_mean(*args, **kwargs)
+            return result if torch.compiler.is_compiling() else lead_to_posteriors(result)
         finally:
             LOCAL.scope = None
     held = scope is not None
-    if scope is not None and torch.compiler.is_compiling() and not is_dynamo_compiling():
+    if scope is not None and exporting():
         scope, held = scope.empty(), False  # an export's tensors must not outlive it
     if scope is None:
         scope = Scope(new_seed())
@@ -117,7 +117,9 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 drawn.append(slot)
             if together and suits_group(slot, mean, raw):
                 if index not in items:
-                    items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers, dtype)
+                    items[index] = grouped.Item(
+                        mean, raw, scope.key_of(slot), slot.buffers, dtype, slot.has_held
+                    )
                     slots.append(slot)
                     slot.drawn = None
             elif dtype is None:

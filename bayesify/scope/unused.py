@@ -34,10 +34,13 @@ class _Leads(torch.autograd.Function):
         return None, *grads, *[None] * ctx.others
 
 
+# what torch.compile left out of its graphs comes here as it is
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def lead_to_posteriors(result: Any) -> Any:
-    """What a call gives, leading to every posterior of the wrapper that runs, if one does."""
-    if torch.compiler.is_compiling():
-        return result  # all weights that a compiled call draws are its inputs
+    """What a call gives, leading to every posterior of the wrapper that runs, if one does.
+
+    Not for a call that torch.compile traces: all weights that it draws are its inputs.
+    """
     # torch has no public way to ask; torch.compile asks so too
     wrapper: Any = DistributedDataParallel._active_ddp_module
     if (
