@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .posterior import Site, raw_name, sites
@@ -14,7 +15,7 @@ def _memory(tensor: Any) -> Any:
     """What two tensors have in common if one is the other, detached."""
     if hasattr(tensor, "_local_tensor"):  # of FSDP2
         tensor = tensor._local_tensor
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return id(tensor)
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
 

@@ -237,6 +237,7 @@ def test_a_part_of_a_model() -> None:
 # -- what pruned means -----------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::bayesify.SigmaBelowSpacingWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("parameterization", ["exp", "softplus"])
 def test_every_draw_of_a_pruned_weight_is_0(dtype: torch.dtype, parameterization: Any) -> None:
@@ -654,6 +655,7 @@ def test_one_of_three() -> None:
 # -- counts ----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::bayesify.SigmaBelowSpacingWarning")
 def test_sparsity_counts() -> None:
     model = prune_(bayesian(Net().to(torch.bfloat16)), 0.5)
     prune_units_(model, 0.5, only="fc")
