@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .convert import extend_ as extend_
     from .convert import to_bbb as to_bbb
     from .convert import to_bbb_ as to_bbb_
     from .convert import to_deterministic as to_deterministic
@@ -14,16 +15,20 @@ if TYPE_CHECKING:
     from .errors import BiasBeforeNormWarning as BiasBeforeNormWarning
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
+    from .errors import LostPosteriorWarning as LostPosteriorWarning
     from .errors import ModelError as ModelError
     from .errors import NoMatchError as NoMatchError
     from .errors import NoMatchWarning as NoMatchWarning
+    from .errors import SigmaBelowSpacingWarning as SigmaBelowSpacingWarning
     from .errors import UnsupportedModuleError as UnsupportedModuleError
+    from .errors import UnsupportedVersionError as UnsupportedVersionError
     from .export import Ensemble as Ensemble
     from .export import ensemble as ensemble
     from .export import export_onnx as export_onnx
     from .export import export_safetensors as export_safetensors
     from .export import export_torch as export_torch
     from .export import to_program as to_program
+    from .fixed import fix_ as fix_
     from .inference import calibrate_ as calibrate_
     from .inference import predict as predict
     from .inference import recompute_batchnorm_ as recompute_batchnorm_
@@ -68,16 +73,19 @@ if TYPE_CHECKING:
     from .training import evaluate as evaluate
     from .training import fit as fit
     from .training import fit_laplace_ as fit_laplace_
+    from .training import without_gradient as without_gradient
 
 __version__ = "0.1.0"
 
 # Resolved at first use (PEP 562), so that `bayesify --help` does not import torch.
 _HOMES = {
     "planning": "BBBConfig ConversionPlan plan",
-    "convert": "to_bbb to_bbb_ to_deterministic",
-    "errors": "ArgumentError BayesifyError CheckpointError DataError ModelError NoMatchError "
-    "NoMatchWarning BiasBeforeNormWarning UnsupportedModuleError",
+    "convert": "extend_ to_bbb to_bbb_ to_deterministic",
+    "errors": "ArgumentError BayesifyError CheckpointError DataError LostPosteriorWarning "
+    "ModelError NoMatchError NoMatchWarning BiasBeforeNormWarning SigmaBelowSpacingWarning "
+    "UnsupportedModuleError UnsupportedVersionError",
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
+    "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",
     "models": "InputConfig ModelSpec create_model input_config",
     "objective": "elbo_loss kl_divergence kl_schedule kl_scale noise_budget",
@@ -89,7 +97,7 @@ _HOMES = {
     "rewriter.variants": "generated_code rungs",
     "scope": "at_mean draws one_draw sampled",
     "storage": "load save",
-    "training": "evaluate fit fit_laplace_",
+    "training": "evaluate fit fit_laplace_ without_gradient",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

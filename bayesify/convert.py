@@ -6,15 +6,24 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import BayesifyError, BiasBeforeNormWarning, NoMatchWarning, UnsupportedModuleError
+from .errors import (
+    BayesifyError,
+    BiasBeforeNormWarning,
+    LostPosteriorWarning,
+    NoMatchWarning,
+    SigmaBelowSpacingWarning,
+    UnsupportedModuleError,
+)
 from .gaussian import raw_from_logvar
+from .own_lists import left_out_of_parameters, left_out_of_state, listed
 from .planning import (
     BBBConfig,
     Conversion,
@@ -24,6 +33,7 @@ from .planning import (
     specify,
 )
 from .posterior import (
+    FIXED_RAW,
     PRIOR_MEAN_SUFFIX,
     STATE,
     OwnerState,
@@ -36,10 +46,15 @@ from .posterior import (
 )
 from .priors import Prior
 from .rewriter.fallback import DrawnHook
-from .rewriter.owner import generated_class, original_class
+from .rewriter.owner import generated_class, original_class, regenerate
 from .rewriter.variants import adopt
 from .selection import Pattern
+from .unconverted import converted_parts, has_slot, settle
 from .validation import Found, check_model
+
+Undo = list[Callable[[], object]]
+Place = tuple[str, nn.Module, str]
+"""A parameter's qualified name, the module that holds it, and its name there."""
 
 
 def to_bbb(
@@ -146,9 +161,33 @@ def to_bbb_(
             "or to_deterministic(model) first."
         )
     spec = specify(skip, only, preset, prior, logvar, estimator, config)
-    for hint in apply_(model, spec).hints:
+    planned = apply_(model, spec)
+    for hint in planned.hints:
         warnings.warn(hint, BiasBeforeNormWarning, stacklevel=2)
+    for note in planned.spacing:
+        warnings.warn(note, SigmaBelowSpacingWarning, stacklevel=2)
+    for note in _left_out(model):
+        warnings.warn(note, LostPosteriorWarning, stacklevel=2)
     return model
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    """What the model's own lists miss of its posterior."""
+    kind = type(model).__name__
+    notes = []
+    unsaved, untrained = left_out_of_state(model), left_out_of_parameters(model)
+    if unsaved:
+        notes.append(
+            f"{kind}.state_dict() leaves out {listed(unsaved)}: a state dict brings back another "
+            "posterior, and bayesify.save refuses the model. It has a state_dict or a hook of its "
+            "own, which must let them pass; or skip these parameters."
+        )
+    if untrained:
+        notes.append(
+            f"parameters() leaves out {listed(untrained)}, and so does an optimizer made of it. "
+            "Make the optimizer from bayesify.param_groups(model, lr=...), which holds them."
+        )
+    return notes
 
 
 def apply_(model: nn.Module, spec: Conversion) -> ConversionPlan:
@@ -162,15 +201,17 @@ def apply_(model: nn.Module, spec: Conversion) -> ConversionPlan:
         )
     for note in result.notes:
         warnings.warn(note, NoMatchWarning, stacklevel=3)
-    _convert(model, spec, chosen, "")
+    with _whole_or_not() as undo:
+        _apply(model, spec, chosen, "", undo)
     return result
 
 
-def _convert(model: nn.Module, spec: Conversion, chosen: list[Found], prefix: str) -> None:
-    """Give the chosen parameters a posterior, or change nothing."""
-    undo: list[Callable[[], object]] = []
+@contextmanager
+def _whole_or_not() -> Iterator[Undo]:
+    """Take back what the block has done if it ends with an error."""
+    undo: Undo = []
     try:
-        _apply(model, spec, chosen, prefix, undo)
+        yield undo
     except BaseException:
         for step in reversed(undo):
             step()
@@ -178,19 +219,25 @@ def _convert(model: nn.Module, spec: Conversion, chosen: list[Found], prefix: st
 
 
 def _apply(
-    model: nn.Module, spec: Conversion, chosen: list[Found], prefix: str,
-    undo: list[Callable[[], object]],
-) -> None:  # fmt: skip
+    model: nn.Module, spec: Conversion, chosen: list[Found], prefix: str, undo: Undo
+) -> None:
+    """Give the chosen parameters a posterior; those that have one elsewhere share it."""
     slots: dict[int, dict[str, Slot]] = {}
     parameterization = spec.config.parameterization
     for item in chosen:
+        held = [place for place in item.places if has_slot(place[1], place[2])]
+        if held:
+            _share(item, held[0], slots, undo)
+            continue
         slot = Slot(prefix + item.name, spec.prior, parameterization, estimator=item.estimator)
         logvar = -10.0 if item.std is None else 2.0 * math.log(item.std)
         double = torch.tensor(logvar, dtype=torch.float64, device="cpu")
         value = float(raw_from_logvar(double, parameterization))
-        raw = nn.Parameter(
-            torch.full_like(item.parameter, value, dtype=torch.float32, requires_grad=False)
-        )
+        filled = torch.full_like(item.parameter, value, dtype=torch.float32, requires_grad=False)
+        if item.fixed is not None:
+            filled[item.fixed.index] = FIXED_RAW
+            slot.has_held = True
+        raw = nn.Parameter(filled)
         for _, module, attribute in item.places:
             name = raw_name(attribute, slot)
             if name not in module._parameters:
@@ -209,9 +256,29 @@ def _apply(
         if not any(id(m) in slots or owner_state(m) is not None for m in module.modules()):
             continue
         _adopt(module, slots.get(id(module), {}), spec, undo)
+    settle(model)
 
 
-def _share_prior_mean(place: tuple[str, nn.Module, str], module: nn.Module, attribute: str) -> None:
+def _share(item: Found, held: Place, slots: dict[int, dict[str, Slot]], undo: Undo) -> None:
+    """Let the posterior that a parameter has in one place hold in the others too."""
+    _, home, there = held
+    state = owner_state(home)
+    assert state is not None
+    slot = state.slots[there]
+    undo.append(functools.partial(setattr, slot, "estimator", slot.estimator))
+    slot.estimator = "weight"  # what is tied is one draw in all places
+    for _, module, attribute in item.places:
+        if has_slot(module, attribute):
+            continue
+        name = raw_name(attribute, slot)
+        undo.append(functools.partial(module._parameters.pop, name, None))
+        module._parameters[name] = home._parameters[raw_name(there, slot)]
+        slots.setdefault(id(module), {})[attribute] = slot
+        _share_prior_mean(held, module, attribute)
+        undo.append(functools.partial(_forget, module, attribute + PRIOR_MEAN_SUFFIX))
+
+
+def _share_prior_mean(place: Place, module: nn.Module, attribute: str) -> None:
     buffer = place[1]._buffers.get(place[2] + PRIOR_MEAN_SUFFIX)
     if buffer is not None and attribute + PRIOR_MEAN_SUFFIX not in module._buffers:
         module.register_buffer(attribute + PRIOR_MEAN_SUFFIX, buffer, persistent=False)
@@ -222,17 +289,17 @@ def _forget(module: nn.Module, buffer: str) -> None:
     module._non_persistent_buffers_set.discard(buffer)
 
 
-def _adopt(
-    module: nn.Module, slots: dict[str, Slot], spec: Conversion, undo: list[Callable[[], object]]
-) -> None:
+def _adopt(module: nn.Module, slots: dict[str, Slot], spec: Conversion, undo: Undo) -> None:
     """Give one module its state and its generated class."""
     state = owner_state(module)
     if state is not None:
+        undo.extend(functools.partial(state.slots.pop, attribute) for attribute in slots)
+        undo.append(functools.partial(setattr, module, "__class__", type(module)))
         state.slots.update(slots)
         state.variants.clear()
-        undo.extend(functools.partial(state.slots.pop, attribute) for attribute in slots)
+        regenerate(module)
         return
-    original = type(module)
+    original = original_class(type(module))  # type(layer)(...) makes one of a generated class
     hooked = bool(slots) and bool(module._forward_pre_hooks or module._forward_hooks)
     methods = {
         name: value
@@ -300,13 +367,78 @@ def to_deterministic(model: nn.Module) -> nn.Module:
     return copied
 
 
-def extend_(model: nn.Module) -> None:
-    """Convert what a converted model has been given since, such as a new classifier."""
-    state = owner_state(model)
-    if state is None or state.spec is None:
-        return
-    spec: Conversion = state.spec
-    # names of a part go on from its place in the model that was converted
-    prefix = next((s.slot.name.removesuffix(s.name) for s in sites(model)), "")
-    _, chosen = make_plan(model, replace(spec, config=replace(spec.config, strict=False)))
-    _convert(model, spec, chosen, prefix)
+def extend_(model: nn.Module) -> nn.Module:
+    """Give a posterior to what a converted model has been given since, by the same conversion.
+
+    A new head, an appended block, a layer that another function has exchanged
+    (``SyncBatchNorm.convert_sync_batchnorm``), a parameter set to one of another shape: what the
+    conversion's ``skip``, ``only`` and config select of them becomes Bayesian with its prior,
+    initial sigma and estimator, all else keeps its posterior. (What was exchanged starts with the
+    initial sigma again, so exchange before the training.) A weight tied since to a Bayesian one
+    shares its posterior, and the posterior of a parameter that is gone is dropped. What the
+    conversion has skipped, or has found frozen, stays deterministic. :func:`elbo_loss`,
+    :func:`check_optimizer` and :func:`save` name what waits for this.
+
+    The optimizer must be made anew: it does not hold what is new. ``reset_classifier`` of timm's
+    models does all but that by itself.
+
+    Args:
+        model: A converted model, or a module that holds some; it is changed in place, and left as
+            it was after an error.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UnsupportedModuleError: ``model`` has no conversion, or something new cannot be converted.
+
+    >>> import torch, bayesify
+    >>> model = bayesify.to_bbb(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 9)))
+    >>> model[1] = torch.nn.Linear(4, 2)  # for another task
+    >>> [p.name for p in bayesify.posteriors(model)]
+    ['0.weight', '0.bias']
+    >>> [p.name for p in bayesify.posteriors(bayesify.extend_(model))]
+    ['0.weight', '0.bias', '1.weight', '1.bias']
+    """
+    if not any(owner_state(m) is not None for m in model.modules()):
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} has no conversion to extend. Convert it first: "
+            "model = bayesify.to_bbb(model)."
+        )
+    with _whole_or_not() as undo:
+        _drop_lost(model, undo)
+        for part in converted_parts(model):
+            chosen = part.selected()
+            lenient = replace(part.spec, config=replace(part.spec.config, strict=False))
+            new = {id(item.parameter) for item in chosen}
+            _, planned = make_plan(part.module, lenient)
+            shared = [item for item in chosen if any(has_slot(m, a) for _, m, a in item.places)]
+            chosen = [item for item in planned if id(item.parameter) in new] + shared
+            # names of a part go on from its place in the model that was converted
+            names = [(site.slot.name, site.name) for site in sites(part.module)]
+            prefix = next((a.removesuffix(b) for a, b in names if a.endswith(b)), "")
+            _apply(part.module, part.spec, chosen, prefix, undo)
+    return model
+
+
+def _drop_lost(model: nn.Module, undo: Undo) -> None:
+    """Drop the posteriors of parameters that are gone, of another shape, or tied to a first one."""
+    first: dict[int, Slot] = {}
+    for module in model.modules():
+        state = owner_state(module)
+        for attribute, slot in list(state.slots.items()) if state is not None else ():
+            mean = module._parameters.get(attribute)
+            raw = module._parameters.get(raw_name(attribute, slot))
+            lost = mean is None or raw is None or mean.shape != raw.shape
+            if not lost and first.setdefault(id(mean), slot) is slot:
+                continue
+            assert state is not None
+            undo.append(functools.partial(setattr, state, "slots", dict(state.slots)))
+            del state.slots[attribute]
+            places: tuple[tuple[dict[str, Any], str], ...] = (
+                (module._parameters, raw_name(attribute, slot)),
+                (module._buffers, attribute + PRIOR_MEAN_SUFFIX),
+            )
+            for held, name in places:
+                if name in held:
+                    undo.append(functools.partial(held.__setitem__, name, held.pop(name)))

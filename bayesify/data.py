@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .errors import DataError
 from .models import InputConfig
+from .numeric import count, seed_number
 
 Split = Literal["train", "test"]
 
@@ -177,10 +178,9 @@ def loader(
         DataError: If ``batch_size`` or ``workers`` cannot work; on iteration, if an image cannot
             be read.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise DataError(f"batch_size must be a whole number above 0, not {batch_size!r}.")
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise DataError(f"workers must be a whole number, 0 or more, not {workers!r}.")
+    batch_size = count("batch_size", batch_size, kind=DataError)
+    workers = count("workers", workers, least=0, kind=DataError)
+    seed = seed_number(seed)
     dataset: Any = data.dataset(model_config)  # of single images, the loader gives batches
     return DataLoader(
         dataset,
@@ -437,9 +437,9 @@ def _open_folder(name: str, root: Path, split: Split) -> ImageData:
         raise DataError(
             f"The folder {tree} has no subfolders; expected one folder of images for each class."
         )
-    strangers = sorted(set(_subfolders(tree)) - set(classes))
-    if strangers:
-        raise DataError(f"{tree} has classes that the training images have not: {strangers[:5]}.")
+    unknown = sorted(set(_subfolders(tree)) - set(classes))
+    if unknown:
+        raise DataError(f"{tree} has classes that the training images have not: {unknown[:5]}.")
     try:
         samples = make_dataset(
             str(tree),

@@ -32,8 +32,20 @@ class CheckpointError(BayesifyError):
     """A file cannot be read as, or written as, a bayesify checkpoint."""
 
 
+class UnsupportedVersionError(BayesifyError):
+    """A library is of a version that a feature does not work with."""
+
+
 class NoMatchWarning(UserWarning):
     """A ``skip`` or ``only`` pattern matches nothing in the model."""
+
+
+class LostPosteriorWarning(UserWarning):
+    """A parameter of a converted model has no posterior, or one that is not stored or trained."""
+
+
+class SigmaBelowSpacingWarning(UserWarning):
+    """A sigma is below the distance of the numbers of its tensor's dtype: draws cannot show it."""
 
 
 class BiasBeforeNormWarning(UserWarning):

@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from .convert import to_deterministic
 from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
-from .inference import main_output
+from .inference import class_logits
 from .kernels.noise import fold
+from .numeric import count
 from .posterior import bayesian_sites
 from .pruning.shrinking import shrink_
 from .rewriter import caches
@@ -55,7 +56,7 @@ class Ensemble(nn.Module):
         """Mean class probabilities (batch, classes); with ``per_draw`` also (K, batch, classes)."""
         found = []
         for member in self.members:
-            logits = main_output(member(*inputs))
+            logits = class_logits(member(*inputs), "ensemble")
             wide = torch.promote_types(logits.dtype, torch.float32)
             found.append(logits.to(wide).softmax(-1))
         probs = torch.stack(found)
@@ -71,7 +72,7 @@ def ensemble(
     what :func:`bayesify.predict` gives with that seed, within rounding, and draws nothing.
 
     Args:
-        model: A converted model whose output is logits; it is left as it is.
+        model: A converted model whose output is logits (batch, classes); it is left as it is.
         num_samples: Number K of draws, at least 1: the memory is K times that of the weights.
         seed: Of the draws.
         per_draw: Also give the probabilities of each draw.
@@ -83,7 +84,8 @@ def ensemble(
         The module, in ``eval()``.
 
     Raises:
-        ArgumentError: ``num_samples`` or ``seed`` cannot work.
+        ArgumentError: ``num_samples`` or ``seed`` cannot work; when the module is called, the
+            model's output is no such table of logits.
         UnsupportedModuleError: ``model`` has no posterior.
 
     >>> import torch, bayesify
@@ -93,8 +95,7 @@ def ensemble(
     >>> torch.allclose(bayesify.ensemble(model, 4, seed=0)(x), mean)
     True
     """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ArgumentError(f"num_samples must be a whole number above 0, got {num_samples!r}.")
+    num_samples = count("num_samples", num_samples)
     bayesian_sites(model)
     base = int(as_seed(seed))
     means = to_deterministic(model).eval().requires_grad_(False)
@@ -142,7 +143,8 @@ def to_program(
         The program, for any batch size; ``.module()`` runs it.
 
     Raises:
-        ArgumentError: An argument has a value that cannot work.
+        ArgumentError: An argument has a value that cannot work, or an ensemble's output is no
+            table of logits.
         UnsupportedModuleError: ``model`` has no posterior, or cannot be exported.
 
     >>> import torch, bayesify
@@ -186,6 +188,8 @@ def to_program(
                 graph_module = program.module()
                 if shrink_(graph_module):
                     program = torch.export.export(graph_module, example, dynamic_shapes=shapes)
+    except ArgumentError:
+        raise
     except Exception as error:  # the tracer raises what the model raises
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be exported as a program of any batch size "

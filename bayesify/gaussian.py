@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Parameterization = Literal["exp", "softplus"]
+HELD = -2048.0
+"""A trained spread below this is that of a pruned or fixed weight, where a tensor has such.
+
+Sigma is 0, also in float64, by exp and by softplus. The kernels have the same number.
+"""
 
 
 def draw(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ def kl_divergence(
     prior_mean: Tensor | float,
     prior_var: Tensor | float,
     *,
-    pruned: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Tensor:
     r"""KL divergence from N(mean, exp(logvar)) to N(prior_mean, prior_var), summed.
 
@@ -72,7 +77,7 @@ def kl_divergence(
         logvar: Log of the posterior variance, of ``mean``'s shape.
         prior_mean: Mean of the prior, broadcast against ``mean``.
         prior_var: Variance of the prior, broadcast against ``mean``; positive.
-        pruned: Weights that do not count.
+        held: Weights that do not count.
 
     Returns:
         A scalar in nats, in float32 or better.
@@ -93,8 +98,8 @@ def kl_divergence(
     log_ratio = logvar - log_prior_var
     # expm1(r) - r keeps its precision where posterior and prior nearly agree
     terms = (mean - prior_mean).square() / prior_var + torch.expm1(log_ratio) - log_ratio
-    if pruned is not None:
-        terms = terms.masked_fill(pruned, 0.0)
+    if held is not None:
+        terms = terms.masked_fill(held, 0.0)
     return 0.5 * terms.sum()
 
 

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from .errors import ModelError
+from .numeric import count, positive, real, whole
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 CropMode = Literal["center", "squash"]
@@ -26,7 +27,9 @@ _FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)"
 # What a saved model may not choose: a download, a path, or what ModelSpec has a field for.
 _RESERVED = {
     **dict.fromkeys(["num_classes", "in_chans", "img_size"], "it is a field of its own"),
-    **dict.fromkeys(["pretrained", "weights", "weights_backbone"], "use pretrained=True"),
+    **dict.fromkeys(
+        ["pretrained", "pretrained_backbone", "weights", "weights_backbone"], "use pretrained=True"
+    ),
     **dict.fromkeys(["checkpoint_path", "cache_dir"], "use weights=FILE"),
     **dict.fromkeys(["pretrained_cfg", "pretrained_cfg_overlay"], "name the tag: resnet50.a1_in1k"),
 }
@@ -61,19 +64,20 @@ class InputConfig:
     crop_mode: CropMode = "center"
 
     def __post_init__(self) -> None:
-        if len(self.size) != 3 or not all(_is_count(side) for side in self.size):
-            raise ModelError(
-                f"size must be (channels, height, width), each at least 1, not {self.size!r}."
-            )
+        expected = "(channels, height, width), each a whole number above 0"
+        if len(self.size) != 3:
+            raise ModelError(f"size must be {expected}, not {self.size!r}.")
+        size = tuple(whole("size", side, expected, kind=ModelError) for side in self.size)
+        object.__setattr__(self, "size", size)
         if not len(self.mean) == len(self.std) == self.size[0]:
             raise ModelError(
                 f"mean and std need one number for each of the {self.size[0]} channels, "
                 f"not {len(self.mean)} and {len(self.std)}."
             )
-        if not all(map(math.isfinite, self.mean)):
-            raise ModelError(f"mean must hold finite numbers, not {self.mean!r}.")
-        if not all(math.isfinite(std) and std > 0 for std in self.std):
-            raise ModelError(f"std must hold finite numbers above 0, not {self.std!r}.")
+        mean = tuple(_each("mean", self.mean, "finite", math.isfinite))
+        object.__setattr__(self, "mean", mean)
+        std = tuple(_each("std", self.std, "finite and above 0", positive))
+        object.__setattr__(self, "std", std)
         if self.interpolation not in get_args(Interpolation):
             raise ModelError(
                 f"interpolation must be one of {get_args(Interpolation)}, "
@@ -83,8 +87,9 @@ class InputConfig:
             raise ModelError(
                 f"crop_mode must be one of {get_args(CropMode)}, not {self.crop_mode!r}."
             )
-        if not 0 < self.crop_pct < math.inf:
-            raise ModelError(f"crop_pct must be a finite number above 0, not {self.crop_pct!r}.")
+        expected = "a finite number above 0"
+        crop_pct = real("crop_pct", self.crop_pct, expected, positive, kind=ModelError)
+        object.__setattr__(self, "crop_pct", crop_pct)
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,8 @@ class ModelSpec:
             )
         for key in ("num_classes", "in_chans", "img_size"):
             value = getattr(self, key)
-            if value is not None and not _is_count(value):
-                raise ModelError(f"{key} must be a whole number above 0, not {value!r}.")
+            if value is not None:
+                object.__setattr__(self, key, count(key, value, kind=ModelError))
         if not isinstance(self.model_args, Mapping):
             raise ModelError(f"model_args must be a dict, not {self.model_args!r}.")
         if self.source != "factory":
@@ -305,8 +310,10 @@ def _per_channel(values: Iterable[float], channels: int) -> tuple[float, ...]:
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _each(
+    what: str, values: Iterable[Any], expected: str, fits: Callable[[float], bool]
+) -> Iterable[float]:
+    return (real(f"each number of {what}", v, expected, fits, kind=ModelError) for v in values)
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -14,11 +13,13 @@ from . import gaussian
 from .errors import ArgumentError
 from .kernels import grouped
 from .kernels.noise import noise
+from .numeric import not_negative, real, whole
 from .posterior import Site, bayesian_sites, full_tensor, gaussian_prior
 from .priors import ScaleMixturePrior
 from .rewriter.trace_context import ACTIVE
 from .rewriter.values import TraceFailure
-from .scope import LOCAL, new_seed
+from .scope import LOCAL, new_seed, open_modes
+from .unconverted import warn_of_unconverted
 
 KLReduction = Literal["num_data", "num_weights", "sum"]
 ScheduleShape = Literal["cosine", "linear", "constant"]
@@ -34,7 +35,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
 
     Gaussian and live priors have a closed form. A scale mixture has none: its term is
     ``log q(w) - log p(w)`` at one draw ``w``, that of the enclosing ``one_draw`` or a fresh one,
-    and its expectation over draws is the KL divergence. Pruned weights are left out.
+    and its expectation over draws is the KL divergence. Pruned and fixed weights are left out.
 
     Args:
         model: A converted model, or a module that holds one.
@@ -110,7 +111,8 @@ def elbo_loss(
     - ``"num_data"``: s = 1/N, for a loss that is the **mean** negative log likelihood per training
       example (``cross_entropy`` as it comes). At ``kl_weight=1`` this is the ELBO over N, and the
       posterior is Bayes'. Take it for supervised training on N labelled examples.
-    - ``"num_weights"``: s = 1/P, P being the number of Bayesian weights: the mean KL of a weight.
+    - ``"num_weights"``: s = 1/P, P being the number of Bayesian weights, fixed ones not counted:
+      the mean KL of a weight.
       For a loss that is no likelihood, such as a self-supervised one, where 1/N would let the noise
       grow until the loss has risen by up to P / 2N (:func:`noise_budget`).
     - ``"sum"``: s = 1, for a loss that is the **sum** over the whole data set.
@@ -124,7 +126,8 @@ def elbo_loss(
         kl_reduction: ``"num_data"``, ``"num_weights"`` or ``"sum"``.
 
     Returns:
-        A scalar on the device of ``loss``.
+        A scalar on the device of ``loss``. A :class:`LostPosteriorWarning` names once what the
+        model was given after its conversion and is not in its KL (:func:`extend_`).
 
     Raises:
         ArgumentError: An argument has a value that cannot work.
@@ -145,6 +148,7 @@ def elbo_loss(
             f"elbo_loss: loss must be a tensor with no dimension, got {given}. Reduce it first: "
             "loss.mean()."
         )
+    warn_of_unconverted(model, once=True)
     factor = _checked_weight(kl_weight) * kl_scale(
         model, num_data=num_data, kl_reduction=kl_reduction
     )
@@ -167,7 +171,7 @@ def kl_scale(
         ArgumentError: An argument has a value that cannot work.
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    weights = _num_weights(model)
+    found = bayesian_sites(model)
     if kl_reduction not in _REDUCTIONS:
         raise ArgumentError(
             f"kl_reduction must be one of {', '.join(map(repr, _REDUCTIONS))}, got "
@@ -179,19 +183,15 @@ def kl_scale(
                 f"kl_reduction={kl_reduction!r} does not use num_data, but num_data={num_data!r} "
                 "was given: leave it out, or take kl_reduction='num_data'."
             )
-        return 1.0 if kl_reduction == "sum" else 1.0 / weights
+        return 1.0 if kl_reduction == "sum" else 1.0 / max(1, sum(s.weights for s in found))
     if num_data is None:
         raise ArgumentError(
             "kl_reduction='num_data' needs num_data, the number of training examples (not of the "
             "batch): num_data=len(train_set). For a loss that is no mean over examples take "
             "kl_reduction='num_weights' or 'sum'."
         )
-    if not _is_integer(num_data) or num_data < 1:
-        raise ArgumentError(
-            "num_data must be a positive integer, the number of training examples (not of the "
-            f"batch), got {num_data!r}."
-        )
-    return 1.0 / num_data
+    expected = "a positive integer, the number of training examples (not of the batch)"
+    return 1.0 / whole("num_data", num_data, expected)
 
 
 def noise_budget(
@@ -231,7 +231,12 @@ def noise_budget(
     1.0
     """
     scale = kl_scale(model, num_data=num_data, kl_reduction=kl_reduction)
-    return 0.5 * _checked_weight(kl_weight) * scale * _num_weights(model)
+    return (
+        0.5
+        * _checked_weight(kl_weight)
+        * scale
+        * sum(site.weights for site in bayesian_sites(model))
+    )
 
 
 @dataclass(frozen=True)
@@ -249,23 +254,21 @@ class KLSchedule:
                 f"kl_schedule: shape must be one of {', '.join(map(repr, _SHAPES))}, got "
                 f"{self.shape!r}."
             )
-        _checked_weight(self.start, "kl_schedule: start")
-        _checked_weight(self.end, "kl_schedule: end")
-        if not _is_integer(self.steps) or self.steps < 1:
-            raise ArgumentError(
-                f"kl_schedule: steps must be a positive integer, got {self.steps!r}."
-            )
+        for name in ("start", "end"):
+            value = _checked_weight(getattr(self, name), f"kl_schedule: {name}")
+            object.__setattr__(self, name, value)
+        steps = whole("kl_schedule: steps", self.steps, "a positive integer")
+        object.__setattr__(self, "steps", steps)
         if self.shape == "constant" and self.start != self.end:
             raise ArgumentError(
                 f"kl_schedule: a constant schedule needs start == end, got {self.start!r} and "
                 f"{self.end!r}. Take 'linear' or 'cosine' to go from one to the other."
             )
 
-    def __call__(self, step: int) -> float:
-        if step < 0:
-            raise ArgumentError(f"kl_schedule: step must not be negative, got {step!r}.")
+    def __call__(self, step: float) -> float:
+        step = real("kl_schedule: step", step, "a number of at least 0", not_negative)
         if step >= self.steps:
-            return float(self.end)
+            return self.end
         done = step / self.steps
         if self.shape == "cosine":
             done = 0.5 * (1.0 - math.cos(math.pi * done))
@@ -303,7 +306,7 @@ def _seed_of(found: list[Site]) -> Tensor:
     if running is not None and running.seed is not None:
         return running.seed
     module = id(found[0].module)
-    for mode in reversed(LOCAL.modes):
+    for mode in reversed(open_modes()):
         if mode.scope is not None and mode.scope.seed is not None and module in mode.modules:
             return mode.scope.seed
     return new_seed()
@@ -321,11 +324,14 @@ def _closed_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
 
 def _closed_term(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> Tensor:
     mean, raw = _shard(site.mean), _shard(_wide(site.raw, site.mean))
-    pruned = None if site.pruned is None else _shard(_beside(site.pruned, site.mean))
-    if pruned is not None:
-        raw = raw.masked_fill(pruned, 0.0)  # at a sigma of 0 its logarithm has no gradient
+    prior_mean, prior_var = map(_shard, prior)
+    held = None if site.held is None else _shard(_beside(site.held, site.mean))
+    if held is not None:
+        raw = raw.masked_fill(held, 0.0)  # at a sigma of 0 its logarithm has no gradient
+        if isinstance(prior_var, Tensor):  # of another model, whose weights may be held as well
+            prior_var = prior_var.masked_fill(held, 1.0)
     logvar = gaussian.logvar_from_raw(raw, site.slot.parameterization)
-    return gaussian.kl_divergence(mean, logvar, *map(_shard, prior), pruned=pruned)
+    return gaussian.kl_divergence(mean, logvar, prior_mean, prior_var, held=held)
 
 
 def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.Hook | None:
@@ -334,7 +340,7 @@ def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.H
     if hook is None:
         return None
     mean, raw = site.tensors
-    if site.slot.has_pruned or not hook.node.may_carry(mean, raw):
+    if not hook.node.may_carry(mean, raw) or hook.node.item.held != site.slot.has_held:
         return None
     if any(isinstance(v, Tensor) and v.dtype != mean.dtype for v in prior):
         return None
@@ -344,15 +350,15 @@ def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.H
 def _drawn_term(site: Site, prior: ScaleMixturePrior, seed: Tensor) -> Tensor:
     full = site.mean
     mean, std = _shard(full), _shard(_wide(site.std, full))
-    pruned = None if site.pruned is None else _shard(_beside(site.pruned, full))
-    if pruned is not None:
-        std = std.masked_fill(pruned, 1.0)
+    held = None if site.held is None else _shard(_beside(site.held, full))
+    if held is not None:
+        std = std.masked_fill(held, 1.0)
     epsilon = _shard(_beside(noise(seed, site.slot.key, full.shape, std.dtype, full.device), full))
     # From the noise itself: (w - mean) / std would lose it where w has been rounded to bfloat16.
     log_q = gaussian.log_density(epsilon, 0.0, 1.0) - torch.log(std)
     value = gaussian.draw(mean.to(std.dtype), std, epsilon)
     terms = log_q - prior.log_density(value)
-    return (terms if pruned is None else terms.masked_fill(pruned, 0.0)).sum()
+    return (terms if held is None else terms.masked_fill(held, 0.0)).sum()
 
 
 def _wide(tensor: Tensor, mean: Tensor) -> Tensor:
@@ -391,21 +397,13 @@ def _beside(value: Tensor | float, mean: Tensor) -> Tensor | float:
         return full_tensor(value)  # FSDP2 leaves the root's parameters whole after a forward
     if hasattr(value, "placements") or value.dim() == 0:
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     # every rank holds the whole value, so that nothing is sent
-    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
-
-
-def _num_weights(model: nn.Module) -> int:
-    return sum(site.mean.numel() for site in bayesian_sites(model))
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    mesh = sharded.device_mesh
+    here: Any = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return here.redistribute(placements=sharded.placements)  # type: ignore[no-any-return]
 
 
 def _checked_weight(value: float, what: str = "kl_weight") -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value < math.inf:
-        raise ArgumentError(f"{what} must be a finite number of at least 0, got {value!r}.")
-    return float(value)
+    return real(what, value, "a finite number of at least 0", not_negative)

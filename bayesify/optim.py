@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import ArgumentError
-from .posterior import Site, bayesian_sites, full_tensor, owner_state, root_mean_square
+from .errors import ArgumentError, SigmaBelowSpacingWarning
+from .fixed import masked
+from .numeric import not_negative, real
+from .own_lists import listed, trained_parameters
+from .posterior import (
+    Site,
+    bayesian_sites,
+    fixed_elements,
+    full_tensor,
+    held_elements,
+    owner_state,
+    root_mean_square,
+)
+from .spacing import Spread, below_spacing
+from .unconverted import warn_of_unconverted
 
 # A sigma above this is no initial value of a network's weight, but what a parameter near 0 gives.
 _WIDE_STD = 0.5
@@ -36,7 +47,8 @@ def param_groups(
 
     Returns:
         Groups called ``means``, ``deterministic`` and ``logvars`` (key ``name``), without empty
-        ones. Every parameter that requires a gradient is in one of them, tied ones once.
+        ones. Of ``model.parameters()`` every one that requires a gradient is in one of them, tied
+        ones once, and beside each mean its log variance, listed there or not.
 
     Raises:
         ArgumentError: A number is out of its range.
@@ -48,16 +60,17 @@ def param_groups(
     >>> [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     [('means', 0.001, 0.0), ('logvars', 0.01, 0.0)]
     """
-    logvar_lr = lr if logvar_lr is None else logvar_lr
-    for name, value in (("lr", lr), ("logvar_lr", logvar_lr), ("weight_decay", weight_decay)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value < math.inf:
-            raise ArgumentError(
-                f"param_groups: {name} must be a finite number of at least 0, got {value!r}."
-            )
+    expected = "a finite number of at least 0"
+    lr = real("param_groups: lr", lr, expected, not_negative)
+    weight_decay = real("param_groups: weight_decay", weight_decay, expected, not_negative)
+    logvar_lr = (
+        lr if logvar_lr is None
+        else real("param_groups: logvar_lr", logvar_lr, expected, not_negative)
+    )  # fmt: skip
     found = bayesian_sites(model)
     means = {id(site.mean) for site in found}
     raws = {id(site.raw) for site in found}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_parameters(model)
     groups = [
         {
             "name": "means",
@@ -87,7 +100,9 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     An error: weight decay or a layer-wise trust ratio (LARS, LAMB) on a log variance, a log
     variance that the optimizer does not hold, NaN or Inf in one. A warning: a posterior so wide
     that its weights are mere noise, which is what an initialisation loop over ``parameters()``
-    leaves behind.
+    leaves behind; weights that a module masks and that are not fixed (:func:`bayesify.fix_`), as
+    where ``padding_idx`` was set after the conversion; a parameter that came after the conversion
+    (:func:`extend_`); a sigma that the bfloat16 or float16 of its tensor cannot hold.
 
     Args:
         model: A converted model, or a module that holds one.
@@ -112,7 +127,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__}."
         )
     found = bayesian_sites(model)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in nn.Module.named_parameters(model)}
     group_of = {id(p): group for group in groups for p in group["params"]}
     raws = {id(site.raw): names.get(id(site.raw), site.name) for site in found}
     held = {key: group_of[key] for key in raws if key in group_of}
@@ -123,38 +138,75 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     problems = []
     if decayed:
         problems.append(
-            f"weight decay on {_listed(decayed)} pulls sigma towards 1: make the optimizer from "
+            f"weight decay on {listed(decayed)} pulls sigma towards 1: make the optimizer from "
             "bayesify.param_groups(model, lr=...)."
         )
     if adapted:
         problems.append(
-            f"always_adapt on {_listed(adapted)} scales their steps with the norm of the log "
+            f"always_adapt on {listed(adapted)} scales their steps with the norm of the log "
             "variance, which means nothing: switch it off for the group of the log variances."
         )
     if missing:
         strange = sum(key not in names for key in group_of)
         problems.append(
-            f"the optimizer does not hold {_listed(missing)}"
+            f"the optimizer does not hold {listed(missing)}"
             + (f", but {strange} parameters that are not the model's" if strange else "")
             + ": make it after to_bbb and from the converted model, with "
             "bayesify.param_groups(model, lr=...). To keep them fixed: .requires_grad_(False)."
         )
     if broken:
         problems.append(
-            f"NaN or Inf in {_listed(broken)}: training has diverged or a file is damaged; load "
+            f"NaN or Inf in {listed(broken)}: training has diverged or a file is damaged; load "
             "or convert the model anew, and lower logvar_lr."
         )
     if problems:
         raise ArgumentError("\n  ".join(["The optimizer does not suit the posterior:", *problems]))
+    warn_of_unconverted(model)
     wide = [raws[id(site.raw)] for site in found if _is_noise(site)]
     if wide:
         warnings.warn(
-            f"The posterior is wider than its weights in {_listed(wide)}: draws are mere noise. "
+            f"The posterior is wider than its weights in {listed(wide)}: draws are mere noise. "
             "Was it initialised by a loop over model.parameters()? Initialise before to_bbb, or "
             "leave out the log variances. (If training has led here, lower kl_weight.)",
             UserWarning,
             stacklevel=2,
         )
+    for note in below_spacing(s for s in map(_spread, found) if s is not None):
+        warnings.warn(note, SigmaBelowSpacingWarning, stacklevel=2)
+    drawn = _drawn_though_masked(model, found)
+    if drawn:
+        warnings.warn(
+            f"The KL alone moves the posterior of {'; '.join(drawn)}: they get no other gradient, "
+            "and are drawn. Fix them with bayesify.fix_(model, {name: mask}).",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _drawn_though_masked(model: nn.Module, found: list[Site]) -> list[str]:
+    """What modules mask of their own Bayesian parameters and nothing has fixed."""
+    rules = masked(model)
+    result = []
+    for site in found:
+        rule = rules.get(id(site.mean))
+        if rule is None or rule.readers:
+            continue
+        if not bool(full_tensor(fixed_elements(site.raw))[rule.index].all()):
+            result.append(f"{site.name}: {rule.what}")
+    return result
+
+
+def _spread(site: Site) -> Spread | None:
+    """Sigma beside the mean of a half precision tensor that is drawn whole."""
+    mean = site.mean
+    if mean.dtype.itemsize >= 4 or site.slot.estimator != "weight":
+        return None
+    with torch.no_grad():
+        std, whole = full_tensor(site.std), full_tensor(mean)
+        if site.slot.has_held:
+            kept = ~held_elements(full_tensor(site.raw))
+            std, whole = std[kept], whole[kept]
+        return Spread(site.name, root_mean_square(std), root_mean_square(whole), mean.dtype)
 
 
 def _is_noise(site: Site) -> bool:
@@ -164,13 +216,8 @@ def _is_noise(site: Site) -> bool:
     if asked is not None and math.exp(0.5 * asked) > _WIDE_STD:
         return False
     with torch.no_grad():
-        std = torch.exp(0.5 * full_tensor(site.logvar).double().mean()).item()
-        rms = root_mean_square(site.mean)
+        logvar, rms = full_tensor(site.logvar).double(), root_mean_square(site.mean)
+        if site.slot.has_held:
+            logvar = logvar[~held_elements(full_tensor(site.raw))]
+        std = torch.exp(0.5 * logvar.mean()).item()
     return std > _WIDE_STD and std > 0.5 * rms
-
-
-def _listed(names: Iterable[str]) -> str:
-    """``3 log variances (a, b, c)``, the names cut off where they are many."""
-    names = list(names)
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} log variance{'s' if len(names) > 1 else ''} ({shown})"

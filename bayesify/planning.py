@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from .absorbed_biases import hints
 from .errors import ArgumentError
+from .fixed import masked
 from .gaussian import Parameterization
+from .numeric import positive, real
 from .posterior import RAW_SUFFIX, Estimator, root_mean_square, sites
 from .priors import GaussianPrior, Prior
 from .rewriter.estimators import may_take
 from .rewriter.owner import methods_to_wrap, original_class
 from .selection import Pattern, assign, parse_patterns, select
+from .spacing import Spread, below_spacing
 from .validation import Found, check_model, obstacle, refuse
 
 Estimators = Estimator | Mapping[Any, Estimator]
@@ -53,10 +56,9 @@ class BBBConfig:
 
     def __post_init__(self) -> None:
         fraction = self.relative_std
-        if fraction is not None and not (math.isfinite(fraction) and fraction > 0):
-            raise ArgumentError(
-                f"BBBConfig: relative_std must be positive and finite, got {self.relative_std!r}."
-            )
+        if fraction is not None:
+            fraction = real("BBBConfig: relative_std", fraction, "positive and finite", positive)
+            object.__setattr__(self, "relative_std", fraction)
         if self.parameterization not in RAW_SUFFIX:
             raise ArgumentError(
                 "BBBConfig: parameterization must be 'exp' or 'softplus', got "
@@ -71,6 +73,7 @@ class PlanRow:
     ``action`` is ``bayes``, ``frozen``, ``integer``, ``complex`` or ``skipped: <pattern>``; ``std``
     the initial standard deviation (None where it has no posterior, or no data: the meta device).
     ``estimator`` is what its layer's code may take; :func:`rungs` says what a call has taken.
+    ``fixed`` of the elements have neither draw nor KL (:func:`bayesify.fix_`).
     """
 
     name: str
@@ -83,6 +86,7 @@ class PlanRow:
     prior: str
     estimator: str
     std: float | None
+    fixed: int = 0
 
     @property
     def bayes(self) -> bool:
@@ -93,13 +97,16 @@ class PlanRow:
 class ConversionPlan:
     """What :func:`to_bbb` will do: one row for each floating-point parameter.
 
-    ``notes`` are of patterns that may not mean what was meant, ``hints`` of the model.
+    ``notes`` are of patterns that may not mean what was meant, ``hints`` of the model; ``fixed``
+    says which elements are fixed, and why; ``spacing`` which sigmas their dtype cannot hold.
     """
 
     model: str
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    spacing: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -108,8 +115,8 @@ class ConversionPlan:
 
     @property
     def bayesian_elements(self) -> int:
-        """Parameters that get a posterior, tied ones once."""
-        return sum(row.elements for row in self.rows if row.bayes)
+        """Parameters that get a posterior, tied ones once, fixed elements not counted."""
+        return sum(row.elements - row.fixed for row in self.rows if row.bayes)
 
     @property
     def share(self) -> float:
@@ -125,6 +132,8 @@ class ConversionPlan:
             "share": self.share,
             "notes": list(self.notes),
             "hints": list(self.hints),
+            "fixed": list(self.fixed),
+            "spacing": list(self.spacing),
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -139,7 +148,7 @@ class ConversionPlan:
             f"{self.model}: {self.bayesian_elements:,} of {self.elements:,} parameters "
             f"({100 * self.share:.2f} %) get a posterior"
         )
-        return "\n".join([*lines, *self.notes, *self.hints])
+        return "\n".join([*lines, *self.fixed, *self.notes, *self.hints, *self.spacing])
 
 
 @dataclass(frozen=True)
@@ -163,12 +172,10 @@ class Conversion:
                 "prior must be a GaussianPrior, ScaleMixturePrior or LivePrior, got "
                 f"{self.prior!r}."
             )
-        if self.logvar is not None and not (
-            isinstance(self.logvar, int | float) and math.isfinite(self.logvar)
-        ):
-            raise ArgumentError(
-                f"logvar must be a finite number (log of the variance), got {self.logvar!r}."
-            )
+        if self.logvar is not None:
+            expected = "a finite number (log of the variance)"
+            logvar = real("logvar", self.logvar, expected, math.isfinite)
+            object.__setattr__(self, "logvar", logvar)
         for _, estimator in self.estimators:
             if estimator not in get_args(Estimator):
                 raise ArgumentError(
@@ -257,12 +264,12 @@ def _shape(parameter: Tensor) -> tuple[int, ...]:
     return (0,) if lazy else tuple(parameter.shape)
 
 
-def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[Found]]:
+def classify(model: nn.Module, spec: Conversion) -> tuple[list[Found], tuple[str, ...]]:
+    """Every parameter of a model, trained spreads left out, with its action; notes on patterns."""
     selection = select(
         model, skip=spec.skip, only=spec.only, preset=spec.preset, strict=spec.config.strict
     )
     raws = {id(site.raw) for site in sites(model)}
-    means = {id(site.mean) for site in sites(model)}
     found = []
     for item in _parameters(model):
         if id(item.parameter) in raws:
@@ -274,15 +281,28 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
         elif not item.parameter.requires_grad and not spec.config.include_frozen:
             item.action = "frozen"
         found.append(item)
+    return found, selection.notes
+
+
+def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[Found]]:
+    """The plan, and of what it converts that which has no posterior yet."""
+    found, notes = classify(model, spec)
+    means = {id(site.mean) for site in sites(model)}
     bayes = [item for item in found if item.action == "bayes"]
+    told_fixed = []
+    rules = masked(model)
     for item in bayes:
         item.rms = _rms(item.parameter)
+        rule = rules.get(id(item.parameter))
+        if rule is not None:
+            told_fixed.append(rule.sentence(item.name))
+            item.fixed = None if rule.readers else rule
     chosen = [item for item in bayes if id(item.parameter) not in means]
     refuse(model, chosen, RAW_SUFFIX[spec.config.parameterization], bool(spec.skip))
     scales = {id(item.parameter): item.rms for item in bayes}
     for item in bayes:
         item.std = _initial_std(item, spec, len(bayes), scales)
-    notes = selection.notes + _choose_estimators(model, bayes, spec)
+    notes += _choose_estimators(model, bayes, spec)
     rows = [
         PlanRow(
             name=item.name,
@@ -295,11 +315,20 @@ def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[
             prior=str(spec.prior) if item.action == "bayes" else "",
             estimator=item.estimator if item.action == "bayes" else "",
             std=item.std,
+            fixed=0 if item.fixed is None else item.fixed.elements,
         )
         for item in found
     ]
     told = hints(model, {name for item in bayes for name, _, _ in item.places})
-    return ConversionPlan(type(model).__name__, tuple(rows), notes, told), chosen
+    spreads = [
+        Spread(item.name, item.std, item.rms, item.parameter.dtype)
+        for item in bayes
+        if item.estimator == "weight" and item.std is not None and item.rms is not None
+    ]
+    planned = ConversionPlan(
+        type(model).__name__, tuple(rows), notes, told, tuple(told_fixed), below_spacing(spreads)
+    )
+    return planned, chosen
 
 
 def specify(

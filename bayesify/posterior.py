@@ -24,9 +24,14 @@ STATE = "_bayesify"
 RAW_SUFFIX: dict[str, str] = {"exp": "_logvar", "softplus": "_rho"}
 PRIOR_MEAN_SUFFIX = "_prior_mean"
 PRUNED_RAW = -4096.0
-"""Trained spread of a pruned weight: its sigma is 0 also in float64, by exp and by softplus.
+"""Trained spread of a pruned weight, far enough below ``HELD`` for an optimizer to move it.
 
 It is finite, for what looks for NaN and infinity, and exact in bfloat16.
+"""
+FIXED_RAW = -(2.0**30)
+"""Trained spread of a fixed weight: its sigma is 0 as well, and its mean stays what it is.
+
+So far below :data:`PRUNED_RAW` that weight decay does not make it a pruned one.
 """
 _uids = itertools.count()
 
@@ -39,15 +44,14 @@ class Slot:
     may replace them.
     """
 
-    has_pruned = False
     __slots__ = (
-        "buffers", "drawn", "estimator", "key", "name", "parameterization", "prior", "prior_scale",
-        "uid",
+        "buffers", "drawn", "estimator", "has_held", "key", "name", "parameterization", "prior",
+        "prior_scale", "uid",
     )  # fmt: skip
 
     def __init__(
         self, name: str, prior: Prior, parameterization: Parameterization,
-        prior_scale: float = 1.0, estimator: Estimator = "weight",
+        prior_scale: float = 1.0, estimator: Estimator = "weight", has_held: bool = False,
     ) -> None:  # fmt: skip
         self.uid = next(_uids)
         self.name = name
@@ -56,13 +60,17 @@ class Slot:
         self.prior_scale = prior_scale
         self.parameterization = parameterization
         self.estimator = estimator
+        self.has_held = has_held  # whether weights may be pruned or fixed
         self.buffers = Buffers()
         self.drawn: Hook | None = None  # the last draw that had a gradient
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """The arguments that make such a slot anew."""
-        return self.name, self.prior, self.parameterization, self.prior_scale, self.estimator
+        return (
+            self.name, self.prior, self.parameterization, self.prior_scale, self.estimator,
+            self.has_held,
+        )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy is another parameter: it must not share a draw with this one
@@ -73,6 +81,8 @@ class Slot:
 class OwnerState:
     """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``.
 
+    ``plain`` names the parameters that a conversion left without a posterior, in the module and
+    below it as far as there is no other converted module; ``told`` is what a warning has named.
     ``seldom`` are the slots that a call of the module left unread, ``lowered`` the dtypes of those
     that it read in autocast's alone, both by method and grad mode. ``variants`` are by method and
     number: of a dict, torch.compile guards on the entries that it read, of a list on the length.
@@ -83,15 +93,17 @@ class OwnerState:
     variants: dict[str, dict[int, Any]] = field(default_factory=dict)
     strict: bool = False
     spec: Any = None
-    extend: Callable[[nn.Module], None] | None = None
+    extend: Callable[[nn.Module], object] | None = None
+    plain: frozenset[str] = frozenset()
+    told: frozenset[tuple[str, bool]] = frozenset()
     seldom: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     lowered: dict[tuple[str, int], dict[int, torch.dtype]] = field(default_factory=dict)
     handle: int = field(default_factory=lambda: next(_uids))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # variants are code generated for this instance: a copy makes its own, and its own handle
-        kept = {k: getattr(self, k) for k in ("slots", "methods", "strict", "spec", "extend")}
-        return _restore_state, (kept,)
+        kept = ("slots", "methods", "strict", "spec", "extend", "plain")
+        return _restore_state, ({k: getattr(self, k) for k in kept},)
 
 
 def _restore_state(kept: dict[str, Any]) -> OwnerState:
@@ -128,14 +140,32 @@ class Site(NamedTuple):
         return gaussian.logvar_from_raw(self.raw, self.slot.parameterization)
 
     @property
-    def pruned(self) -> Tensor | None:
-        """Which weights are pruned; None if none is."""
-        return pruned_elements(self.raw) if self.slot.has_pruned else None
+    def held(self) -> Tensor | None:
+        """Which weights have no spread and no KL: pruned and fixed ones; None if none has."""
+        return held_elements(self.raw) if self.slot.has_held else None
+
+    @property
+    def weights(self) -> int:
+        """Weights with a posterior: all but the fixed ones."""
+        count = self.mean.numel()
+        if self.slot.has_held:
+            count -= int(full_tensor(fixed_elements(self.raw).sum()))
+        return count
+
+
+def held_elements(raw: Tensor) -> Tensor:
+    """Which weights are pruned or fixed, from their trained spread."""
+    return raw.detach() < gaussian.HELD
+
+
+def fixed_elements(raw: Tensor) -> Tensor:
+    """Which weights are fixed at their means, from their trained spread."""
+    return raw.detach() <= FIXED_RAW / 2
 
 
 def pruned_elements(raw: Tensor) -> Tensor:
     """Which weights are pruned, from their trained spread."""
-    return raw.detach() <= PRUNED_RAW / 2  # an optimizer may have moved it since
+    return held_elements(raw) & ~fixed_elements(raw)
 
 
 class Posterior(NamedTuple):
@@ -175,9 +205,20 @@ def tensors_of(module: nn.Module, attribute: str, slot: Slot) -> tuple[nn.Parame
             )
         raise UnsupportedModuleError(
             f"{slot.name} was Bayesian, but {what}. Change, wrap or prune a layer before the "
-            "conversion, or go back with to_deterministic(model) first."
+            "conversion, or go back with to_deterministic(model) first; or give what is there now "
+            "a posterior: bayesify.extend_(model)."
         )
     return mean, raw
+
+
+def posterior_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Means and trained spreads of one module itself, by their names in it."""
+    state = owner_state(module)
+    found: dict[str, nn.Parameter] = {}
+    for attribute, slot in state.slots.items() if state is not None else ():
+        mean, raw = tensors_of(module, attribute, slot)
+        found |= {attribute: mean, raw_name(attribute, slot): raw}
+    return found
 
 
 def owner_state(module: nn.Module) -> OwnerState | None:
@@ -225,7 +266,7 @@ def bayesian_sites(model: nn.Module) -> list[Site]:
             raise UnsupportedModuleError(
                 f"{names[id(mean)]!r} and {site.name!r} are one tied parameter with two "
                 "posteriors. Tie weights before the conversion, and convert the whole model at "
-                "once, not its parts one by one."
+                "once, not its parts one by one; or let bayesify.extend_(model) keep the first."
             )
     return found
 
@@ -255,22 +296,32 @@ def posterior_stats(model: nn.Module) -> dict[str, dict[str, float]]:
     """Per tensor: ``elements``, mean and max of sigma and of the signal-to-noise ratio.
 
     Returns:
-        ``{name: {"elements", "mean_std", "max_std", "mean_snr", "max_snr"}}``, the ratio being
-        ``|mean| / std`` (Blundell et al., 2015, section 5).
+        ``{name: {"elements", "fixed", "mean_std", "max_std", "mean_snr", "max_snr"}}``, the ratio
+        being ``|mean| / std`` (Blundell et al., 2015, section 5). The fixed weights
+        (:func:`bayesify.fix_`), which have no sigma, count in ``elements`` and ``fixed`` alone.
     """
     stats: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for site in sites(model):
-            stats[site.name] = tensor_stats(site.mean, site.std)
+            stats[site.name] = tensor_stats(site.mean, site.raw, site.slot.parameterization)
     return stats
 
 
-def tensor_stats(mean: Tensor, std: Tensor) -> dict[str, float]:
+def tensor_stats(mean: Tensor, raw: Tensor, parameterization: Parameterization) -> dict[str, float]:
     """What :func:`posterior_stats` says of one tensor."""
-    mean, std = full_tensor(mean), full_tensor(std).float()
-    snr = gaussian.signal_to_noise(mean.float(), std)
+    mean, raw = full_tensor(mean.detach()).float(), full_tensor(raw.detach()).float()
+    elements = mean.numel()
+    fixed = fixed_elements(raw)
+    count = int(fixed.sum())
+    if count == elements:
+        mean, raw = mean.new_zeros(1), raw.new_full((1,), FIXED_RAW)
+    elif count:
+        mean, raw = mean[~fixed], raw[~fixed]
+    std = gaussian.std_from_raw(raw, parameterization)
+    snr = gaussian.signal_to_noise(mean, std)
     return {
-        "elements": mean.numel(),
+        "elements": elements,
+        "fixed": count,
         "mean_std": std.mean().item(),
         "max_std": std.max().item(),
         "mean_snr": snr.mean().item(),

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from . import gaussian
-from .errors import ArgumentError
+from .numeric import positive, real
 
-
-def _positive(what: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise ArgumentError(f"{what} must be a positive finite number, got {value!r}.")
+_POSITIVE = "a positive finite number"
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,12 @@ class GaussianPrior:
     relative: bool = False
 
     def __post_init__(self) -> None:
-        _positive("GaussianPrior: std", self.std)
-        if self.mean != "initial" and not (
-            isinstance(self.mean, int | float) and math.isfinite(self.mean)
-        ):
-            raise ArgumentError(
-                f"GaussianPrior: mean must be a finite number or 'initial', got {self.mean!r}."
-            )
+        std = real("GaussianPrior: std", self.std, _POSITIVE, positive)
+        object.__setattr__(self, "std", std)
+        if not isinstance(self.mean, str) or self.mean != "initial":
+            expected = "a finite number or 'initial'"
+            mean = real("GaussianPrior: mean", self.mean, expected, math.isfinite)
+            object.__setattr__(self, "mean", mean)
 
     @property
     def needs_initial(self) -> bool:
@@ -80,10 +76,11 @@ class ScaleMixturePrior:
     std2: float = math.exp(-6.0)
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.pi < 1.0:
-            raise ArgumentError(f"ScaleMixturePrior: pi must be in (0, 1), got {self.pi!r}.")
-        _positive("ScaleMixturePrior: std1", self.std1)
-        _positive("ScaleMixturePrior: std2", self.std2)
+        pi = real("ScaleMixturePrior: pi", self.pi, "in (0, 1)", lambda value: 0.0 < value < 1.0)
+        object.__setattr__(self, "pi", pi)
+        for name in ("std1", "std2"):
+            std = real(f"ScaleMixturePrior: {name}", getattr(self, name), _POSITIVE, positive)
+            object.__setattr__(self, name, std)
 
     def log_density(self, value: Tensor) -> Tensor:
         """Elementwise log density in nats."""

@@ -270,7 +270,7 @@ class _View:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = {
             name: id(parameter)
-            for name, parameter in model.named_parameters(remove_duplicate=False)
+            for name, parameter in nn.Module.named_parameters(model, remove_duplicate=False)
             if parameter.is_floating_point()
         }
         self.all = set(self.parameters.values())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, UnsupportedModuleError
+from .fixed import Masked
 from .posterior import PRIOR_MEAN_SUFFIX, Estimator
 from .rewriter.owner import generated_class, original_class
 
@@ -27,6 +28,7 @@ class Found:
     estimator: Estimator = "weight"
     rms: float | None = None
     std: float | None = None
+    fixed: Masked | None = None
 
     @property
     def name(self) -> str:
@@ -49,10 +51,28 @@ def check_model(model: Any) -> None:
             "The model is already compiled. Convert first: torch.compile(to_bbb(model)); the "
             "original is model._orig_mod."
         )
-    if next(model.parameters(), None) is None:
+    wrapper = _parallel(model)
+    if wrapper is not None:
+        raise UnsupportedModuleError(f"The model is inside {wrapper}: give model.module.")
+    if next(nn.Module.named_parameters(model), None) is None:
         raise UnsupportedModuleError(
             f"{type(model).__name__} has no parameter, so there is nothing to convert."
         )
+
+
+def _parallel(module: nn.Module) -> str | None:
+    """What forbids a conversion inside a wrapper for several devices, and what to do instead."""
+    if isinstance(module, nn.DataParallel):
+        return (
+            "nn.DataParallel, which is not supported. Convert the model in it and use "
+            "DistributedDataParallel or FSDP2 (fully_shard)"
+        )
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return (
+            "DistributedDataParallel, which would not average the gradients of the log variances. "
+            "Convert the model in it, and wrap what comes out"
+        )
+    return None
 
 
 def obstacle(parameter: Tensor) -> str | None:
@@ -106,6 +126,9 @@ def _closed(name: str, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
             return [(what, path)]
         if "_orig_mod" in module._modules:
             return [(f"{name} belongs to {path!r}, which is compiled: convert before", path)]
+        wrapper = _parallel(module)
+        if wrapper is not None:
+            return [(f"{name} belongs to {path!r}, which is {wrapper}", path)]
         kind = original_class(type(module))
         try:
             generated_class(kind, frozenset(), False)

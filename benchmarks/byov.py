@@ -26,7 +26,7 @@ from provenance import machine, provenance
 
 from bayesify.storage import replacing
 from recipes.byov.config import PRESETS, RunConfig
-from recipes.byov.parallel import World
+from recipes.byov.runtime.distributed import World
 from recipes.byov.step import Stepper
 
 RESULTS = Path(__file__).parent / "results"

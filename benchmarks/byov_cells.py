@@ -17,24 +17,26 @@ from typing import Any
 import torch
 from provenance import machine, provenance
 
-from recipes.byov.cards import Card, card_of
 from recipes.byov.config import PRESETS, UNSEEN_SHIFTS, BYOVConfig, RunConfig
-from recipes.byov.doubt import DoubtSettings
-from recipes.byov.evaluate import EvalSettings, evaluate
-from recipes.byov.figures import measure
-from recipes.byov.health import collapse_alarms
-from recipes.byov.iterative import IterativeSettings
-from recipes.byov.pruning import SCOPES, Scope
-from recipes.byov.runs import open_run, write_json
-from recipes.byov.strangers import open_strangers, strangers
-from recipes.byov.train import Watcher, train
+from recipes.byov.evaluation.evaluate import evaluate
+from recipes.byov.evaluation.ood import ood_detection, open_ood
+from recipes.byov.evaluation.protocol import EvalSettings
+from recipes.byov.evaluation.pruning import SCOPES, Scope
+from recipes.byov.evaluation.runs import open_run, write_json
+from recipes.byov.evaluation.uncertainty import UncertaintySettings
+from recipes.byov.paper.figures import measure
+from recipes.byov.paper.iterative import IterativeSettings
+from recipes.byov.paper.results import RunRecord, record_of
+from recipes.byov.runtime.monitors import collapse_alarms
+from recipes.byov.train import train
+from recipes.byov.train_log import Watcher
 
 RESULTS = Path(__file__).parent / "results" / "byov"
 BYOL = {"conversion": "none"}
 _DECAY = 0.05  # of BYOL, as ViT recipes have it
 _STEPS_KEPT = 200
 _LAYERS_KEPT = ("core", "beta", "unseen shifts")  # groups
-_MEET_STRANGERS = ("core", "unseen shifts")  # groups
+_OOD_GROUPS = ("core", "unseen shifts")  # groups
 _EVERYTHING = ("eval", "prune", "iterative", "spread", "corrupted", "draws", "latents", "gradients")
 
 
@@ -148,7 +150,7 @@ class Scale:
         config: What every cell starts from.
         run: Where and how.
         head: Of classifiers and averages.
-        doubt: Of the other measurements.
+        uncertainty: Of the other measurements.
         scopes: Of pruning.
         changes: Of single cells, where the scale needs others than the grid has.
         rounds: Of pruning in rounds.
@@ -159,7 +161,7 @@ class Scale:
     config: BYOVConfig
     run: RunConfig
     head: EvalSettings
-    doubt: DoubtSettings
+    uncertainty: UncertaintySettings
     scopes: tuple[Scope, ...] = SCOPES
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     rounds: IterativeSettings = field(default_factory=IterativeSettings)
@@ -174,11 +176,15 @@ SCALES = {
         "and 64 dimensions, 12 epochs; the log variances learn 15 times as fast as the means, so "
         "that the posterior moves. ResNet-18 has an eighth of its width. BYOL's ablations and the "
         "cells of augmentation have three seeds, byov-zero, on which most claims rest, ten, all "
-        "others six.",
+        "others six. BYOV's results of ResNet-18, of the commits `591dc6b346`, `f96c2f82d7` and "
+        "`b57c5e9d26`, were measured with BatchNorm's statistics of images as they are. They are "
+        "gathered from views as in training since, as BYOL's are: without the files "
+        "`byov-zero-resnet18-s*.json`, `cifar10_byov.py --scale cpu --only byov-zero-resnet18 "
+        "--seeds 6 --minutes 180 --jobs 2` measures them anew, in 45 minutes of two free cores.",
         replace(_DEMO.config, epochs=12, logvar_lr_ratio=15.0),
         replace(_DEMO.run, **_QUIET, checkpoint_every=3),
         EvalSettings(num_samples=30),
-        DoubtSettings(spread_draws=100, pool=500, latent_draws=50, images=300,
+        UncertaintySettings(spread_draws=100, pool=500, latent_draws=50, images=300,
                       shifted=("salt and pepper",)),
         changes={name: {"encoder_args": {"channels": [8, 16, 32, 64]}} for name in _RESNETS},
         rounds=IterativeSettings(epochs=0.25, sparsities=(0.9,)),
@@ -190,7 +196,7 @@ SCALES = {
         _CIFAR.config,
         replace(_CIFAR.run, **_QUIET, checkpoint_every=5),
         EvalSettings(num_samples=30),
-        DoubtSettings(spread_draws=1000, pool=500, latent_draws=50, images=2000),
+        UncertaintySettings(spread_draws=1000, pool=500, latent_draws=50, images=2000),
         changes={
             name: {
                 key: getattr(PRESETS["cifar10-resnet18"].config, key)
@@ -244,7 +250,7 @@ def run_cell(
     device: str | None = None,
     ood: Sequence[str] = (),
     first: bool = True,
-    told: Callable[[str], None] = print,
+    on_progress: Callable[[str], None] = print,
 ) -> bool:
     """Train, or go on with, a cell, measure it and write its result.
 
@@ -255,9 +261,9 @@ def run_cell(
         work: Folder of checkpoints, one folder a cell.
         data: In place of the scale's.
         device: In place of the scale's.
-        ood: Data sets of strangers, for the cells of the core and those without unseen shifts.
+        ood: OOD data sets, for the cells of the core and those without unseen shifts.
         first: Whether this process is the one of several that measures.
-        told: Gets a line now and then.
+        on_progress: Gets a line now and then.
 
     Returns:
         Whether it is finished; False if training was interrupted, to go on another time.
@@ -271,8 +277,8 @@ def run_cell(
     spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0
     if not (folder / "student.safetensors").exists():
         started = time.perf_counter()
-        told(f"{cell.name}, seed {seed}: training")
-        outcome = train(config, run, resume=True, watcher=Watcher(say=told))
+        on_progress(f"{cell.name}, seed {seed}: training")
+        outcome = train(config, run, resume=True, watcher=Watcher(log=on_progress))
         if first:
             spent += time.perf_counter() - started
             write_json(clock, {"train": spent})
@@ -284,16 +290,16 @@ def run_cell(
     opened = open_run(folder, data=run.data, device=run.device, workers=run.workers)
 
     def said(line: str) -> None:
-        told(f"{cell.name}, seed {seed}: {line}")
+        on_progress(f"{cell.name}, seed {seed}: {line}")
 
     measure(
-        opened, cell.needs, head=scale.head, doubt=scale.doubt, scopes=scale.scopes,
-        rounds=scale.rounds, told=said,
+        opened, cell.needs, head=scale.head, uncertainty=scale.uncertainty, scopes=scale.scopes,
+        rounds=scale.rounds, on_progress=said,
     )  # fmt: skip
     if "eval" in cell.needs:
         evaluate(opened, "knn", scale.head)
-    if ood and cell.group in _MEET_STRANGERS:
-        strangers(opened, [open_strangers(opened, name) for name in ood], scale.head)
+    if ood and cell.group in _OOD_GROUPS:
+        ood_detection(opened, [open_ood(opened, name) for name in ood], scale.head)
     results = {
         path.stem: json.loads(path.read_text("utf-8"))
         for path in sorted((folder / "results").glob("*.json"))
@@ -308,7 +314,7 @@ def run_cell(
             "seed": seed,
             "facts": opened.facts(),
             "collapse": collapse(opened.log),
-            "log": list(thinned(opened.log, layers=cell.group in _LAYERS_KEPT)),
+            "log": list(subsample(opened.log, layers=cell.group in _LAYERS_KEPT)),
             "results": results,
             "seconds": {"train": spent, "measure": time.perf_counter() - started},
             "machine": {**machine(), "device": opened.facts()["device"],
@@ -319,7 +325,7 @@ def run_cell(
     return True
 
 
-def thinned(log: list[dict[str, Any]], *, layers: bool) -> Iterator[dict[str, Any]]:
+def subsample(log: list[dict[str, Any]], *, layers: bool) -> Iterator[dict[str, Any]]:
     """What figures 3 and 6 and the curves of the loss need of a log."""
     steps = [line for line in log if line["kind"] == "step"]
     stride = max(1, len(steps) // _STEPS_KEPT)
@@ -341,10 +347,10 @@ def collapse(log: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"std": std, "effective_rank": rank, "alarms": collapse_alarms(std=std, rank=rank)}
 
 
-def cards_of(scale: Scale) -> list[tuple[dict[str, Any], Card]]:
-    """Every result of a scale, and the card of it."""
+def records_of(scale: Scale) -> list[tuple[dict[str, Any], RunRecord]]:
+    """Every result of a scale, and the record of it."""
     found = []
     for path in sorted((RESULTS / scale.name).glob("*.json")):
         value = json.loads(path.read_text("utf-8"))
-        found.append((value, card_of(value["facts"], value["log"], value["results"])))
+        found.append((value, record_of(value["facts"], value["log"], value["results"])))
     return found

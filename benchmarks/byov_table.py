@@ -10,16 +10,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from byov_cells import CELLS, RESULTS, SCALES, Scale, cards_of
+from byov_cells import CELLS, RESULTS, SCALES, Scale, records_of
 
 from bayesify.storage import replacing
-from recipes.byov.assemble import app_c, correlations, fig7, overview
-from recipes.byov.cards import ENOUGH, Card, Estimate, distinct, estimate
-from recipes.byov.claims import by_beta, comparison
 from recipes.byov.config import UNSEEN_SHIFTS
-from recipes.byov.evaluate import MEANS
-from recipes.byov.figures import FIGURES, publish
-from recipes.byov.page import (
+from recipes.byov.evaluation.protocol import MEANS
+from recipes.byov.paper.claims import by_beta, comparison
+from recipes.byov.paper.figures import FIGURES, publish
+from recipes.byov.paper.page import (
     APP_C,
     METRICS,
     NOT_RUN,
@@ -33,6 +31,8 @@ from recipes.byov.page import (
     rises,
     width,
 )
+from recipes.byov.paper.results import ENOUGH, Estimate, RunRecord, distinct, estimate
+from recipes.byov.paper.tables import app_c, correlations, fig7, overview
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "byov.md"
@@ -40,11 +40,11 @@ IMAGES = ROOT / "docs" / "images" / "byov"
 OTHERS = {
     "imagenette": Scale(
         "imagenette", "Imagenette: real photographs of ten of ImageNet's classes.",
-        SCALES["gpu"].config, SCALES["gpu"].run, SCALES["gpu"].head, SCALES["gpu"].doubt,
+        SCALES["gpu"].config, SCALES["gpu"].run, SCALES["gpu"].head, SCALES["gpu"].uncertainty,
     ),
     "imagenet": Scale(
         "imagenet", "ImageNet-1k, ViT-B/16: the paper's scale.",
-        SCALES["gpu"].config, SCALES["gpu"].run, SCALES["gpu"].head, SCALES["gpu"].doubt,
+        SCALES["gpu"].config, SCALES["gpu"].run, SCALES["gpu"].head, SCALES["gpu"].uncertainty,
     ),
 }  # fmt: skip
 TRAINED = (
@@ -71,7 +71,7 @@ _COMMANDS = (
     ("the same grid on a CPU",
      "python benchmarks/cifar10_byov.py --scale cpu --minutes 60 --jobs 2"),
     ("what is missing", "python benchmarks/cifar10_byov.py --list"),
-    ("Imagenette: BYOL, BYOV and the supervised twin, 300 epochs",
+    ("Imagenette: BYOL, BYOV and the supervised baseline, 300 epochs",
      "python benchmarks/imagenet_byov.py --data imagenette --path FOLDER"),
     ("the same, shortened, as below",
      "python benchmarks/imagenet_byov.py --data imagenette --path imagenette96.safetensors "
@@ -90,10 +90,10 @@ TRIED = (
     "of the posterior), weaker noise (variance under noise), other starts and forms of sigma "
     "(appendix C), other estimators and strengths of augmentation (cells)."
 )
-STRANGERS = (
+OOD = (
     "Images of other data sets, sized and coloured as the run's, told from its test images by a "
-    "score of doubt. In percent. Chance is 50 for AUROC and 95 for FPR95, the share of test images "
-    "that is flagged where 95 % of the strangers are."
+    "score of uncertainty. In percent. Chance is 50 for AUROC and 95 for FPR95, the share of test "
+    "images that is flagged where 95 % of the OOD images are."
 )
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     parts = [_INTRO.format(enough=ENOUGH), *table(("what", "command"), rows)]
     parts.append("\nWith `PYTHONPATH=.` before `python` and `torchrun`.\n")
     parts.append("## In short\n")
-    scales = [(scale, cards_of(scale)) for scale in (*SCALES.values(), *OTHERS.values())]
+    scales = [(scale, records_of(scale)) for scale in (*SCALES.values(), *OTHERS.values())]
     parts += [f"- {scale.name}: {_short(found)}" for scale, found in scales]
     parts.append("")
     for scale, found in scales:
@@ -113,14 +113,16 @@ def main() -> None:
     print(f"{PAGE.relative_to(ROOT)} of {len(list(RESULTS.rglob('*.json')))} results")
 
 
-def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
+def part(scale: Scale, found: Sequence[tuple[dict[str, Any], RunRecord]]) -> str:
     """One scale: hardware, claims, tables, figures, what did not reproduce, what was not run."""
-    cards = distinct(card for _, card in found)  # an ablation can be what the scale has anyway
+    records = distinct(
+        record for _, record in found
+    )  # an ablation can be what the scale has anyway
     folder = IMAGES / scale.name
     folder.mkdir(parents=True, exist_ok=True)
-    publish(cards, folder, told=lambda line: None)
+    publish(records, folder, on_progress=lambda line: None)
     (folder / "index.html").unlink()  # the page is this one
-    claims = comparison(cards)
+    claims = comparison(records)
     machines = sorted({_machine(value) for value, _ in found})
     lines = [
         f"## Scale: {scale.name}", "", scale.about, "",
@@ -136,23 +138,23 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
         "", "### What did not reproduce", "", *_failures(claims),
         "", "### The width of the posterior", "",
         "BYOV, N(0, I), by its final beta. Pruning: SNR over magnitude in points, from 50 to 90 % "
-        "sparsity. Figure 1b: rank correlation of the predictive std with the supervised twin's. "
+        "sparsity. Figure 1b: rank correlation of the predictive std with the supervised one's. "
         f"Rise: of the variance behind the encoder from no noise to the most, as a share. {SHIFTS}",
-        "", *table(WIDTH, width(by_beta(cards) or {"rows": []})),
+        "", *table(WIDTH, width(by_beta(records) or {"rows": []})),
         "", "### Variance under noise", "",
         "Figure 7, vectors of unit length: means over the images, relative to those without noise. "
         "Figure 4's Gaussian noise goes up to a std of 0.26; at 1 most pixels are black or white.",
-        "", *_variances(cards),
+        "", *_variances(records),
         "", "### Metrics", "", "In percent, NLL in nats.", "",
         *table(
             ("run", "prediction", "n", *(title for _, title in METRICS)),
             ((r["run"], r["prediction"], r["top1"].n, *(number(r[k]) for k, _ in METRICS))
-             for r in overview(cards)),
+             for r in overview(records)),
         ),
         "", "### Appendix C", "", "One change undone at a time. A spike is a gradient of more than "
-        "three times the run's median norm.", "", *table(APP_C, appendix_c(app_c(cards))),
+        "three times the run's median norm.", "", *table(APP_C, appendix_c(app_c(records))),
         "", "### Cells", "", *_cells(found, scale.name in SCALES), "",
-        "### Strangers", "", STRANGERS, "", *_strangers(found), "", "### Figures", "",
+        "### Out-of-distribution images", "", OOD, "", *_ood(found), "", "### Figures", "",
     ]  # fmt: skip
     for figure in FIGURES:
         image = folder / f"{figure.name}.png"
@@ -163,11 +165,11 @@ def part(scale: Scale, found: Sequence[tuple[dict[str, Any], Card]]) -> str:
     return "\n".join(lines)
 
 
-def _short(found: Sequence[tuple[dict[str, Any], Card]]) -> str:
+def _short(found: Sequence[tuple[dict[str, Any], RunRecord]]) -> str:
     """What agrees and what does not, of all claims."""
     if not found:
         return "not run."
-    claims = comparison(distinct(card for _, card in found))
+    claims = comparison(distinct(record for _, record in found))
     by_verdict: dict[str, list[str]] = {}
     for claim in claims:
         text = f"{claim['claim']} ({claim['where']})"
@@ -181,7 +183,7 @@ def _short(found: Sequence[tuple[dict[str, Any], Card]]) -> str:
     return " ".join(f"**{text.replace(':', '**:', 1)}" for text in told)
 
 
-def _hours(found: Sequence[tuple[dict[str, Any], Card]]) -> str:
+def _hours(found: Sequence[tuple[dict[str, Any], RunRecord]]) -> str:
     """What all of it took, run by run."""
     train, after = (sum(v["seconds"][k] for v, _ in found) / 3600 for k in ("train", "measure"))
     return f"Trained for {train:.1f} hours and measured for {after:.1f}, one run after the other."
@@ -209,32 +211,32 @@ def _failures(claims: Sequence[dict[str, Any]]) -> list[str]:
     return [*lines, "", TRIED]
 
 
-def _trained(found: Sequence[tuple[dict[str, Any], Card]]) -> list[tuple[Any, ...]]:
+def _trained(found: Sequence[tuple[dict[str, Any], RunRecord]]) -> list[tuple[Any, ...]]:
     """What was trained and for how long, the most frequent first."""
     ways: Counter[tuple[Any, ...]] = Counter()
-    for _, card in found:
-        config = card.config
+    for _, record in found:
+        config = record.config
         changed = ", ".join(f"{name}={value}" for name, value in config.encoder_args.items())
         ways[
             f"{config.encoder} ({changed})" if changed else config.encoder,
-            config.image_size, config.batch_size, config.epochs, f"{card.facts['steps']:,}",
+            config.image_size, config.batch_size, config.epochs, f"{record.facts['steps']:,}",
             f"{config.logvar_lr_ratio:g}",
         ] += 1  # fmt: skip
     return [(*way, count) for way, count in ways.most_common()]
 
 
-def _cells(found: Sequence[tuple[dict[str, Any], Card]], grid: bool) -> list[str]:
+def _cells(found: Sequence[tuple[dict[str, Any], RunRecord]], grid: bool) -> list[str]:
     """Every cell of the grid, or those that were run: seeds, top-1, health, the source's words."""
     rows = []
     for cell in CELLS:
         mine = [(v, c) for v, c in found if v["cell"] == cell.name]
         if not mine and not grid:
             continue
-        top1 = estimate(_top1(card) for _, card in mine)
+        top1 = estimate(_top1(record) for _, record in mine)
         spread = estimate(c.facts["logvar_spread"] for _, c in mine)
         embedding = estimate((v["collapse"] or {}).get("std") for v, _ in mine)
         alarms = sum(bool((v["collapse"] or {}).get("alarms")) for v, _ in mine)
-        ranks = estimate(_rank_correlation(card, found) for _, card in mine)
+        ranks = estimate(_rank_correlation(record, found) for _, record in mine)
         minutes = estimate(v["seconds"]["train"] / 60 for v, _ in mine)
         rows.append(
             (
@@ -243,32 +245,34 @@ def _cells(found: Sequence[tuple[dict[str, Any], Card]], grid: bool) -> list[str
                 "" if not mine else f"{alarms} of {len(mine)}", _plain(minutes, 1),
             )
         )  # fmt: skip
-    columns = ("group", "cell", "n", "top-1", "source says", "std(logvar)", "rank with twin",
+    columns = ("group", "cell", "n", "top-1", "source says", "std(logvar)", "rank with supervised",
                "embedding std",
                "collapse alarms", "minutes")  # fmt: skip
     return table(columns, rows)
 
 
-def _top1(card: Card) -> float | None:
-    row = card.row(MEANS)
+def _top1(record: RunRecord) -> float | None:
+    row = record.row(MEANS)
     return None if row is None else 100 * row["top1"]
 
 
-def _rank_correlation(card: Card, found: Sequence[tuple[dict[str, Any], Card]]) -> float | None:
-    """Spearman's correlation of the predictive std with that of the twin of the same seed."""
-    twins = [c for v, c in found if v["cell"] == "supervised-bbb" and c.seed == card.seed]
-    mine = card.numbers("spread")
-    if not twins or mine is None or twins[0] is card:
+def _rank_correlation(
+    record: RunRecord, found: Sequence[tuple[dict[str, Any], RunRecord]]
+) -> float | None:
+    """Spearman's correlation of the predictive std with the supervised baseline's of that seed."""
+    supervised = [c for v, c in found if v["cell"] == "supervised-bbb" and c.seed == record.seed]
+    mine = record.numbers("spread")
+    if not supervised or mine is None or supervised[0] is record:
         return None
-    return correlations(twins[0].results["spread"]["numbers"]["std"], mine["std"])["spearman"]
+    return correlations(supervised[0].results["spread"]["numbers"]["std"], mine["std"])["spearman"]
 
 
-def _variances(cards: Sequence[Card]) -> list[str]:
+def _variances(records: Sequence[RunRecord]) -> list[str]:
     """Figure 7 in numbers, with all posteriors and without those on unseen shifts."""
     columns: list[str] = []
     rows: list[tuple[str, ...]] = []
     for left_out, skip in (("none", ()), ("unseen shifts", UNSEEN_SHIFTS)):
-        numbers = fig7(cards, skip=skip)
+        numbers = fig7(records, skip=skip)
         if numbers is not None:
             columns = ["without posterior", RISES, *noise_levels(numbers), "n"]
             n = str(numbers["curves"][0]["over_none"][0].n)
@@ -276,8 +280,8 @@ def _variances(cards: Sequence[Card]) -> list[str]:
     return table(columns, rows) if rows else [NOT_RUN]
 
 
-def _strangers(found: Sequence[tuple[dict[str, Any], Card]]) -> list[str]:
-    """AUROC and FPR95 of each cell that met strangers, mean over the seeds."""
+def _ood(found: Sequence[tuple[dict[str, Any], RunRecord]]) -> list[str]:
+    """AUROC and FPR95 of each cell with OOD images, mean over the seeds."""
     by_cell = {
         cell.name: [
             row

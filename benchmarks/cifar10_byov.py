@@ -33,7 +33,9 @@ def main() -> None:
     )
     parser.add_argument("--scale", choices=SCALES, default="gpu")
     parser.add_argument("--data", help="in place of the scale's data set")
-    parser.add_argument("--ood", action="append", default=[], help="data set of strangers")
+    parser.add_argument(
+        "--ood", action="append", default=[], help="data set of other classes (OOD)"
+    )
     parser.add_argument("--device", help="in place of the scale's")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side")

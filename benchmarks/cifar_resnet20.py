@@ -1,7 +1,7 @@
 """The CIFAR ResNet-20 as a model that ``bayesify`` can build, and CIFAR-10 as a file it can read.
 
     python benchmarks/cifar_resnet20.py --cifar FOLDER --out cifar10.safetensors
-    python benchmarks/cifar_resnet20.py --npz images.npz --out strangers.safetensors
+    python benchmarks/cifar_resnet20.py --npz images.npz --out ood.safetensors
     cd benchmarks
     bayesify convert cifar_resnet20:resnet20 --weights WEIGHTS --out net.bbb.safetensors
     bayesify eval net.bbb.safetensors cifar10.safetensors --model cifar_resnet20:resnet20
@@ -99,7 +99,7 @@ def cifar(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
 
 
-def strangers(path: Path) -> tuple[Tensor, Tensor]:
+def ood_images(path: Path) -> tuple[Tensor, Tensor]:
     """Images (N, H, W, 3) of uint8 and labels (N,) of int64 in an npz or a safetensors file."""
     if path.suffix == ".safetensors":
         found = load_file(path)
@@ -108,7 +108,7 @@ def strangers(path: Path) -> tuple[Tensor, Tensor]:
         every = [arrays[name] for name in arrays.files]
     [images] = (torch.from_numpy(array) for array in every if array.ndim == 4)
     whole = (a for a in every if a.shape == (len(images),) and a.dtype.kind in "iu")
-    # strangers have no class that counts: without labels each image is one of two
+    # OOD images have no class that counts: without labels each image is one of two
     labels = next(whole, np.arange(len(images)) % 2)
     return images, torch.from_numpy(labels.astype(np.int64))
 
@@ -127,7 +127,7 @@ def main() -> None:
         for split, prefix in (("train", ""), ("test", "test_")):
             tensors[f"{prefix}images"], tensors[f"{prefix}labels"] = cifar(options.cifar, split)
     else:
-        tensors["images"], tensors["labels"] = strangers(options.npz)
+        tensors["images"], tensors["labels"] = ood_images(options.npz)
     save_file(tensors, options.out)
     for name, tensor in tensors.items():
         print(name, tensor.dtype, tuple(tensor.shape))

@@ -10,12 +10,12 @@ r"""The paper-scale run and its pruning experiment, or the same chain on Imagene
     python benchmarks/imagenet_byov.py --data imagenette --path imagenette96.safetensors \
         --epochs 40 --logvar-lr-ratio 25 --no-compile --draws 100
 
-Trains BYOL, BYOV and the supervised twin, then measures the linear probe, ECE and Brier parts, the
-pruning curve and figure 1b. What is interrupted (--minutes, Ctrl-C) goes on the next time. Results
-are JSON in `results/byov/imagenet` or `results/byov/imagenette`. The folder holds `train` and `val`
-with one folder of images for each class. A short training needs a higher rate of the log variances,
-for their way is at most the sum of it. The committed results of Imagenette are of the last command,
-as three processes side by side on an H100, one with --only for each cell.
+Trains BYOL, BYOV and the supervised baseline, then measures the linear probe, ECE and Brier parts,
+the pruning curve and figure 1b. What is interrupted (--minutes, Ctrl-C) goes on the next time.
+Results are JSON in `results/byov/imagenet` or `results/byov/imagenette`. The folder holds `train`
+and `val` with one folder of images for each class. A short training needs a higher rate of the log
+variances, for their way is at most the sum of it. The committed results of Imagenette are of the
+last command, as three processes side by side on an H100, one with --only for each cell.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pathlib import Path
 from byov_cells import CELLS, Scale, result_of, run_cell
 
 from recipes.byov.config import PRESETS
-from recipes.byov.doubt import DoubtSettings
-from recipes.byov.evaluate import EvalSettings
-from recipes.byov.pruning import SCOPES
+from recipes.byov.evaluation.protocol import EvalSettings
+from recipes.byov.evaluation.pruning import SCOPES
+from recipes.byov.evaluation.uncertainty import UncertaintySettings
 
 _CHAIN = ("byol", "byov-zero", "supervised-bbb")
 _KEPT = {"stop_on_collapse": False, "eval_every": 0, "keep_last": 1, "baselines": False}
@@ -65,9 +65,9 @@ def scale_of(asked: argparse.Namespace) -> Scale:
         amp=not cpu, compile=asked.compile and not cpu, device="cpu" if cpu else "cuda",
         log_every=5 if cpu else 50, checkpoint_every=max(1, config.epochs // 20), **_KEPT,
     )  # fmt: skip
-    doubt = DoubtSettings(spread_draws=asked.draws, pruned_images=500 if cpu else 0)
+    uncertainty = UncertaintySettings(spread_draws=asked.draws, pruned_images=500 if cpu else 0)
     head = EvalSettings(num_samples=min(30, asked.draws))
-    return Scale(name, about, config, run, head, doubt, ("tensor",) if cpu else SCOPES)
+    return Scale(name, about, config, run, head, uncertainty, ("tensor",) if cpu else SCOPES)
 
 
 def main() -> None:

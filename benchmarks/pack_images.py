@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bayesify.storage import replacing
-from recipes.byov.data import in_memory, open_source
+from recipes.byov.data.batches import in_memory, open_source
 
 
 def main() -> None:

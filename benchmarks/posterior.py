@@ -1,6 +1,6 @@
 """How good the predictions of ours, of the peers and of simple controls are, on CIFAR-10.
 
-    python benchmarks/posterior.py --data cifar10.safetensors --weights WEIGHTS --ood strangers.npz
+    python benchmarks/posterior.py --data cifar10.safetensors --weights WEIGHTS --ood ood.npz
         [--methods "ours, beta 0.3" ensemble] [--seeds 0 1 2] [--epochs 2] [--out FILE]
     python benchmarks/posterior.py --table
 
@@ -27,7 +27,7 @@ import numpy as np
 import posterior_table
 import torch
 from cifar_proxy import HOLDOUT
-from cifar_resnet20 import pretrained, strangers
+from cifar_resnet20 import ood_images, pretrained
 from corruptions import KINDS, SEVERITIES, corrupt
 from paired import keep_memory
 from posterior_methods import LAYOUT, METHODS, Predictor, Setup
@@ -59,7 +59,7 @@ class Images:
         if options.holdout:
             stored, labels = stored[-HOLDOUT:], labels[-HOLDOUT:]
         self.stored, self.labels = stored[: options.test_images], labels[: options.test_images]
-        self.strange = strangers(options.ood)[0].movedim(-1, 1)[: options.ood_images]
+        self.ood = ood_images(options.ood)[0].movedim(-1, 1)[: options.ood_images]
         # a subset that is the same in every run, of all classes
         chosen = np.random.default_rng(0).permutation(len(self.stored))
         self.subset = torch.from_numpy(chosen[: options.corrupted_images].copy())
@@ -86,7 +86,7 @@ def predictions(predictor: Predictor, images: Images, setup: Setup) -> Predictio
         corrupted[kind] = [of(prepare(x, images.config)) for x in changed]
     return Predictions(
         of(prepare(images.stored, images.config)),
-        of(prepare(images.strange, images.config)),
+        of(prepare(images.ood, images.config)),
         corrupted,
     )
 
@@ -184,7 +184,7 @@ def run(options: argparse.Namespace) -> None:
     hidden = {"network", "train", "device"}
     settings = {k: v for k, v in vars_of(setup).items() if k not in hidden} | {
         "train_images": len(few), "test_images": len(images.stored),
-        "ood_images": len(images.strange), "corrupted_images": len(images.subset),
+        "ood_images": len(images.ood), "corrupted_images": len(images.subset),
         "holdout": options.holdout, "network": digest(options.weights),
     }  # fmt: skip
     known = done(options.out, settings)
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write docs/posterior.md and end")
     parser.add_argument("--data", help="CIFAR-10 as a safetensors file")
     parser.add_argument("--weights", type=Path, help="of the CIFAR ResNet-20, safetensors")
-    parser.add_argument("--ood", type=Path, help="strangers of 32 x 32 pixels, npz or safetensors")
+    parser.add_argument("--ood", type=Path, help="OOD images of 32 x 32 pixels, npz or safetensors")
     parser.add_argument("--out", type=Path, help=f"{RESULT.name}, or {TRIALS.name} with --holdout")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

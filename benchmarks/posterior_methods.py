@@ -144,20 +144,21 @@ def deterministic(setup: Setup, _seed: int) -> Predictor:
     return probabilities(setup.network(0.0).to(setup.device))
 
 
-def plain_batches(setup: Setup, seed: int, augment: Any = "none") -> tuple[Any, Order]:
-    """The batches of the training images, shuffled."""
+def training_batches(setup: Setup, seed: int) -> tuple[Any, Order]:
+    """The batches of a fit: shuffled, and augmented."""
     return shuffled_batches(
         setup.train, range(len(setup.train)), batch_size=setup.batch_size, accumulate=1,
-        augment=augment, model_config=input_config(setup.network(0.0)), workers=0, seed=seed,
+        augment=setup.augment, model_config=input_config(setup.network(0.0)), workers=0, seed=seed,
         pin=False,
     )  # fmt: skip
 
 
 def recompute_batchnorm(setup: Setup, seed: int, model: nn.Module) -> None:
-    """Gather BatchNorm's statistics anew on images as they are, as ``fit`` does for ours."""
+    """Gather BatchNorm's statistics anew from the batches after the last, as ``fit`` does."""
     if setup.freeze_batchnorm:
         return
-    batches, _ = plain_batches(setup, seed)
+    batches, order = training_batches(setup, seed)
+    order.epoch = setup.epochs
     update_bn((x.to(setup.device) for x, _ in batches), model)
 
 
@@ -208,7 +209,7 @@ def steps(
     setup: Setup, seed: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a fine-tuning, with the learning rates of ``optimizer`` set for each."""
-    batches, order = plain_batches(setup, seed, setup.augment)
+    batches, order = training_batches(setup, seed)
     highest = [group["lr"] for group in optimizer.param_groups]
     total, step = setup.epochs * len(batches), 0
     last = TailAverage(list(model.parameters()), total - round(setup.average * total))

@@ -94,7 +94,7 @@ def trial_table(rows: list[dict[str, Any]]) -> str:
     used = rows[0]["settings"]
     note = (
         f"{used['train_images']:,} training images, {used['test_images']:,} held out, "
-        f"{used['ood_images']:,} strangers, K = {used['samples']}; means ± standard deviation of "
+        f"{used['ood_images']:,} OOD images, K = {used['samples']}; means ± standard deviation of "
         "what has several seeds. Of two learning rates the second is that of the log variances; "
         "w0 are the weights at the start."
     )
@@ -225,7 +225,7 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "The least NLL first; means ± standard deviation over the seeds. "
         f"{used['train_images']:,} training images, epochs: {used['epochs']}, "
-        f"{used['test_images']:,} test images, {used['ood_images']:,} strangers, "
+        f"{used['test_images']:,} test images, {used['ood_images']:,} OOD images, "
         f"{used['corrupted_images']:,} images at each corruption, K = {used['samples']} draws; "
         f"augmentation {used['augment']}, learning rates {used['lr']:g} and "
         f"{used['logvar_lr']:g}, initial sigma {used['relative_std']:g} of each tensor's RMS, "

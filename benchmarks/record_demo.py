@@ -54,9 +54,9 @@ def section(record: dict[str, Any]) -> str:
     machine, bayesian = record["machine"], record["settings"]["bayesian"]
     text = (
         f"The average of the draws {'beats' if average < before else 'does **not** beat'} the "
-        f"deterministic network: an NLL of {average:.3f} against {before:.3f} nats. The tenth of "
-        "the test images that it doubts most holds "
-        f"{record['mistakes_in_the_most_doubted_tenth']:.0%} of its mistakes. The posterior is "
+        f"deterministic network: an NLL of {average:.3f} against {before:.3f} nats. The least "
+        "certain tenth of the test images holds "
+        f"{record['mistakes_in_the_least_certain_tenth']:.0%} of its mistakes. The posterior is "
         f"tempered (`kl_weight={bayesian['kl_weight']}`). All settings, also the weight decay of "
         "the deterministic network, were chosen on training images alone, on two splits like that "
         "of `--holdout`. One seed; "

@@ -2,7 +2,7 @@
 
 python benchmarks/record_report.py
 
-The network of the demo is fitted with the demo's settings (about a minute). The strangers are the
+The network of the demo is fitted with the demo's settings (about a minute). The OOD images are the
 test images turned by a quarter. The picture needs what `make browser` installs.
 """
 
@@ -68,7 +68,7 @@ def picture() -> None:
     both = Image.new("RGB", (2 * WIDTH, HEIGHT))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        for column, (scheme, place) in enumerate((("light", ""), ("dark", "#doubt"))):
+        for column, (scheme, place) in enumerate((("light", ""), ("dark", "#uncertainty"))):
             shown = browser.new_page(
                 viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme
             )  # fmt: skip

@@ -18,16 +18,15 @@ import multiprocessing
 import os
 import sys
 import time
-import traceback
 from collections import defaultdict
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 import zoo_table
 from provenance import provenance
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from zoo_process import Job, Row
 
 from bayesify.storage import replacing
 
@@ -37,8 +36,6 @@ SMALL = 30_000_000
 """Parameters below which every model is checked in numbers."""
 MEDIUM = 40_000_000
 """Parameters above which the numbers are those of a model with fewer layers, if it is alike."""
-
-Row = dict[str, Any]
 
 
 def read() -> dict[str, Row]:
@@ -53,63 +50,13 @@ def write(rows: dict[str, Row]) -> None:
         path.write_text("".join(json.dumps(rows[name]) + "\n" for name in sorted(rows)))
 
 
-# -- one model, in its own process -----------------------------------------------------------
-
-
-def work(check: str, name: str, shallow: bool, out: Connection) -> None:
-    """Run one check and send what it found; an error is a finding too."""
-    import gc
-    import warnings
-
-    import torch
+def work(check: str, name: str, shallow: bool) -> Row:
+    """One check of one model, in the process of a job."""
     import zoo_checks
 
-    gc.disable()  # one model, then the process ends
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    start = time.perf_counter()
-    try:
-        if check == "structural":
-            found = zoo_checks.structural(name)
-        else:
-            found = zoo_checks.numeric(name, shallow)
-    except Exception as error:
-        said = (str(error).splitlines() or [""])[0][:200]
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(at.filename).name}:{at.lineno}"
-        found = {"problems": [f"{type(error).__name__} at {where}: {said}"]}
-    out.send(found | {"seconds": round(time.perf_counter() - start, 1)})
-    out.close()
-
-
-class Job:
-    """A check of one model that runs in its own process."""
-
-    def __init__(self, check: str, name: str, shallow: bool) -> None:
-        context = multiprocessing.get_context("forkserver")
-        self.check, self.name = check, name
-        self.pipe, there = context.Pipe(duplex=False)
-        self.process = context.Process(target=work, args=(check, name, shallow, there))
-        self.process.start()
-        there.close()
-        self.deadline = time.monotonic() + LIMIT_S[check]
-
-    def result(self) -> Row | None:
-        """What it found, or None while it runs."""
-        if self.pipe.poll():
-            try:
-                found: Row = self.pipe.recv()
-            except EOFError:
-                self.process.join()
-                found = {"problems": [f"the process ended with {self.process.exitcode}"]}
-        elif time.monotonic() > self.deadline:
-            self.process.kill()
-            found = {"problems": [f"not done after {LIMIT_S[self.check]} s"]}
-        else:
-            return None
-        self.process.join()
-        self.pipe.close()
-        return found
+    if check == "structural":
+        return zoo_checks.structural(name)
+    return zoo_checks.numeric(name, shallow)
 
 
 # -- all of them -----------------------------------------------------------------------------
@@ -160,7 +107,8 @@ def run(checks: list[str], jobs: int, only: str, again: bool, minutes: float) ->
             running: list[Job] = []
             while running or (queue and time.monotonic() < stop):
                 while queue and len(running) < jobs and time.monotonic() < stop:
-                    running.append(Job(check, *queue.pop()))
+                    name, shallow = queue.pop()
+                    running.append(Job(name, work, (check, name, shallow), LIMIT_S[check]))
                     progress.update(bar, now=running[-1].name)
                 wait([job.pipe for job in running], timeout=1.0)
                 for job in list(running):

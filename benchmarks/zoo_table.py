@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import zoo_others_table
+
 from bayesify.zoo import ASSET, Verified
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +144,7 @@ def page(rows: dict[str, Row], table: list[Verified]) -> str:
         "`bayesify models --failed` lists what does not pass.\n",
         *exceptions(table),
         *fallbacks(rows),
+        *zoo_others_table.section(zoo_others_table.read()),
         "## All models\n",
         "*as X* in the last column: not compared itself, but X, which has the same modules, was.\n",
         "| model | parameters, M | Bayesian tensors | graphs, % | structural | numeric |",

@@ -76,14 +76,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     file, picture = out / "model.bbb.safetensors", out / "demo.png"
     summary = save_load_predict(model, data.test, file)
-    doubted = mistakes_in_the_most_doubted_tenth(summary, data.labels)
-    render.text(f"The tenth of the images that it doubts most holds {doubted:.0%} of its mistakes.")
+    uncertain = mistakes_in_the_least_certain_tenth(summary, data.labels)
+    render.text(f"The least certain tenth of the images holds {uncertain:.0%} of its mistakes.")
     draw(data, summary, picture)
 
     record = {
         "what": "examples/demo.py" + (" --holdout" if options.holdout else ""),
         "rows": [asdict(row) for row in rows],
-        "mistakes_in_the_most_doubted_tenth": doubted,
+        "mistakes_in_the_least_certain_tenth": uncertain,
         "final_loss": fitted.losses[-1],
         "final_kl": fitted.kl[-1],
         "kl_scale": fitted.kl_scale,
@@ -209,14 +209,14 @@ def save_load_predict(model: nn.Module, test: Dataset[Any], file: Path) -> Proba
     return ProbabilitySummary(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def mistakes_in_the_most_doubted_tenth(summary: ProbabilitySummary, labels: Tensor) -> float:
+def mistakes_in_the_least_certain_tenth(summary: ProbabilitySummary, labels: Tensor) -> float:
     wrong = summary.mean.argmax(1) != labels
-    doubted = summary.predictive_entropy.argsort(descending=True)[: len(labels) // 10]
-    return (wrong[doubted].sum() / wrong.sum().clamp_min(1)).item()
+    uncertain = summary.predictive_entropy.argsort(descending=True)[: len(labels) // 10]
+    return (wrong[uncertain].sum() / wrong.sum().clamp_min(1)).item()
 
 
 def draw(data: Data, summary: ProbabilitySummary, file: Path) -> None:
-    """Draw the images of least and most doubt, no two of one predicted class in a row."""
+    """Draw the images of least and most uncertainty, no two of one predicted class in a row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,7 +224,10 @@ def draw(data: Data, summary: ProbabilitySummary, file: Path) -> None:
 
     order = summary.predictive_entropy.argsort().tolist()
     figure = plt.figure(figsize=(10, 8), layout="constrained")
-    titles = ("Least doubt: the true class is green", "Most doubt: a wrong prediction is red")
+    titles = (
+        "Least uncertainty: the true class is green",
+        "Most uncertainty: a wrong prediction is red",
+    )
     parts: Any = figure.subfigures(2, 1)
     rows = first_of_each(order, summary), first_of_each(order[::-1], summary)
     for part, title, chosen in zip(parts, titles, rows, strict=True):

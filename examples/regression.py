@@ -30,7 +30,7 @@ def negative_log_likelihood(output: Tensor, target: Tensor) -> Tensor:
 
 
 def error_bars(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the prediction: doubt about the weights plus noise."""
+    """Mean and standard deviation of the prediction: uncertainty about the weights plus noise."""
     mean, std = bayesify.predict(model, x, num_samples=200, seed=0, reduce="moments")
     return mean, torch.hypot(std, torch.tensor(NOISE_STD))
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from recipes.byov.config import BYOVConfig, RunConfig
-from recipes.byov.train import Progress, Watcher, train
+from recipes.byov.train import train
+from recipes.byov.train_log import Progress, Watcher
 
 CONFIG = BYOVConfig(
     encoder="vit_tiny_patch16_224",

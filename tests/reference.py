@@ -9,7 +9,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -55,7 +56,8 @@ class Probe(TorchDispatchMode):
         def marked(module: nn.Module, attribute: str, *args: Any) -> Tensor:
             with _disable_current_modes():  # so that it is made as in a call that nobody watches
                 draw = realise(module, attribute, *args)
-            self.draws[id(draw)] = draw, self.means[id(module._parameters[attribute])]
+            mean = dict.get(module._parameters, attribute)  # past the fallback
+            self.draws[id(draw)] = draw, self.means[id(mean)]
             return draw
 
         make = variants.make
@@ -104,6 +106,26 @@ def clear_caches(model: nn.Module) -> None:
                 value.clear()
 
 
+def cache_cleaner(model: nn.Module) -> Callable[[], None]:
+    """Puts the dicts of tensors that modules hold back to what they hold now, when it is called."""
+    held = {
+        (module, name): dict(value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is dict and name not in ("_parameters", "_buffers", "_modules")
+    }
+
+    def clear() -> None:
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if type(value) is dict and any(isinstance(v, Tensor) for v in value.values()):
+                    if name not in ("_parameters", "_buffers", "_modules"):
+                        value.clear()
+                        value.update(held.get((module, name), {}))
+
+    return clear
+
+
 @dataclass
 class Report:
     problems: list[str] = field(default_factory=list)
@@ -112,14 +134,24 @@ class Report:
     swapped: list[str] = field(default_factory=list)
 
 
-def functional_call(model: nn.Module, draws: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """torch's, without the parameters that it leaves swapped where a module has two names."""
+@contextmanager
+def exchanged(model: nn.Module, draws: dict[str, Tensor]) -> Iterator[None]:
+    """As in torch's ``functional_call``, without the parameters that it leaves swapped.
+
+    It leaves them where a module has two names.
+    """
     kept = [(m, n, p) for m in model.modules() for n, p in m._parameters.items()]
     try:
-        return torch.func.functional_call(model, draws, args, kwargs)
+        with _reparametrize_module(model, draws, tie_weights=True):
+            yield
     finally:
         for module, name, parameter in kept:
             module._parameters[name] = parameter
+
+
+def functional_call(model: nn.Module, draws: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    with exchanged(model, draws):
+        return model(*args, **kwargs)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -172,15 +204,19 @@ def check(
     if prepare is not None:
         prepare(model)
     original = copy_detached(model)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    # of a copy: a GraphModule has more entries in its copies
+    before = {k: v.clone() for k, v in original.state_dict().items() if isinstance(v, Tensor)}
     converted = bayesify.to_bbb(model, logvar=logvar)
+    clear_original, clear_converted = cache_cleaner(original), cache_cleaner(converted)
     now, then = converted.state_dict(), model.state_dict()
     for key, value in before.items():
         if key not in now:
             say(f"lost key {key}")
-        elif not torch.equal(value, then[key]):
+        elif key in then and not torch.equal(value, then[key]):
             say(f"the original's {key} changed")
     for (name, a), (_, b) in zip(original.named_modules(), converted.named_modules(), strict=True):
+        if isinstance(a, fx.GraphModule):  # every copy has a class of its own
+            continue
         if not isinstance(b, type(a)) or type(a).__name__ != type(b).__name__:
             say(f"class of {name} changed")
     for training in (False, True):
@@ -191,8 +227,8 @@ def check(
         if not training:
             calls += [(f"other input {index}", call) for index, call in enumerate(others)]
         for batch, (args, kwargs) in calls:
-            clear_caches(original)
-            clear_caches(converted)
+            clear_original()
+            clear_converted()
             state_a, state_b = state_of(original), state_of(converted)
             torch.manual_seed(7)
             expected = values(original(*args, **kwargs))
@@ -208,7 +244,7 @@ def check(
             _restore(converted, state_b)
             # 1b, with a cache filled at the means standing in the way
             draws = bayesify.draws(converted, seed=11)
-            clear_caches(original)
+            clear_original()
             torch.manual_seed(7)
             expected = values(functional_call(original, draws, args, kwargs))
             rng = torch.get_rng_state()
@@ -243,7 +279,7 @@ def check(
             _restore(converted, state_b)
         if gradients:
             args, kwargs = make_input(batches[-1])
-            clear_caches(original)
+            clear_original()
             _gradients(original, converted, args, kwargs, label, say)
             _restore(original, state_a)
             _restore(converted, state_b)
@@ -256,12 +292,14 @@ def check(
     if same(first, second):
         say("4: two scopes gave the same output")
     back = bayesify.to_deterministic(converted)
-    if any(type(a) is not type(b) for a, b in zip(original.modules(), back.modules(), strict=True)):
-        say("back: another class")
-    for key, value in back.state_dict().items():
-        if not torch.equal(value, before[key]):
+    for a, b in zip(original.modules(), back.modules(), strict=True):
+        if type(a) is not type(b) and not isinstance(a, fx.GraphModule):
+            say("back: another class")
+    state = {k: v for k, v in back.state_dict().items() if isinstance(v, Tensor)}
+    for key, value in state.items():
+        if key in before and not torch.equal(value, before[key]):
             say(f"back: {key} differs")
-    if set(back.state_dict()) != set(before):
+    if set(state) != set(before):
         say("back: other keys")
     taken: dict[str, bool] = {}
     for rung in rungs(converted):
@@ -297,14 +335,19 @@ def _gradients(
 ) -> None:  # fmt: skip
     draws = {k: v.detach().requires_grad_() for k, v in bayesify.draws(converted, seed=5).items()}
     torch.manual_seed(7)
-    loss = _loss(functional_call(original, draws, args, kwargs))
     names = list(draws)
-    found = torch.autograd.grad(loss, list(draws.values()), allow_unused=True)
+    with exchanged(original, draws):  # also in backward, where some functions call modules again
+        loss = _loss(original(*args, **kwargs))
+        found: Any = [None] * len(draws)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(draws.values()), allow_unused=True)
     grads = dict(zip(names, found, strict=True))
     converted.zero_grad()
     torch.manual_seed(7)
     with bayesify.one_draw(converted, seed=5):
-        _loss(converted(*args, **kwargs)).backward()
+        loss = _loss(converted(*args, **kwargs))
+    if loss.requires_grad:
+        loss.backward()
     for site in sites(converted):
         expected = grads[site.name]
         if expected is None:
@@ -320,4 +363,12 @@ def _gradients(
         # times sigma, a smaller one is zero in float32 (random weights of a deep network)
         if float(expected.abs().max()) > 1e-30 and float(site.raw.grad.abs().max()) == 0:
             say(f"5: {label}: gradient of the log variance of {site.name} is zero")
+        exact = site.mean.dtype in (torch.float32, torch.float64)  # others round the deviation
+        if exact and site.slot.parameterization == "exp":  # sigma = exp(raw / 2)
+            wanted = expected * (draws[site.name] - site.mean).detach() / 2
+            worst = float((site.raw.grad - wanted).abs().max())
+            draw = draws[site.name].detach()
+            rounded = 3e-7 * float((expected * draw).abs().max())  # that of the deviation
+            if worst > 2e-3 * float(wanted.abs().max()) + rounded + 1e-12:
+                say(f"5: {label}: gradient of the log variance of {site.name} differs")
     converted.zero_grad()

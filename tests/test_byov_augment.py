@@ -1,4 +1,4 @@
-"""recipes.byov.augment: views against torchvision with the same parameters, and their chances."""
+"""recipes.byov.data.views: against torchvision with the same parameters, and their chances."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as reference
 
 from bayesify.errors import ArgumentError
-from recipes.byov import pixels
-from recipes.byov.augment import (
+from recipes.byov.data import image_ops
+from recipes.byov.data.views import (
     CIFAR_VIEWS,
     IMAGENET_VIEWS,
     TwoViews,
@@ -58,7 +58,7 @@ def test_crops_are_those_of_torchvision(height: int, width: int, size: int) -> N
     drawn = draw_parameters(replace(BUSY, size=size), 32, height, width, generator())
     assert (drawn.crop[:, 0] + drawn.crop[:, 2] <= height).all()
     assert (drawn.crop[:, 1] + drawn.crop[:, 3] <= width).all()
-    found = pixels.crop_and_flip(images, drawn.crop, drawn.flip, size)
+    found = image_ops.crop_and_flip(images, drawn.crop, drawn.flip, size)
     for image, box, flip, view in zip(images, drawn.crop, drawn.flip, found, strict=True):
         bicubic = InterpolationMode.BICUBIC
         expected = reference.resized_crop(image, *box.tolist(), [size, size], bicubic, True)
@@ -69,10 +69,10 @@ def test_crops_are_those_of_torchvision(height: int, width: int, size: int) -> N
 @pytest.mark.parametrize(
     ("ours", "theirs", "low", "high"),
     [
-        (pixels.brightness, reference.adjust_brightness, 0.0, 2.0),
-        (pixels.contrast, reference.adjust_contrast, 0.0, 2.0),
-        (pixels.saturation, reference.adjust_saturation, 0.0, 2.0),
-        (pixels.hue, reference.adjust_hue, -0.5, 0.5),
+        (image_ops.brightness, reference.adjust_brightness, 0.0, 2.0),
+        (image_ops.contrast, reference.adjust_contrast, 0.0, 2.0),
+        (image_ops.saturation, reference.adjust_saturation, 0.0, 2.0),
+        (image_ops.hue, reference.adjust_hue, -0.5, 0.5),
     ],
 )
 def test_colour_operations_are_those_of_torchvision(
@@ -87,7 +87,7 @@ def test_colour_operations_are_those_of_torchvision(
 @pytest.mark.parametrize("kernel", [1, 3, 23])
 def test_blur_is_that_of_torchvision(kernel: int) -> None:
     images, sigma = some_images(8), torch.linspace(0.1, 2, 8)
-    for view, image, s in zip(pixels.blur(images, sigma, kernel), images, sigma, strict=True):
+    for view, image, s in zip(image_ops.blur(images, sigma, kernel), images, sigma, strict=True):
         expected = reference.gaussian_blur(image, [kernel, kernel], [float(s), float(s)])
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
 
@@ -95,9 +95,9 @@ def test_blur_is_that_of_torchvision(kernel: int) -> None:
 def test_solarise_and_grayscale_are_those_of_torchvision() -> None:
     images = some_images(4)
     images[0, 0, 0, 0] = 0.3  # on the threshold
-    assert torch.equal(pixels.solarise(images, 0.3), reference.solarize(images, 0.3))
+    assert torch.equal(image_ops.solarise(images, 0.3), reference.solarize(images, 0.3))
     expected = reference.rgb_to_grayscale(images, num_output_channels=3)
-    torch.testing.assert_close(pixels.grayscale(images), expected)
+    torch.testing.assert_close(image_ops.grayscale(images), expected)
 
 
 # All of them

@@ -9,7 +9,7 @@ import pytest
 
 from bayesify import ArgumentError
 from byov_small import CONFIG, small_run, stop_at
-from recipes.byov.journal import read_log
+from recipes.byov.runtime.log import read_log
 from recipes.byov.train import train
 
 

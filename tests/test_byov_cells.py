@@ -13,11 +13,11 @@ import byov_cells
 import byov_table
 import cifar10_byov
 import pytest
-from byov_cells import CELLS, SCALES, Scale, config_of, run_cell, thinned, wanted
+from byov_cells import CELLS, SCALES, Scale, config_of, run_cell, subsample, wanted
 
 from byov_small import CONFIG, small_run
-from recipes.byov.doubt import DoubtSettings
-from recipes.byov.evaluate import EvalSettings
+from recipes.byov.evaluation.protocol import EvalSettings
+from recipes.byov.evaluation.uncertainty import UncertaintySettings
 
 
 def test_every_cell_of_every_scale_is_a_config_of_its_own() -> None:
@@ -40,11 +40,11 @@ def test_the_order_is_that_of_importance_then_of_seeds() -> None:
 def test_a_thinned_log_keeps_the_epochs_and_few_steps() -> None:
     log = [{"kind": "step", "step": s, "loss": 1.0, "lr": 2.0} for s in range(1000)]
     log += [{"kind": "epoch", "step": 999, "epoch": 1, "layers": {}, "knn": 0.1}]
-    kept = list(thinned(log, layers=True))
+    kept = list(subsample(log, layers=True))
     assert 200 <= len(kept) <= 202
     assert kept[0] == {"kind": "step", "step": 0, "loss": 1.0}
     assert kept[-1] == {"kind": "epoch", "step": 999, "epoch": 1, "layers": {}}
-    assert all(line["kind"] == "step" for line in thinned(log, layers=False))
+    assert all(line["kind"] == "step" for line in subsample(log, layers=False))
 
 
 @pytest.fixture
@@ -54,10 +54,12 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scale:
     monkeypatch.setattr(byov_table, "ROOT", tmp_path)
     monkeypatch.setattr(byov_table, "PAGE", tmp_path / "docs" / "byov.md")
     monkeypatch.setattr(byov_table, "IMAGES", tmp_path / "docs" / "images")
-    doubt = DoubtSettings(spread_draws=3, pool=8, most=3, latent_draws=3, images=8, shifted=())
+    uncertainty = UncertaintySettings(
+        spread_draws=3, pool=8, most=3, latent_draws=3, images=8, shifted=()
+    )
     scale = Scale("cpu", "Tiny.", replace(CONFIG, logvar_lr_ratio=40.0),
                   small_run(tmp_path, eval_every=0), EvalSettings(num_samples=2, epochs=3),
-                  doubt)  # fmt: skip
+                  uncertainty)  # fmt: skip
     monkeypatch.setitem(byov_cells.SCALES, "cpu", scale)
     return scale
 
@@ -69,7 +71,7 @@ def test_a_cell_is_trained_measured_and_in_the_docs(
     lines: list[str] = []
     for cell in (byol, zero):
         cell = replace(cell, needs=("eval", "prune"))
-        assert run_cell(tiny, cell, 0, work=tmp_path / "work", told=lines.append)
+        assert run_cell(tiny, cell, 0, work=tmp_path / "work", on_progress=lines.append)
     byov_table.main()
     text = (tmp_path / "docs" / "byov.md").read_text()
     assert "| core | byov-zero | 1 |" in text
@@ -80,7 +82,7 @@ def test_a_cell_is_trained_measured_and_in_the_docs(
     # a second call trains nothing
     lines.clear()
     assert run_cell(tiny, replace(zero, needs=("eval",)), 0, work=tmp_path / "work",
-                    told=lines.append)  # fmt: skip
+                    on_progress=lines.append)  # fmt: skip
     assert not any("training" in line for line in lines)
 
 

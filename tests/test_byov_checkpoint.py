@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from bayesify import CheckpointError
-from recipes.byov import checkpoint
+from recipes.byov.runtime import checkpoint
 
 STATE: dict[str, Any] = {
     "step": 3,

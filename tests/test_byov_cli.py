@@ -16,7 +16,7 @@ from bayesify import ArgumentError
 from byov_small import CONFIG, small_data
 from recipes.byov import cli
 from recipes.byov.config import PRESETS, BYOVConfig, RunConfig
-from recipes.byov.journal import read_log
+from recipes.byov.runtime.log import read_log
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,4 +1,4 @@
-"""recipes.byov.data: kinds of data set, and batches that seed, epoch, step and part fix."""
+"""recipes.byov.data.batches: kinds of data set, and batches that seed, epoch, step and part fix."""
 
 import io
 import struct
@@ -18,8 +18,7 @@ from torch import Tensor
 from bayesify.data import InMemory, load_dataset, prepare
 from bayesify.errors import ArgumentError, DataError
 from bayesify.models import InputConfig
-from recipes.byov.augment import CIFAR_VIEWS, TwoViews, WorkerViews, view_configs
-from recipes.byov.data import (
+from recipes.byov.data.batches import (
     Source,
     Views,
     as_channels,
@@ -29,6 +28,7 @@ from recipes.byov.data import (
     steps_per_epoch,
     train_views,
 )
+from recipes.byov.data.views import CIFAR_VIEWS, TwoViews, WorkerViews, view_configs
 
 CONFIGS = view_configs("cifar", size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
 ON_DEVICE, IN_WORKER = TwoViews(*CONFIGS), WorkerViews(*CONFIGS)

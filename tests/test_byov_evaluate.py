@@ -1,4 +1,4 @@
-"""Measurements of a run against definitions: probes, draws, pruning, augmentations, cards."""
+"""Measurements of a run against definitions: probes, draws, pruning, augmentations, records."""
 
 from __future__ import annotations
 
@@ -11,38 +11,42 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import bayesify as bb
 from bayesify import ArgumentError
 from bayesify.metrics import classification_metrics, entropy
 from byov_small import CONFIG, small_run
-from recipes.byov import (
-    assemble,
-    corruptions,
-    doubt,
-    evaluate,
-    gradients,
-    pruning,
-    runs,
-    strangers,
-)
-from recipes.byov.cards import Card, against, estimate, families, paper_like
-from recipes.byov.claims import CLAIMS, by_beta, judge
 from recipes.byov.config import PRESETS, UNSEEN_SHIFTS, BYOVConfig
-from recipes.byov.data import eval_batches
-from recipes.byov.measure import features_of
+from recipes.byov.data import corruptions
+from recipes.byov.data.batches import eval_batches, train_views
+from recipes.byov.data.training import configs_of
+from recipes.byov.data.views import TwoViews
+from recipes.byov.evaluation import evaluate, linear, ood, protocol, pruning, runs, uncertainty
+from recipes.byov.evaluation.features import features_of
+from recipes.byov.evaluation.monte_carlo import (
+    Moments,
+    classify,
+    drawn_probs,
+    labels_of,
+    outputs,
+    seed_of,
+)
+from recipes.byov.evaluation.runs import Run, open_run
 from recipes.byov.model import Student
 from recipes.byov.optimizer import make_optimizer
-from recipes.byov.page import noise_levels, rises
-from recipes.byov.predictive import Moments, classify, drawn_probs, labels_of, outputs, seed_of
-from recipes.byov.runs import Run, open_run
+from recipes.byov.paper import gradients, tables
+from recipes.byov.paper.claims import CLAIMS, by_beta, judge
+from recipes.byov.paper.page import noise_levels, rises
+from recipes.byov.paper.results import RunRecord, against, estimate, families, paper_like
 from recipes.byov.train import train
 
-HEAD = evaluate.EvalSettings(num_samples=3, epochs=5)
+HEAD = protocol.EvalSettings(num_samples=3, epochs=5)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config in {
         "byov": replace(CONFIG, logvar_lr_ratio=40.0),
         "byol": replace(CONFIG, conversion="none"),
-        "twin": replace(CONFIG, objective="supervised"),
+        "supervised": replace(CONFIG, objective="supervised"),
     }.items():
         run = small_run(tmp_path_factory.mktemp(name), eval_every=0)
         train(config, run)
@@ -95,6 +99,21 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         open_run(tmp_path)
 
 
+def test_the_supervised_classifier_is_not_measured_on_other_classes(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for split in ("train", "test"):
+        for index, name in enumerate(("golf ball", "tench")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(2):
+                image = Image.new("L", (28, 28), 40 + 130 * index + number)
+                image.save(tmp_path / split / name / f"{number}.png")
+    with pytest.raises(ArgumentError, match=r"has the classes 0, 1, and .* has golf ball, tench"):
+        open_run(folders["supervised"], data=str(tmp_path), device="cpu")
+    run = open_run(folders["byov"], data=str(tmp_path), device="cpu")  # its probe learns them
+    assert run.source.classes == ("golf ball", "tench")
+
+
 def test_a_run_of_byol_with_batchnorm_opens(tmp_path: Path) -> None:
     small = {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]}
     config = replace(
@@ -106,6 +125,37 @@ def test_a_run_of_byol_with_batchnorm_opens(tmp_path: Path) -> None:
     state = open_run(run.out, device="cpu").encoder.state_dict()
     assert any("running_mean" in name for name in student)
     assert all(torch.equal(state[name], value) for name, value in student.items())
+
+
+@pytest.mark.parametrize("objective", ["byol", "supervised"])
+def test_batchnorm_statistics_of_a_bayesian_run_are_those_of_its_views(
+    tmp_path: Path, objective: Any
+) -> None:
+    """As those of BYOL are, which has them from its training: a control must not differ in it."""
+    small = {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]}
+    config = replace(
+        CONFIG, encoder="resnet18", encoder_args=small, image_size=32, objective=objective
+    )
+    run = small_run(tmp_path, eval_every=0)
+    train(config, run)
+    opened = open_run(run.out, device="cpu")
+    exported = load_file(run.out / "student.safetensors")
+    assert torch.equal(opened.encoder.bn1.running_mean, exported["bn1.running_mean"])
+
+    def mean_of(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return F.conv2d(images, opened.encoder.conv1.weight, stride=2, padding=3).mean(
+                (0, 2, 3)
+            )
+
+    source, views = opened.source, TwoViews(*configs_of(config, opened.source))
+    [batch] = train_views(source, batch_size=48, seed=config.seed, epoch=config.epochs, views=views)
+    seen = batch[:2] if objective == "byol" else batch[:1]
+    torch.testing.assert_close(
+        opened.encoder.bn1.running_mean, torch.stack([mean_of(view) for view in seen]).mean(0)
+    )
+    [(plain, _)] = eval_batches(source, "train", batch_size=48)
+    assert (opened.encoder.bn1.running_mean - mean_of(plain)).norm() > 0.01
 
 
 def test_a_result_is_made_once_and_again_for_other_settings(byov: Run) -> None:
@@ -167,9 +217,9 @@ def test_outputs_are_those_of_the_encoder_on_every_image(byov: Run) -> None:
 
 
 def test_the_average_is_that_of_the_softmaxes_of_single_draws(byov: Run) -> None:
-    head, _ = evaluate.frozen_head(byov, HEAD)
+    head, _ = linear.frozen_head(byov, HEAD)
     made = evaluate.evaluate(byov, "linear", HEAD)
-    row = next(r for r in made["numbers"]["rows"] if r["prediction"] == evaluate.AVERAGE)
+    row = next(r for r in made["numbers"]["rows"] if r["prediction"] == protocol.AVERAGE)
     images = torch.cat([x for x, _ in eval_batches(byov.source, "test", batch_size=999)])
     total = torch.zeros(len(images), 2, dtype=torch.float64)
     with torch.no_grad():
@@ -184,9 +234,9 @@ def test_the_average_is_that_of_the_softmaxes_of_single_draws(byov: Run) -> None
 def test_all_batches_of_a_draw_have_the_same_weights(
     byov: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head, _ = evaluate.frozen_head(byov, HEAD)
+    head, _ = linear.frozen_head(byov, HEAD)
     [whole] = drawn_probs(byov, head, 1)
-    monkeypatch.setattr("recipes.byov.predictive._BATCH", 3)
+    monkeypatch.setattr("recipes.byov.evaluation.monte_carlo._BATCH", 3)
     [parts] = drawn_probs(byov, head, 1)
     assert torch.allclose(whole, parts, atol=1e-6)
     means = outputs(byov, classify(byov, head))
@@ -205,26 +255,26 @@ def test_moments_are_those_of_the_stack() -> None:
 def test_every_protocol_gives_metrics(folders: dict[str, Path]) -> None:
     run = open_run(folders["byol"], device="cpu")
     quick = replace(HEAD, finetune_epochs=1)
-    for protocol in ("linear", "knn", "semi", "finetune"):
-        made = evaluate.evaluate(run, protocol, quick)
+    for name in ("linear", "knn", "semi", "finetune"):
+        made = evaluate.evaluate(run, name, quick)
         assert made["numbers"]["rows"]
         for row in made["numbers"]["rows"]:
             assert 0 <= row["top1"] <= row["top5"] <= 1
             parts = 1 - 0.5 - row["resolution"] + row["reliability"] + row["residual"]
             assert row["brier"] == pytest.approx(parts, abs=1e-6)  # two classes, equally frequent
     names = [r["prediction"] for r in evaluate.evaluate(run, "linear", quick)["numbers"]["rows"]]
-    assert names == [evaluate.MEANS, evaluate.SCALED, evaluate.TEACHER]
+    assert names == [protocol.MEANS, protocol.SCALED, protocol.TEACHER]
     with pytest.raises(ArgumentError, match="protocol"):
         evaluate.evaluate(run, "zero-shot", quick)  # type: ignore[arg-type]
 
 
 def test_strangers_equal_to_the_test_images_are_not_told_apart(byov: Run) -> None:
-    rows = strangers.strangers(byov, [byov.source], HEAD)["numbers"]["rows"]
+    rows = ood.ood_detection(byov, [byov.source], HEAD)["numbers"]["rows"]
     assert {row["auroc"] for row in rows} == {0.5}
     assert {row["prediction"] for row in rows} == {
-        evaluate.MEANS,
-        evaluate.SCALED,
-        evaluate.AVERAGE,
+        protocol.MEANS,
+        protocol.SCALED,
+        protocol.AVERAGE,
     }
 
 
@@ -232,11 +282,11 @@ def test_strangers_are_scored_by_the_runs_own_classifier(byov: Run, tmp_path: Pa
     noise = torch.randint(0, 256, (20, 28, 28, 1), dtype=torch.uint8)
     path = tmp_path / "noise.npz"
     np.savez(path, images=noise.numpy())
-    other = strangers.open_strangers(byov, str(path))
+    other = ood.open_ood(byov, str(path))
     assert (other.mean, other.std) == (byov.source.mean, byov.source.std)
-    rows = strangers.strangers(byov, [other], HEAD)["numbers"]["rows"]
-    row = next(r for r in rows if (r["prediction"], r["score"]) == (evaluate.MEANS, "entropy"))
-    head, _ = evaluate.frozen_head(byov, HEAD)
+    rows = ood.ood_detection(byov, [other], HEAD)["numbers"]["rows"]
+    row = next(r for r in rows if (r["prediction"], r["score"]) == (protocol.MEANS, "entropy"))
+    head, _ = linear.frozen_head(byov, HEAD)
     inside = entropy(outputs(byov, classify(byov, head)))
     outside = entropy(outputs(replace(byov, source=other), classify(byov, head), "train"))
     wins = (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside)
@@ -246,9 +296,9 @@ def test_strangers_are_scored_by_the_runs_own_classifier(byov: Run, tmp_path: Pa
 
 def test_a_share_of_the_labels_is_the_same_of_every_class() -> None:
     labels = torch.arange(300) % 3
-    rows = evaluate.stratified(labels, 0.1, seed=0)
+    rows = linear.stratified(labels, 0.1, seed=0)
     assert torch.bincount(labels[rows]).tolist() == [10, 10, 10]
-    assert not torch.equal(rows, evaluate.stratified(labels, 0.1, seed=1))
+    assert not torch.equal(rows, linear.stratified(labels, 0.1, seed=1))
 
 
 # -- pruning -------------------------------------------------------------------------------------
@@ -276,7 +326,7 @@ def test_scores_of_a_run_are_the_definitions(byov: Run) -> None:
 
 
 def _points(run: Run, criterion: str, **changes: Any) -> list[dict[str, float]]:
-    head, _ = evaluate.frozen_head(run, HEAD)
+    head, _ = linear.frozen_head(run, HEAD)
     return pruning.curve(run, head, criterion, sparsities=(0.0, 0.5, 0.9), **changes)
 
 
@@ -375,13 +425,13 @@ def test_gaps_of_curves_by_hand() -> None:
     assert gap["sparser"] == pytest.approx(100 * (0.52 - 0.05))
 
 
-# -- doubt ---------------------------------------------------------------------------------------
+# -- uncertainty ---------------------------------------------------------------------------------
 
 
 def test_the_spread_of_independent_draws_falls_as_the_root_of_their_number() -> None:
     pool = torch.rand(2000, 200)
-    settings = doubt.DoubtSettings(pool=2000, most=50, bootstraps=200)
-    found = doubt.averages(pool, settings)
+    settings = uncertainty.UncertaintySettings(pool=2000, most=50, bootstraps=200)
+    found = uncertainty.averages(pool, settings)
     assert found["slope"] == pytest.approx(-0.5, abs=0.02)
     assert found["disjoint_slope"] == pytest.approx(-0.5, abs=0.02)
     first = found["rows"][0]
@@ -391,21 +441,21 @@ def test_the_spread_of_independent_draws_falls_as_the_root_of_their_number() -> 
 
 def test_the_same_draws_over_and_over_do_not_average_out() -> None:
     pool = torch.rand(1, 300).repeat(200, 1)
-    settings = doubt.DoubtSettings(pool=200, most=20, bootstraps=20)
-    assert max(r["disjoint"] for r in doubt.averages(pool, settings)["rows"]) < 1e-12
+    settings = uncertainty.UncertaintySettings(pool=200, most=20, bootstraps=20)
+    assert max(r["disjoint"] for r in uncertainty.averages(pool, settings)["rows"]) < 1e-12
 
 
 def test_draws_of_a_run_are_independent(byov: Run) -> None:
-    settings = doubt.DoubtSettings(pool=120, most=12, bootstraps=20, shifted=())
-    made = doubt.draws_needed(byov, settings, HEAD)
+    settings = uncertainty.UncertaintySettings(pool=120, most=12, bootstraps=20, shifted=())
+    made = uncertainty.draws_needed(byov, settings, HEAD)
     [curve] = made["numbers"]["curves"]
     assert curve["disjoint_slope"] == pytest.approx(-0.5, abs=0.12)
 
 
 def test_spread_is_the_std_of_the_predicted_class(byov: Run) -> None:
-    settings = doubt.DoubtSettings(spread_draws=6)
-    numbers = doubt.spread(byov, settings, HEAD)["numbers"]
-    head, _ = evaluate.frozen_head(byov, HEAD)
+    settings = uncertainty.UncertaintySettings(spread_draws=6)
+    numbers = uncertainty.spread(byov, settings, HEAD)["numbers"]
+    head, _ = linear.frozen_head(byov, HEAD)
     stack = torch.stack(list(drawn_probs(byov, head, 6))).double()
     predicted = stack.mean(0).argmax(1)
     expected = stack.std(0).gather(1, predicted[:, None])[:, 0]
@@ -413,8 +463,8 @@ def test_spread_is_the_std_of_the_predicted_class(byov: Run) -> None:
 
 
 def test_latent_variances_are_those_of_the_draws(byov: Run) -> None:
-    settings = doubt.DoubtSettings(latent_draws=4, noises=(0.0, 0.5))
-    levels = doubt.latent_variance(byov, settings)["numbers"]["levels"]
+    settings = uncertainty.UncertaintySettings(latent_draws=4, noises=(0.0, 0.5))
+    levels = uncertainty.latent_variance(byov, settings)["numbers"]["levels"]
     images = torch.cat([x for x, _ in eval_batches(byov.source, "test", batch_size=999)])
     model, kept = byov.model, []
     assert isinstance(model, Student)
@@ -437,7 +487,7 @@ def test_gradient_noise_is_that_of_draws_alone(byov: Run) -> None:
     with torch.no_grad():
         for name, parameter in byov.model.named_parameters():
             if name.endswith("_logvar"):
-                parameter.fill_(-60.0)  # no doubt, no variance
+                parameter.fill_(-60.0)  # no uncertainty, no variance
     runs.result_path(byov.folder, "gradients").unlink()
     still = gradients.gradient_noise(byov, batch_sizes=(8,), draws=4)["numbers"]["rows"]
     assert max(r["relative"] for r in still) < 1e-9
@@ -446,11 +496,13 @@ def test_gradient_noise_is_that_of_draws_alone(byov: Run) -> None:
 
 def test_the_twin_has_no_latents(folders: dict[str, Path]) -> None:
     with pytest.raises(ArgumentError, match="projector"):
-        doubt.latent_variance(open_run(folders["twin"], device="cpu"), doubt.DoubtSettings())
+        uncertainty.latent_variance(
+            open_run(folders["supervised"], device="cpu"), uncertainty.UncertaintySettings()
+        )
 
 
 def test_augmentations_leave_the_clean_row_as_the_evaluation_has_it(byov: Run) -> None:
-    made = doubt.corrupted(byov, doubt.DoubtSettings(), HEAD)
+    made = uncertainty.corrupted(byov, uncertainty.UncertaintySettings(), HEAD)
     rows = made["numbers"]["rows"]
     assert len(rows) == 1 + 5 * len(corruptions.kinds(grey=True))
     clean = next(r for r in rows if r["kind"] == "none")["means"]
@@ -557,14 +609,14 @@ def test_unknown_corruptions_are_refused() -> None:
         corruptions.corrupt(PIXELS, "blur", 6)
 
 
-# -- cards and claims ----------------------------------------------------------------------------
+# -- records and claims ----------------------------------------------------------------------------
 
 
-def _card(seed: int, top1: float, *, moved: bool = True, **changes: Any) -> Card:
+def _record(seed: int, top1: float, *, moved: bool = True, **changes: Any) -> RunRecord:
     config = replace(BYOVConfig(seed=seed), **changes)
-    row = {"prediction": evaluate.MEANS, "top1": top1, "ece": 0.10 - top1 / 100}
+    row = {"prediction": protocol.MEANS, "top1": top1, "ece": 0.10 - top1 / 100}
     facts = {"converged": moved, "data": "d", "logvar_spread": 0.4}
-    return Card(config, facts, [], {"eval-linear": {"numbers": {"rows": [row]}}})
+    return RunRecord(config, facts, [], {"eval-linear": {"numbers": {"rows": [row]}}})
 
 
 def test_an_estimate_is_students() -> None:
@@ -579,11 +631,11 @@ def test_an_estimate_is_students() -> None:
 
 
 def test_differences_are_paired_by_seed_and_plus_is_better() -> None:
-    mine = [_card(s, t) for s, t in ((0, 0.50), (1, 0.70))]
-    base = [_card(s, t, conversion="none") for s, t in ((1, 0.60), (0, 0.45))]
+    mine = [_record(s, t) for s, t in ((0, 0.50), (1, 0.70))]
+    base = [_record(s, t, conversion="none") for s, t in ((1, 0.60), (0, 0.45))]
 
-    def top1(card: Card) -> float:
-        row = card.row(evaluate.MEANS)
+    def top1(record: RunRecord) -> float:
+        row = record.row(protocol.MEANS)
         assert row is not None
         return float(row["top1"])
 
@@ -596,43 +648,48 @@ def test_differences_are_paired_by_seed_and_plus_is_better() -> None:
 
 
 def test_families_are_seeds_of_one_config_with_names_of_their_own() -> None:
-    cards = [_card(0, 0.5), _card(1, 0.5), _card(0, 0.5, tau_base=0.9), _card(0, 0.4, beta_end=0.3)]
-    found = families(cards)
+    records = [
+        _record(0, 0.5),
+        _record(1, 0.5),
+        _record(0, 0.5, tau_base=0.9),
+        _record(0, 0.4, beta_end=0.3),
+    ]
+    found = families(records)
     assert {name: len(group) for name, group in found.items()} == {
         "BYOV N(0, I)": 2,
         "BYOV N(0, I), tau_base 0.9": 1,
         "BYOV N(0, I), beta 0->0.3": 1,
     }
-    assert len(paper_like(cards)) == 2
+    assert len(paper_like(records)) == 2
 
 
 def test_no_claim_from_few_seeds_or_a_posterior_that_stands_still() -> None:
     claim = next(c for c in CLAIMS if c.text == "ECE better than BYOL's")
 
     def verdict(seeds: int, better: float, moved: bool = True) -> str:
-        cards = []
+        records = []
         for seed in range(seeds):
-            cards.append(_card(seed, 0.5, conversion="none"))
-            cards.append(_card(seed, 0.5 + better + 0.001 * seed, moved=moved))
-        return judge(claim, cards)[1]
+            records.append(_record(seed, 0.5, conversion="none"))
+            records.append(_record(seed, 0.5 + better + 0.001 * seed, moved=moved))
+        return judge(claim, records)[1]
 
     assert verdict(2, 5.0) == "n < 3"
     assert verdict(3, 5.0) == "agrees"
     assert verdict(3, -5.0) == "disagrees"
     assert verdict(3, 0.0, moved=False) == "not converged"
-    assert judge(claim, [_card(0, 0.5)])[1] == "not run"
+    assert judge(claim, [_record(0, 0.5)])[1] == "not run"
 
 
 def test_appendix_c_undoes_one_change_at_a_time() -> None:
-    def card(seed: int, top1: float, norms: list[float], **changes: Any) -> Card:
+    def record(seed: int, top1: float, norms: list[float], **changes: Any) -> RunRecord:
         log = [{"kind": "step", "step": s, "grad_norm": n} for s, n in enumerate(norms)]
-        return replace(_card(seed, top1, **changes), log=log)
+        return replace(_record(seed, top1, **changes), log=log)
 
     calm, wild = [1.0] * 10, [1.0] * 8 + [4.0, 9.0]
-    cards = [card(seed, 0.8, calm) for seed in range(3)]
-    cards += [card(seed, 0.7, wild, parameterization="softplus") for seed in range(2)]
-    cards += [card(0, 0.6, calm, relative_std=0.01), card(0, 0.1, calm, lr=9.0)]
-    rows = {r["change"]: r for r in assemble.app_c(cards)["rows"]}
+    records = [record(seed, 0.8, calm) for seed in range(3)]
+    records += [record(seed, 0.7, wild, parameterization="softplus") for seed in range(2)]
+    records += [record(0, 0.6, calm, relative_std=0.01), record(0, 0.1, calm, lr=9.0)]
+    rows = {r["change"]: r for r in tables.app_c(records)["rows"]}
     assert rows["as in the paper"]["top1"].n == 3
     softplus = rows["softplus"]
     assert (softplus["top1"].n, softplus["top1"].mean) == (2, pytest.approx(70))
@@ -641,19 +698,19 @@ def test_appendix_c_undoes_one_change_at_a_time() -> None:
     assert rows["as in the paper"]["spikes"].mean == 0
     assert rows["sigma from 1 % of each tensor's RMS"]["top1_delta"].mean == pytest.approx(-20)
     assert rows["log variances from -6"]["top1"] is None
-    found, verdict = judge(next(c for c in CLAIMS if "spikes" in c.text), cards)
+    found, verdict = judge(next(c for c in CLAIMS if "spikes" in c.text), records)
     assert found is not None
     assert found.mean == pytest.approx(20)
     assert (found.n, verdict) == (2, "n < 3")
-    same = [card(s, 0.8, calm) for s in range(3)]
-    same += [card(s, 0.8, calm, parameterization="softplus") for s in range(3)]
+    same = [record(s, 0.8, calm) for s in range(3)]
+    same += [record(s, 0.8, calm, parameterization="softplus") for s in range(3)]
     # no spike here and none there: no difference is none of the claimed sign
     assert judge(next(c for c in CLAIMS if "spikes" in c.text), same)[1] == "undecided"
 
 
 def test_by_beta_pairs_no_two_betas() -> None:
-    def card(seed: int, beta: float, gap: float, variances: tuple[float, float]) -> Card:
-        found = _card(seed, 0.8, beta_end=beta)
+    def record(seed: int, beta: float, gap: float, variances: tuple[float, float]) -> RunRecord:
+        found = _record(seed, 0.8, beta_end=beta)
         part = {name: [1.0] for name in ("encoder", "projector", "predictor")}
         levels = [
             {"noise": n, "raw": part, "unit": {**part, "encoder": [v, v]}}
@@ -670,11 +727,11 @@ def test_by_beta_pairs_no_two_betas() -> None:
         }
         return replace(found, results={**found.results, **more})
 
-    cards = [card(seed, 1.0, 4.0, (2.0, 1.0)) for seed in range(2)]
-    cards += [card(0, 0.1, 1.0, (1.0, 3.0)), _card(0, 0.5, conversion="none")]
-    seen = card(0, 1.0, 7.0, (1.0, 4.0))
-    cards.append(replace(seen, config=replace(seen.config, skip=UNSEEN_SHIFTS)))
-    found = by_beta(cards)
+    records = [record(seed, 1.0, 4.0, (2.0, 1.0)) for seed in range(2)]
+    records += [record(0, 0.1, 1.0, (1.0, 3.0)), _record(0, 0.5, conversion="none")]
+    seen = record(0, 1.0, 7.0, (1.0, 4.0))
+    records.append(replace(seen, config=replace(seen.config, skip=UNSEEN_SHIFTS)))
+    found = by_beta(records)
     assert found is not None
     wide, narrow, without = found["rows"]
     assert (without["skip"], without["beta"], without["n"]) == ("unseen shifts", 1.0, 1)
@@ -684,16 +741,16 @@ def test_by_beta_pairs_no_two_betas() -> None:
     assert (wide["gap"].mean, wide["most"].mean) == (4, 8)
     assert (narrow["gap"].mean, narrow["most"].mean) == (1, 2)
     assert (wide["rise"].mean, narrow["rise"].mean) == (-0.5, 2)
-    assert by_beta([_card(0, 0.5, conversion="none")]) is None
+    assert by_beta([_record(0, 0.5, conversion="none")]) is None
 
 
 def test_the_variance_rises_by_noise_and_part() -> None:
-    def card(seed: int, predictor: tuple[float, float, float]) -> Card:
-        found = _card(seed, 0.8)
+    def record(seed: int, predictor: tuple[float, float, float]) -> RunRecord:
+        found = _record(seed, 0.8)
         levels = [
             {
                 "noise": noise,
-                "raw": {part: [9.0] for part in doubt.PARTS},
+                "raw": {part: [9.0] for part in uncertainty.PARTS},
                 "unit": {"encoder": [4.0, 4.0], "projector": [2.0], "predictor": [value]},
             }
             for noise, value in zip((0.0, 0.25, 1.0), predictor, strict=True)
@@ -701,8 +758,8 @@ def test_the_variance_rises_by_noise_and_part() -> None:
         latents = {"settings": {"draws": 2}, "numbers": {"levels": levels}}
         return replace(found, results={**found.results, "latents": latents})
 
-    cards = [card(0, (1.0, 2.0, 0.5)), card(1, (2.0, 5.0, 2.0)), card(2, (1.0, 3.0, 0.25))]
-    found = {c.text: c.ours(cards) for c in CLAIMS if "rises with noise" in c.text}
+    records = [record(0, (1.0, 2.0, 0.5)), record(1, (2.0, 5.0, 2.0)), record(2, (1.0, 3.0, 0.25))]
+    found = {c.text: c.ours(records) for c in CLAIMS if "rises with noise" in c.text}
     assert len(found) == 6
     visible = found["variance behind the predictor rises with noise, to a std of 0.3"]
     most = found["variance behind the predictor rises with noise, to a std of 1"]
@@ -715,24 +772,24 @@ def test_the_variance_rises_by_noise_and_part() -> None:
     assert visible.half == pytest.approx(4.3027 * 0.5 / math.sqrt(3), rel=1e-4)
     assert most.mean == pytest.approx((-0.5 + 0 - 0.75) / 3)
     assert (flat.mean, flat.n) == (0, 3)
-    numbers = assemble.fig7(cards)
+    numbers = tables.fig7(records)
     assert numbers is not None
     assert noise_levels(numbers) == ["noise 0", "noise 0.25", "noise 1"]
     assert rises(numbers)[0] == ("encoder", *["1.00"] * 3)
 
 
 def test_a_resnet_is_compared_with_its_own_optimizer_and_no_ablation() -> None:
-    def card(seed: int, gap: float, **changes: Any) -> Card:
+    def record(seed: int, gap: float, **changes: Any) -> RunRecord:
         gaps = [{"over": "magnitude", "scope": "tensor", "middle": gap, "points": gap}]
-        found = _card(seed, 0.8, **changes)
+        found = _record(seed, 0.8, **changes)
         return replace(found, results={**found.results, "prune": {"numbers": {"gaps": gaps}}})
 
     resnet = PRESETS["cifar10-resnet18"].config
     own = {"encoder": resnet.encoder, "encoder_args": {}, "optimizer": "lars", "lr": 1.0}
-    cards = [card(seed, 5.0) for seed in range(4)]
-    cards += [card(seed, 9.0 + seed, **own) for seed in range(2)]
-    cards.append(card(0, 1.0, **own, tau_base=0.9))
-    found = {c.text: c.ours(cards) for c in CLAIMS if c.text.endswith("50 to 90 % sparsity")}
+    records = [record(seed, 5.0) for seed in range(4)]
+    records += [record(seed, 9.0 + seed, **own) for seed in range(2)]
+    records.append(record(0, 1.0, **own, tau_base=0.9))
+    found = {c.text: c.ours(records) for c in CLAIMS if c.text.endswith("50 to 90 % sparsity")}
     assert {text: (e.mean, e.n) for text, e in found.items() if e is not None} == {
         "SNR pruning over magnitude, mean over 50 to 90 % sparsity": (5.0, 4),
         "SNR pruning over magnitude, ResNet-18, mean over 50 to 90 % sparsity": (9.5, 2),
@@ -743,7 +800,7 @@ def test_correlations_are_scipys() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.rand(300, generator=generator).round(decimals=1)  # with ties
     y = x + torch.randn(300, generator=generator)
-    found = assemble.correlations(x.tolist(), y.tolist())
+    found = tables.correlations(x.tolist(), y.tolist())
     assert found["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
     assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
     fit = stats.linregress(x, y)

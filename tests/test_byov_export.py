@@ -17,7 +17,8 @@ from bayesify.data import load_dataset
 from byov_small import CONFIG, small_data, small_run
 from recipes.byov import export, train
 from recipes.byov.config import PRESETS, BYOVConfig
-from recipes.byov.data import eval_batches
+from recipes.byov.data.batches import eval_batches
+from recipes.byov.data.training import open_images
 from recipes.byov.model import build_encoder, build_student
 
 IMAGES = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(3))
@@ -91,7 +92,7 @@ def test_the_other_commands_take_the_file(
 
 def test_evaluation_sees_the_images_of_training(tmp_path: Path) -> None:
     """The file says how images are prepared, and the recipe prepared them so."""
-    source = train.open_images(CONFIG, small_run(tmp_path))
+    source = open_images(CONFIG, small_run(tmp_path))
     shown = bayesify.input_config(build_encoder(CONFIG, None), img_size=28, in_chans=1)
     [(ours, _)] = eval_batches(source, "train", batch_size=64)
     image, _ = load_dataset(str(small_data(tmp_path)), split="train").dataset(shown)[5]

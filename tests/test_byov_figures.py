@@ -14,19 +14,19 @@ from typer.testing import CliRunner
 
 from bayesify import ArgumentError
 from byov_small import CONFIG, small_run
-from recipes.byov import assemble, figures, plots
-from recipes.byov.cards import Card, Estimate, distinct, read_card
 from recipes.byov.cli import app
 from recipes.byov.config import UNSEEN_SHIFTS
-from recipes.byov.doubt import DoubtSettings
-from recipes.byov.evaluate import EvalSettings
-from recipes.byov.iterative import IterativeSettings, iterative_pruning
-from recipes.byov.page import number
-from recipes.byov.runs import open_run
+from recipes.byov.evaluation.protocol import EvalSettings
+from recipes.byov.evaluation.runs import open_run
+from recipes.byov.evaluation.uncertainty import UncertaintySettings
+from recipes.byov.paper import figures, plots, tables
+from recipes.byov.paper.iterative import IterativeSettings, iterative_pruning
+from recipes.byov.paper.page import number
+from recipes.byov.paper.results import Estimate, RunRecord, distinct, read_record
 from recipes.byov.train import train
 
 HEAD = EvalSettings(num_samples=2, epochs=4)
-DOUBT = DoubtSettings(
+UNCERTAINTY = UncertaintySettings(
     spread_draws=4, pool=12, most=4, bootstraps=5, latent_draws=3, noises=(0.0, 0.5), images=8,
     shifted=("shear",),
 )  # fmt: skip
@@ -35,7 +35,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "zero": {"logvar_lr_ratio": 40.0},
     "seen": {"logvar_lr_ratio": 40.0, "skip": UNSEEN_SHIFTS},
     "sigma": {"logvar_lr_ratio": 40.0, "prior": "teacher"},
-    "twin": {"logvar_lr_ratio": 40.0, "objective": "supervised"},
+    "supervised": {"logvar_lr_ratio": 40.0, "objective": "supervised"},
 }
 
 
@@ -56,7 +56,12 @@ def made(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     rounds = IterativeSettings(rounds=2, epochs=0.1, sparsities=(0.5,))
     iterative_pruning(open_run(folders["zero"], device="cpu"), rounds, head=HEAD)
     figures.make(
-        list(folders.values()), out, device="cpu", head=HEAD, doubt=DOUBT, sparsities=(0.0, 0.5)
+        list(folders.values()),
+        out,
+        device="cpu",
+        head=HEAD,
+        uncertainty=UNCERTAINTY,
+        sparsities=(0.0, 0.5),
     )
     return out
 
@@ -112,22 +117,22 @@ def test_a_run_that_is_given_twice_is_one_seed(
 
 
 def test_of_two_cards_of_one_run_that_with_more_stays() -> None:
-    def card(seed: int, *measured: str, data: str = "a") -> Card:
+    def record(seed: int, *measured: str, data: str = "a") -> RunRecord:
         facts = {"data": data}
-        return Card(replace(CONFIG, seed=seed), facts, [], {name: {} for name in measured})
+        return RunRecord(replace(CONFIG, seed=seed), facts, [], {name: {} for name in measured})
 
     first, more, other, elsewhere = (
-        card(0, "eval"), card(0, "eval", "prune"), card(1), card(0, data="b")
+        record(0, "eval"), record(0, "eval", "prune"), record(1), record(0, data="b")
     )  # fmt: skip
     assert distinct([first, more, other, elsewhere]) == [more, other, elsewhere]
     assert distinct([more, first]) == [more]
 
 
 def test_a_posterior_that_stands_still_is_stamped(folders: dict[str, Path], made: Path) -> None:
-    cards = [read_card(folder) for folder in folders.values()]
-    still = [replace(c, facts={**c.facts, "converged": False}) for c in cards]
-    moved = [replace(c, facts={**c.facts, "converged": True}) for c in cards]
-    for build in (assemble.fig4, assemble.fig3, assemble.fig1b):
+    records = [read_record(folder) for folder in folders.values()]
+    still = [replace(c, facts={**c.facts, "converged": False}) for c in records]
+    moved = [replace(c, facts={**c.facts, "converged": True}) for c in records]
+    for build in (tables.fig4, tables.fig3, tables.fig1b):
         found, clean = build(still), build(moved)
         assert found is not None
         assert clean is not None
@@ -138,9 +143,9 @@ def test_a_posterior_that_stands_still_is_stamped(folders: dict[str, Path], made
 def test_a_panel_is_stamped_for_its_own_posterior_only(
     folders: dict[str, Path], tmp_path: Path, made: Path
 ) -> None:
-    cards = {name: read_card(folder) for name, folder in folders.items()}
-    one = [replace(c, facts={**c.facts, "converged": n != "sigma"}) for n, c in cards.items()]
-    found = assemble.fig4(one)
+    records = {name: read_record(folder) for name, folder in folders.items()}
+    one = [replace(c, facts={**c.facts, "converged": n != "sigma"}) for n, c in records.items()]
+    found = tables.fig4(one)
     assert found is not None
     assert found["stamp"] is None
     stamps = {panel["run"]: panel["stamp"] for panel in found["panels"]}
@@ -152,7 +157,7 @@ def test_a_panel_is_stamped_for_its_own_posterior_only(
 
 
 def test_the_stamp_is_in_the_picture(folders: dict[str, Path], tmp_path: Path, made: Path) -> None:
-    numbers = assemble.fig1b([read_card(folder) for folder in folders.values()])
+    numbers = tables.fig1b([read_record(folder) for folder in folders.values()])
     assert numbers is not None
     plots.draw("fig1b", {**numbers, "stamp": "posterior not converged"}, tmp_path)
     assert "POSTERIOR NOT CONVERGED" in (tmp_path / "fig1b.svg").read_text()
@@ -161,11 +166,11 @@ def test_the_stamp_is_in_the_picture(folders: dict[str, Path], tmp_path: Path, m
 
 
 def test_trajectories_are_those_of_the_log(folders: dict[str, Path], made: Path) -> None:
-    card = read_card(folders["zero"])
-    numbers = assemble.fig3([card])
+    record = read_record(folders["zero"])
+    numbers = tables.fig3([record])
     assert numbers is not None
     column = numbers["columns"]["N(0, I)"]
-    epochs = [line for line in card.log if line["kind"] == "epoch"]
+    epochs = [line for line in record.log if line["kind"] == "epoch"]
     assert column["epochs"] == [1, 2, 3]
     for tensor in column["tensors"]:
         expected = [e["layers"][tensor["name"]]["mean_snr"] for e in epochs]
@@ -178,24 +183,24 @@ def test_trajectories_are_those_of_the_log(folders: dict[str, Path], made: Path)
 def test_trajectories_are_of_a_seed_whose_posteriors_moved(
     folders: dict[str, Path], made: Path, tmp_path: Path
 ) -> None:
-    def card(of: str, seed: int, *, moved: bool) -> Card:
-        found = read_card(folders[of])
+    def record(of: str, seed: int, *, moved: bool) -> RunRecord:
+        found = read_record(folders[of])
         facts = {**found.facts, "converged": moved}
         return replace(found, config=replace(found.config, seed=seed), facts=facts)
 
-    cards = [card("zero", 0, moved=True), card("sigma", 0, moved=False),
-             card("zero", 1, moved=False), card("sigma", 1, moved=True),
-             card("zero", 2, moved=True), card("sigma", 2, moved=True)]  # fmt: skip
+    records = [record("zero", 0, moved=True), record("sigma", 0, moved=False),
+             record("zero", 1, moved=False), record("sigma", 1, moved=True),
+             record("zero", 2, moved=True), record("sigma", 2, moved=True)]  # fmt: skip
 
-    def seeds(given: list[Card]) -> list[tuple[int, str | None]]:
-        found = assemble.fig3(given)
+    def seeds(given: list[RunRecord]) -> list[tuple[int, str | None]]:
+        found = tables.fig3(given)
         assert found is not None
         return [(column["seed"], column["stamp"]) for column in found["columns"].values()]
 
-    assert seeds(cards) == [(2, None), (2, None)]
-    assert seeds(cards[:4]) == [(0, None), (0, "posterior not converged")]
-    assert seeds(cards[1:3]) == [(1, "posterior not converged"), (0, "posterior not converged")]
-    one = assemble.fig3(cards[:4])
+    assert seeds(records) == [(2, None), (2, None)]
+    assert seeds(records[:4]) == [(0, None), (0, "posterior not converged")]
+    assert seeds(records[1:3]) == [(1, "posterior not converged"), (0, "posterior not converged")]
+    one = tables.fig3(records[:4])
     assert one is not None
     assert one["stamp"] is None
     plots.draw("fig3", one, tmp_path)
@@ -219,11 +224,11 @@ def test_the_key_of_the_trajectories_is_inside_the_picture(priors: int) -> None:
 
 
 def test_table_1_has_the_papers_rows_and_ours(folders: dict[str, Path], made: Path) -> None:
-    rows = assemble.table1([read_card(folder) for folder in folders.values()])["rows"]
+    rows = tables.table1([read_record(folder) for folder in folders.values()])["rows"]
     assert [r["paper_top1"] for r in rows][:4] == [73.68, 73.97, 69.73, 73.62]
     byol = next(r for r in rows if r["conversion"] == "none")
-    card = read_card(folders["byol"])
-    row = card.row("at the means")
+    record = read_record(folders["byol"])
+    row = record.row("at the means")
     assert row is not None
     assert byol["top1"].mean == pytest.approx(100 * row["top1"])
     assert next(r for r in rows if r["conversion"] == "no-conv")["top1"] is None

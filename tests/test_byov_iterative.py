@@ -15,15 +15,16 @@ from torch import Tensor, nn
 import bayesify as bb
 from bayesify import ArgumentError
 from byov_small import CONFIG, small_run, stop_at
-from recipes.byov import evaluate, iterative, pruning
-from recipes.byov.arms import fig4rounds
-from recipes.byov.cards import Card
-from recipes.byov.iterative import DENSE, LONGER, ONCE, ROUNDS, THEN, IterativeSettings
+from recipes.byov.evaluation import linear, protocol, pruning
+from recipes.byov.evaluation.runs import Run, open_run
 from recipes.byov.optimizer import lr_factor
-from recipes.byov.runs import Run, open_run
+from recipes.byov.paper import iterative
+from recipes.byov.paper.iterative import DENSE, LONGER, ONCE, ROUNDS, THEN, IterativeSettings
+from recipes.byov.paper.pruning_rounds import fig4rounds
+from recipes.byov.paper.results import RunRecord
 from recipes.byov.train import train
 
-HEAD = evaluate.EvalSettings(num_samples=0, epochs=4)
+HEAD = protocol.EvalSettings(num_samples=0, epochs=4)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_arms_are_those_of_the_other_measurements(byov: Run) -> None:
     assert {key[0]: a["steps"] for key, a in arms.items()} == {
         DENSE: 0, ONCE: 0, LONGER: 2, THEN: 2, ROUNDS: 2,
     }  # fmt: skip
-    head, _ = evaluate.frozen_head(byov, HEAD)
+    head, _ = linear.frozen_head(byov, HEAD)
     for by in ("SNR", "magnitude"):
         points = pruning.curve(byov, head, by, sparsities=(0.0, 0.5))
         for point, arm in zip(points, (arms[DENSE, None], arms[ONCE, by]), strict=True):
@@ -115,7 +116,7 @@ def test_arms_are_those_of_the_other_measurements(byov: Run) -> None:
 
 def test_byol_is_pruned_by_magnitude_alone_and_the_twin_not_at_all(tmp_path: Path) -> None:
     runs = {}
-    kinds = {"byol": {"conversion": "none"}, "twin": {"objective": "supervised"}}
+    kinds = {"byol": {"conversion": "none"}, "supervised": {"objective": "supervised"}}
     for name, changes in kinds.items():
         (tmp_path / name).mkdir()
         run = small_run(tmp_path / name, eval_every=0)
@@ -125,8 +126,8 @@ def test_byol_is_pruned_by_magnitude_alone_and_the_twin_not_at_all(tmp_path: Pat
     arms = iterative.iterative_pruning(runs["byol"], settings, head=HEAD)["numbers"]["arms"]
     assert {a["criterion"] for a in arms} == {None, "magnitude"}
     assert {a["steps"] for a in arms} == {0, 2}
-    with pytest.raises(ArgumentError, match="supervised twin"):
-        iterative.iterative_pruning(runs["twin"], settings, head=HEAD)
+    with pytest.raises(ArgumentError, match="supervised baseline"):
+        iterative.iterative_pruning(runs["supervised"], settings, head=HEAD)
 
 
 @pytest.mark.parametrize(
@@ -139,20 +140,20 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any]) -> None:
 
 
 def test_gains_are_paired_by_run() -> None:
-    def card(seed: int, tops: dict[tuple[str, str | None], float]) -> Card:
+    def record(seed: int, tops: dict[tuple[str, str | None], float]) -> RunRecord:
         arms = [
             {"way": way, "criterion": by, "sparsity": 0.9 if by else 0.0, "top1": t, "anew": t / 2}
             for (way, by), t in tops.items()
         ]
         result = {"settings": {"steps": 5, "rounds": 4}, "numbers": {"arms": arms}}
-        return Card(replace(CONFIG, seed=seed), {"converged": True}, [], {"iterative": result})
+        return RunRecord(replace(CONFIG, seed=seed), {"converged": True}, [], {"iterative": result})
 
     both: list[tuple[str, str | None]] = [
         (w, by) for w in (ONCE, THEN, ROUNDS) for by in ("SNR", "magnitude")
     ]
     first = dict(zip(both, (0.3, 0.2, 0.6, 0.5, 0.7, 0.5), strict=True))
     second = dict(zip(both, (0.2, 0.2, 0.8, 0.5, 0.7, 0.7), strict=True))
-    numbers = fig4rounds([card(0, {(DENSE, None): 0.9, **first}), card(1, second)])
+    numbers = fig4rounds([record(0, {(DENSE, None): 0.9, **first}), record(1, second)])
     assert numbers is not None
     [panel] = numbers["panels"]
     assert (panel["steps"], panel["n"]) == (20, 2)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import bayesify as bb
 from bayesify.errors import ArgumentError
-from recipes.byov.health import (
+from recipes.byov.evaluation.knn import knn_accuracy, knn_scores
+from recipes.byov.evaluation.probe import linear_probe
+from recipes.byov.runtime.monitors import (
     CollapseLimits,
     collapse_alarms,
     effective_rank,
@@ -23,8 +25,7 @@ from recipes.byov.health import (
     mean_stats,
     posterior_health,
 )
-from recipes.byov.knn import knn_accuracy, knn_scores
-from recipes.byov.probe import OnlineProbe, linear_probe
+from recipes.byov.runtime.online_probe import OnlineProbe
 
 
 def clusters(count: int, classes: int = 4, width: int = 8, noise: float = 1.0) -> tuple[Any, Any]:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from byov_small import CONFIG, small_run, started, stop_at
-from recipes.byov import checkpoint, step, train
+from recipes.byov import step, train
 from recipes.byov.config import BYOVConfig, RunConfig
+from recipes.byov.runtime import checkpoint
 
 
 def in_processes(count: int, config: BYOVConfig, run: RunConfig) -> None:

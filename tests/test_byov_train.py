@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 import bayesify
 from bayesify import ArgumentError, BayesifyError, CheckpointError
 from byov_small import CONFIG, small_run, started, stop_at
-from recipes.byov import checkpoint, train
+from recipes.byov import train
 from recipes.byov.config import HeadNorm, PredictorName, RunConfig
-from recipes.byov.journal import read_log
 from recipes.byov.model import build_student, convert_
+from recipes.byov.runtime import checkpoint
+from recipes.byov.runtime.failures import interruptible
+from recipes.byov.runtime.log import read_log
 from recipes.byov.step import key_of
-from recipes.byov.stopping import interruptible
 
 
 def steps_of(run: RunConfig) -> list[dict[str, Any]]:

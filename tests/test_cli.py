@@ -323,6 +323,14 @@ def test_inspect_reads_the_file_back() -> None:
     assert "blocks.0.linear.weight" in shown
 
 
+def test_inspect_tells_of_fixed_elements() -> None:
+    model = bayesify.to_bbb(torch.nn.Embedding(6, 2, padding_idx=0))
+    bayesify.save(model, "words.safetensors")
+    shown = run("inspect", "words.safetensors").stdout
+    assert "weight: 2 elements are fixed: no draw, no KL." in shown
+    assert "10 of 12 parameters" in shown
+
+
 def test_the_whole_path() -> None:
     file, data, model = converted(), dataset(), ("--model", "tinyfactory:tiny")
     options = ("--epochs", 6, "--lr", 0.02, "--batch-size", 10, "--kl-weight", 0.1)
@@ -358,11 +366,11 @@ def test_the_whole_path() -> None:
         lines = [line[len(kind) :].split() for line in shown.splitlines() if line.startswith(kind)]
         shares = [f"{row['accuracy']:.2%}", f"{row['top5']:.2%}"]
         scores = [f"{row[name]:.4f}" for name in ("nll", "ece", "brier", "aurc")]
-        doubts = ("adaptive_ece", "classwise_ece", "mce", "entropy", "mutual_information")
+        uncertainties = ("adaptive_ece", "classwise_ece", "mce", "entropy", "mutual_information")
         split = ("uncertainty", "resolution", "reliability", "residual")
         assert lines[:3] == [
             [str(k), *shares, *scores],
-            [f"{row[name]:.4f}" for name in doubts if row[name] is not None],
+            [f"{row[name]:.4f}" for name in uncertainties if row[name] is not None],
             [f"{row['parts'][name]:.4f}" for name in split],
         ]
         assert lines[3][1:] == [

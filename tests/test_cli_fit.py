@@ -1,4 +1,4 @@
-"""cli/fit.py and the strangers of cli/evaluate.py, by the commands."""
+"""cli/fit.py and the OOD data of cli/evaluate.py, by the commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIG = InputConfig((3, 4, 4), (0.5,) * 3, (0.5,) * 3)
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder with a converted model, a data set and strangers."""
+    """A folder with a converted model, a data set and OOD images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("fitfactory.py").write_text(FACTORY)
@@ -46,8 +46,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     save_file(
         {**tensors, **{f"test_{k}": v[:30].clone() for k, v in tensors.items()}}, "d.safetensors"
     )
-    strange = torch.randint(0, 256, (25, 4, 4, 3)).to(torch.uint8)
-    save_file({"images": strange, "labels": torch.arange(25) % 2}, "s.safetensors")
+    others = torch.randint(0, 256, (25, 4, 4, 3)).to(torch.uint8)
+    save_file({"images": others, "labels": torch.arange(25) % 2}, "s.safetensors")
     run("convert", "fitfactory:net", "--img-size", 4, "--out", "net", "--quiet", "--logvar", -5)
     yield
     sys.modules.pop("fitfactory", None)

@@ -385,6 +385,43 @@ def test_new_classifier_stays_skipped() -> None:
 # -- dtypes and devices ----------------------------------------------------------------------
 
 
+class AsksItsWeights(nn.Module):
+    """Its own code looks at the dtype of its parts, of their results, and at what trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.second = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(x.to(self.first.weight.dtype))
+        scale = 2.0 if self.first.weight.requires_grad else 3.0
+        out = scale * self.second(hidden.to(self.second.weight.dtype))
+        return out, torch.ones(1, dtype=hidden.dtype)
+
+
+@pytest.mark.parametrize("skip", [(), "first"])
+@pytest.mark.parametrize("part", ["first", "second"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m.double(), lambda m: m.bfloat16(), lambda m: m.requires_grad_(False)],
+    ids=["double", "bfloat16", "freeze"],
+)
+def test_a_part_is_cast_or_frozen_after_a_call(change: Any, part: str, skip: Any) -> None:
+    model = to_bbb(AsksItsWeights(), skip=skip)
+    model(X)  # a variant of before
+    change(model.get_submodule(part))
+    with one_draw(model, seed=1):
+        out = model(X)
+    original = to_deterministic(model).train()
+    drawn = {name: value.detach() for name, value in bayesify.draws(model, seed=1).items()}
+    for name, value in original.named_parameters():
+        drawn.setdefault(name, value).requires_grad_(value.requires_grad)
+    for found, expected in zip(out, torch.func.functional_call(original, drawn, (X,)), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "cast",
     [
@@ -407,6 +444,7 @@ def test_log_variances_stay_float32(cast: Callable[[Any], Any]) -> None:
     assert float(converted[0].weight_logvar.detach().mean()) == pytest.approx(-9.999, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Sigma is below the spacing")
 def test_log_variances_of_a_model_that_is_low_already() -> None:
     converted: Any = to_bbb(nn.Linear(3, 3).bfloat16())
     assert converted.weight_logvar.dtype == torch.float32

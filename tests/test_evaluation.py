@@ -132,11 +132,11 @@ def test_the_control_scales_the_logits_at_the_means(bayesian: bool) -> None:
 @pytest.mark.parametrize("bayesian", [False, True])
 def test_strangers_are_told_apart_by_each_score(bayesian: bool) -> None:
     data, model = blobs(), small()
-    strangers = torch.randn(37, 2) * 3
+    others = torch.randn(37, 2) * 3
     if bayesian:
         model = bayesify.to_bbb(model, logvar=-2.0)
     rows = evaluate(
-        model, data, ood=TensorDataset(strangers), num_samples=6, seed=3, batch_size=25,
+        model, data, ood=TensorDataset(others), num_samples=6, seed=3, batch_size=25,
         control=True,
     )  # fmt: skip
 
@@ -159,7 +159,7 @@ def test_strangers_are_told_apart_by_each_score(bayesian: bool) -> None:
             assert row.ood is not None
             assert set(row.ood) == {"max probability", "entropy"}
             continue
-        inside, outside = scores(data.tensors[0], row), scores(strangers, row)
+        inside, outside = scores(data.tensors[0], row), scores(others, row)
         assert row.ood is not None
         assert set(row.ood) == set(inside)
         for name, found in row.ood.items():

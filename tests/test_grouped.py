@@ -200,7 +200,10 @@ def network(prior: bayesify.Prior | None = None) -> Any:
     with torch.no_grad():
         for parameter in converted.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    return converted
+    # weights without a KL, in the midst of others and at the end
+    held = torch.zeros(200, 300, dtype=torch.bool)
+    held[7], held[:, 11], held[-1, -3:] = True, True, True
+    return bayesify.fix_(converted, {"0.weight": held})
 
 
 def likelihood(model: Any, seed: int = 1) -> Tensor:
@@ -342,9 +345,12 @@ def test_the_value_of_the_kl_is_that_of_torch_distributions(tensors: bool) -> No
     expected = 0.0
     for site in sites(model):
         mean, var = source(site.name) if tensors else (torch.tensor(0.0), torch.tensor(0.49))
+        drawn = site.std > 0
         terms = torch.distributions.kl_divergence(
-            torch.distributions.Normal(site.mean.double(), site.std.double()),
-            torch.distributions.Normal(mean.double(), var.double().sqrt()),
+            torch.distributions.Normal(site.mean.double()[drawn], site.std.double()[drawn]),
+            torch.distributions.Normal(
+                mean.double().expand_as(drawn)[drawn], var.double().sqrt().expand_as(drawn)[drawn]
+            ),
         )
         expected += float(terms.detach().sum())
     assert float(found.detach()) == pytest.approx(expected, rel=1e-6)
@@ -463,7 +469,7 @@ def test_a_draw_that_is_held_is_not_overwritten() -> None:
     for seed in range(6):
         with torch.no_grad(), bayesify.one_draw(layer, seed=seed):
             layer(torch.ones(1, 8))
-            (mode,) = scope.LOCAL.modes
+            (mode,) = scope.open_modes()
             assert mode.scope is not None
             held.append(next(iter(mode.scope.realised.values())))
             copies.append(held[-1].clone())

@@ -586,6 +586,7 @@ FALLBACK = {
 RETURN_TYPES = pytest.mark.xfail(reason="torch.return_types handed on take the fallback")
 
 
+@pytest.mark.filterwarnings("ignore:Sigma is below the spacing")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[RETURN_TYPES] if n == "result_of_torch" else []) for n in CASES],
@@ -847,6 +848,26 @@ def draws_with_torch(self: Any, x: Tensor) -> Any:
     return _matmul(self, x) * torch.rand(())
 
 
+def seeds_torch(self: Any, x: Tensor) -> Any:
+    torch.manual_seed(5)
+    return _matmul(self, x) * torch.rand(())
+
+
+def keeps_the_state_of_torch(self: Any, x: Tensor) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        noise = torch.rand(())
+    return _matmul(self, x) * noise
+
+
+def seeds_the_generator_of_torch(self: Any, x: Tensor) -> Any:
+    torch.default_generator.manual_seed(7)
+    return _matmul(self, x) * torch.rand(())
+
+
+def draws_with_its_own(self: Any, x: Tensor) -> Any:
+    return _matmul(self, x) * float(self.rng.normal()) * self.random.random()
+
+
 def skips_with_torch(self: Any, x: Tensor) -> Any:
     return _matmul(self, x) if torch.rand(1) < 0.5 else self.inner(x)
 
@@ -875,7 +896,8 @@ def sums_its_parameters(self: Any, x: Tensor) -> Any:
 EFFECTS = [
     counts_calls, scales_by_calls, draws_with_torch, skips_with_torch, sets_itself_up,
     appends_a_number, appends_a_tensor, changes_a_list, changes_a_dict, draws_with_python,
-    draws_with_numpy, guesses_with_try,
+    draws_with_numpy, guesses_with_try, seeds_torch, keeps_the_state_of_torch,
+    seeds_the_generator_of_torch, draws_with_its_own,
     *(
         pytest.param(body, marks=pytest.mark.xfail(reason=reason))
         for body, reason in {
@@ -894,6 +916,7 @@ def test_effects_happen_at_every_call(body: Callable[..., Any], training: bool) 
     torch.manual_seed(1)
     model: Any = Written(body).train(training)
     model.log, model.gain, model.table, model.calls = [], [1.0], {}, 0
+    model.rng, model.random = np.random.default_rng(1), random.Random(1)
     converted = bayesify.to_bbb(model, logvar=-4.0)
     drawn = bayesify.draws(converted, seed=3)
 

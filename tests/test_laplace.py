@@ -111,7 +111,7 @@ def test_drawn_labels_have_the_exact_fisher_as_their_mean() -> None:
     inputs = torch.randn(5, 3)
     repeated = TensorDataset(inputs.repeat(2000, 1), torch.zeros(10_000).long())
     batches = [tuple(t[i : i + 500] for t in repeated.tensors) for i in range(0, 10_000, 500)]
-    exact, _ = fisher_diagonal(model, [(inputs, torch.zeros(5))], "exact", device=CPU)
+    exact, _ = fisher_diagonal(model, [(inputs, torch.zeros(5).long())], "exact", device=CPU)
     drawn, _ = fisher_diagonal(model, batches, "mc", device=CPU, seed=1)
     other, _ = fisher_diagonal(model, batches, "mc", device=CPU, seed=2)
     again, _ = fisher_diagonal(model, batches, "mc", device=CPU, seed=1)
@@ -195,7 +195,7 @@ def test_the_prior_that_held_out_examples_choose() -> None:
     losses = dict(result.tried)
     assert losses[result.prior_precision] == min(losses.values())
     assert [p for p, _ in result.tried] == sorted(losses, reverse=True)
-    # the loss it names is that of the posterior it leaves: some doubt helps
+    # the loss it names is that of the posterior it leaves: some uncertainty helps
     order = torch.randperm(300, generator=torch.Generator().manual_seed(fold(4, 1)))
     held = order[:90].sort().values
     batch = [(inputs[held], labels[held])]

@@ -639,7 +639,7 @@ def test_known_detections() -> None:
     assert (swapped["auroc"], swapped["fpr95"]) == (0.0, 1.0)
     nothing = ood_metrics(torch.ones(30), torch.ones(10))
     assert nothing == pytest.approx({"auroc": 0.5, "aupr_out": 0.25, "aupr_in": 0.75, "fpr95": 1.0})
-    # 19 of 20 strangers are enough: the one below all others costs nothing, a second one does
+    # 19 of 20 OOD images are enough: the one below all others costs nothing, a second one does
     one = torch.cat([torch.tensor([-1.0]), torch.full((19,), 99.0)])
     two = torch.cat([torch.tensor([-1.0, -1.0]), torch.full((18,), 99.0)])
     assert (ood_metrics(low, one)["fpr95"], ood_metrics(low, two)["fpr95"]) == (0.0, 1.0)

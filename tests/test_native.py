@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -49,6 +50,16 @@ def test_a_library_that_cannot_be_loaded_is_named(
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     with pytest.warns(RuntimeWarning, match="C library cannot be loaded .*made by plain torch"):
         assert native._library.__wrapped__() is None
+
+
+def test_a_library_that_is_not_there_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
+    with pytest.warns(RuntimeWarning, match="pip install -e . compiles it"):
+        assert not native.there()
+    assert not native.there()  # a second warning would be an error
 
 
 # -- noise -----------------------------------------------------------------------------------
@@ -132,16 +143,16 @@ def wide_kl(mean: Tensor, logvar: Tensor, m: Any, v: Any) -> Tensor:
 def test_the_kl(size: int, prior: str, threads: int) -> None:
     first = torch.randn(size), torch.randn(size) - 3
     second = torch.randn(301), torch.randn(301)
-    rows = [(*part, PRIORS[prior](part[0].numel())) for part in (first, second)]
-    expected = sum(wide_kl(mean, logvar, *p).sum() for mean, logvar, p in rows)
+    rows = [native.KLRow(*part, PRIORS[prior](part[0].numel())) for part in (first, second)]
+    expected = sum(wide_kl(mean, logvar, *p).sum() for mean, logvar, p, _ in rows)
     assert native.kl(rows) == pytest.approx(float(expected), rel=2e-6)
 
 
 def test_the_kl_of_posteriors_near_their_prior() -> None:
     """The difference of numbers near 1 would lose it."""
-    assert native.kl([(torch.zeros(1000), torch.zeros(1000), (0.0, 1.0))]) == 0.0
+    assert native.kl([native.KLRow(torch.zeros(1000), torch.zeros(1000), (0.0, 1.0))]) == 0.0
     for ratio in (1e-3, 0.1, 0.34, 0.35, 0.5, -1e-4, -0.1, -0.34, -0.36, -2.0):
-        row = torch.zeros(1), torch.full((1,), ratio), (0.0, 1.0)
+        row = native.KLRow(torch.zeros(1), torch.full((1,), ratio), (0.0, 1.0))
         expected = 0.5 * (math.expm1(ratio) - ratio)
         assert native.kl([row]) == pytest.approx(expected, rel=2e-5, abs=1e-13)
 
@@ -152,7 +163,7 @@ def test_the_kl_under_strange_variances(var: float) -> None:
     mean, raw, v = torch.ones(1), torch.zeros(1), torch.full((1,), var)
     ratio = raw - torch.log(v)
     expected = 0.5 * (torch.expm1(ratio) - ratio + mean.square() / v).sum()
-    found = torch.tensor(native.kl([(mean, raw, (0.0, v))]))
+    found = torch.tensor(native.kl([native.KLRow(mean, raw, (0.0, v))]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0, equal_nan=True)
 
 
@@ -160,7 +171,7 @@ def test_the_kl_under_strange_variances(var: float) -> None:
 def test_the_kl_of_strange_log_variances(raw: float) -> None:
     x = torch.full((3,), raw)
     expected = 1.5 * (torch.expm1(x) - x)[0]
-    found = torch.tensor(native.kl([(torch.zeros(3), x, (0.0, 1.0))]))
+    found = torch.tensor(native.kl([native.KLRow(torch.zeros(3), x, (0.0, 1.0))]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0, equal_nan=True)
 
 

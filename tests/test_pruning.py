@@ -756,7 +756,7 @@ WRONG: Any = bayesify  # called with arguments of the wrong type
         (lambda m: WRONG.prune_units_(m, 0.5, unit="rows"), "unit must be 'channels' or 'heads'"),
         (lambda m: prune_units_(m, 0.5, unit="heads"), "Net has no heads to prune among its 4"),
         (lambda m: prune_units_(m, 0.5, only="head"), "No tensor of Net is chosen"),
-        (lambda m: prune_n_of_m_(m, 4, 4), "1 <= n < m, got 4 and 4"),
+        (lambda m: prune_n_of_m_(m, 4, 4), "1 <= n < m, got 4"),
         (lambda m: prune_n_of_m_(m, 0, 4), "1 <= n < m"),
         (lambda m: prune_n_of_m_(m, only="stem"), "no multiples of 4"),
         (lambda m: sparsity_schedule(1.0, 3), "sparsity must be"),

@@ -87,10 +87,10 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def report(model: nn.Module) -> Report:
-    strangers = ImageData("strangers", "all", CLASSES, Pictures(60, 90.0, 2))
+    others = ImageData("others", "all", CLASSES, Pictures(60, 90.0, 2))
     facts = [("file", "<i>net</i>")]
     return gather(
-        model, pictures(), ood=strangers, num_samples=5, seed=3, batch_size=50, resamples=400,
+        model, pictures(), ood=others, num_samples=5, seed=3, batch_size=50, resamples=400,
         model_config=CONFIG, facts=facts,
     )  # fmt: skip
 
@@ -161,14 +161,14 @@ def test_the_difference_to_the_control_is_paired(report: Report) -> None:
 
 
 def test_strangers(model: nn.Module, report: Report) -> None:
-    assert report.strangers is not None
-    x, _ = inputs(ImageData("strangers", "all", CLASSES, Pictures(60, 90.0, 2)))
+    assert report.ood is not None
+    x, _ = inputs(ImageData("others", "all", CLASSES, Pictures(60, 90.0, 2)))
     known, _ = inputs(pictures())
     inside, outside = (
         bayesify.predict(model, v, num_samples=5, seed=3, reduce="probabilities")
         for v in (known, x)
     )
-    torch.testing.assert_close(report.strangers.entropy, outside.predictive_entropy)
+    torch.testing.assert_close(report.ood.entropy, outside.predictive_entropy)
     expected = {
         "entropy, MC average": (inside.predictive_entropy, outside.predictive_entropy),
         "mutual information": (inside.mutual_information, outside.mutual_information),
@@ -176,7 +176,7 @@ def test_strangers(model: nn.Module, report: Report) -> None:
             -inside.mean.max(1).values, -outside.mean.max(1).values
         ),
     }  # fmt: skip
-    found = {d.score: d.auroc for d in report.strangers.scores}
+    found = {d.score: d.auroc for d in report.ood.scores}
     for score, (low, high) in expected.items():
         u = stats.mannwhitneyu(high.numpy(), low.numpy()).statistic
         assert found[score] == pytest.approx(u / (len(x) * len(known)), abs=1e-3)
@@ -407,7 +407,7 @@ def test_the_same_report_is_the_same_page(report: Report, page: str) -> None:
 
 
 def test_less_is_shown_where_less_was_measured(model: nn.Module) -> None:
-    """One image, of another size, in grey: no control, no strangers, no curve, no tenth."""
+    """One image, of another size, in grey: no control, no OOD images, no curve, no tenth."""
     small = gather(
         model, pictures(1), num_samples=1, resamples=2, model_config=CONFIG, pruning=False
     )
@@ -465,7 +465,8 @@ def test_the_command(folder: Path) -> None:
     assert re.fullmatch(r"Wrote report\.html \(\d+ KiB\): open it in a browser\.\n", result.stdout)
     assert "was the model trained on these images?" in result.stderr
     text = Reader(Path("report.html").read_text("utf-8")).text
-    for words in ("How far can the doubt of test_efficientnet_gn be trusted?", "data.safetensors",
+    for words in ("How far can the uncertainty of test_efficientnet_gn be trusted?",
+                  "data.safetensors",
                   "1 - largest probability, at the means", "N(0, 1", "torch"):  # fmt: skip
         assert words in text
     run(*command, *options, code=1)  # it exists

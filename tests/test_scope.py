@@ -37,7 +37,7 @@ from bayesify import (
 from bayesify.kernels import grouped
 from bayesify.kernels.noise import key_of
 from bayesify.posterior import STATE, sites
-from bayesify.scope import LOCAL
+from bayesify.scope import LOCAL, open_modes
 from reference import functional_call
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def _nothing_left_open() -> Iterator[None]:
     entry_points = dict(vars(torch.utils.checkpoint))
     yield
     assert LOCAL.scope is None
-    assert LOCAL.modes == ()
+    assert open_modes() == ()
     for name, value in entry_points.items():
         assert vars(torch.utils.checkpoint)[name] is value, name
 
@@ -379,7 +379,7 @@ def test_exceptions_leave_no_scope_open(context: Callable[..., Any], error: Base
             model.layer(torch.ones(2, 5))
         model.error = None
         assert LOCAL.scope is None
-        assert LOCAL.modes == ()
+        assert open_modes() == ()
         assert drawn(model)
         assert not drawn(model.eval())
         model.train()

@@ -130,6 +130,7 @@ def saved(tmp_path: Path, build: Callable[[], nn.Module] = convnet, **arguments:
     return path
 
 
+@pytest.mark.filterwarnings("ignore:Sigma is below the spacing")
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_saved_comes_back(tmp_path: Path, case: str) -> None:
     build, arguments = CASES[case]

@@ -276,6 +276,7 @@ LOW: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Sigma is below the spacing")
 @pytest.mark.parametrize("name", LOW)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_model_of_another_precision(name: str, dtype: torch.dtype) -> None:
@@ -297,6 +298,7 @@ class Mixed(nn.Module):
         return y
 
 
+@pytest.mark.filterwarnings("ignore:Sigma is below the spacing")
 def test_several_precisions_in_one_model() -> None:
     model = Mixed()
     passes(model, lambda batch: ((normal(batch, 4, seed=batch),), {}))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 import bayesify
-from bayesify.data import load_dataset
+from bayesify.data import ImageData, InMemory, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
 from bayesify.models import InputConfig
 from bayesify.training import FitResult, Progress, evaluate, fit
@@ -448,6 +448,27 @@ def test_batchnorm_statistics_are_those_of_the_means() -> None:
     activations = data.tensors[0] @ state["0.weight"].T + state["0.bias"]
     torch.testing.assert_close(state["1.running_mean"], activations.mean(0))
     assert not model.training
+
+
+@pytest.mark.parametrize("average", [0.0, 0.5])
+@pytest.mark.parametrize("bayesian", [True, False])
+def test_batchnorm_statistics_are_those_of_the_images_that_trained(
+    bayesian: bool, average: float
+) -> None:
+    """Augmented ones: the layers behind have learnt from these, and are handed nothing else."""
+    stored = torch.randint(128, 256, (60, 1, 4, 4), dtype=torch.uint8)
+    data = ImageData("x", "train", ("0", "1"), InMemory(stored, torch.arange(60) % 2))
+    config = InputConfig((1, 4, 4), (0.5,), (0.25,))
+    network: Any = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2))
+    model = bayesify.to_bbb(network, logvar=-4.0) if bayesian else network
+    settings: Any = {"batch_size": 30, "lr": 0.01, "model_config": config, "average": average}
+    settings |= {"epochs": 80, "accumulate": 2} if average == 0.0 else {"epochs": 4}
+    fit(model, data, augment=lambda image: image // 2, **settings)
+    pixels = ((stored // 2).float() / 255 - 0.5) / 0.25
+    mean, var = pixels.flatten(1).mean(0), pixels.flatten(1).var(0)
+    found: Any = model[1]  # type: ignore[index]
+    torch.testing.assert_close(found.running_mean, mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(found.running_var, var, atol=0.02, rtol=0.05)
 
 
 def test_a_last_smaller_batch_is_left_out() -> None:

@@ -227,6 +227,33 @@ def test_steps_with_a_cache(build: Callable[[], nn.Module]) -> None:
         assert type(a.keys) is Tensor
 
 
+@pytest.mark.parametrize("batch", [2, 20], ids=["together", "one by one"])
+@pytest.mark.parametrize("build", [gpt2, llama, mixtral, t5], ids=lambda b: b.__name__)
+def test_predict_leaves_the_cache_out(build: Callable[[], nn.Module], batch: int) -> None:
+    model = bayesify.to_bbb(build().eval(), logvar=-4.0)
+    ids: dict[str, Any] = {"input_ids": tokens(batch)}
+    if build is t5:
+        ids["decoder_input_ids"] = tokens(batch, 4, seed=9)
+    found = bayesify.predict(model, **ids, num_samples=3, seed=1)
+    expected = bayesify.predict(model, **ids, num_samples=3, seed=1, use_cache=False)
+    assert type(found) is type(expected)
+    assert found.get(CACHE) is None
+    torch.testing.assert_close(found.logits, expected.logits)
+    moments = bayesify.predict(model, **ids, num_samples=3, seed=1, reduce="moments")
+    torch.testing.assert_close(moments.mean.logits, expected.logits.mean(0))
+    rows = bayesify.predict(model, **ids, num_samples=3, seed=1, return_dict=False)
+    torch.testing.assert_close(rows[0], expected.logits)
+
+
+def test_predict_refuses_a_cache_that_draws_would_share() -> None:
+    model: Any = bayesify.to_bbb(gpt2().eval(), logvar=-4.0)
+    for cache in (hf.DynamicCache(), hf.EncoderDecoderCache(hf.DynamicCache(), hf.DynamicCache())):
+        with pytest.raises(bayesify.ArgumentError, match=f"an input is a {type(cache).__name__}"):
+            bayesify.predict(
+                model, input_ids=tokens(2), num_samples=2, use_cache=False, **{CACHE: cache}
+            )
+
+
 # -- text ------------------------------------------------------------------------------------
 
 HOW: dict[str, dict[str, Any]] = {

@@ -62,7 +62,10 @@ def arguments(common: bool) -> Iterator[tuple[str, dict[str, str], dict[str, Any
     backward = {**dict.fromkeys(names, "*fp32"), **draw}
 
     def flags(drawn: bool, kl: bool, stride: int) -> dict[str, Any]:
-        return {"DRAWN": drawn, "KL": kl, "MEAN_STRIDE": stride, "VAR_STRIDE": 0, "WIDE": False}
+        return {
+            "DRAWN": drawn, "KL": kl, "HELD": stride > 0, "MEAN_STRIDE": stride, "VAR_STRIDE": 0,
+            "WIDE": False,
+        }  # fmt: skip
 
     if common:
         for out in (tl.float32, tl.bfloat16):

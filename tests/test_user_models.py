@@ -166,6 +166,14 @@ class UsesNumpy(Model):
         return self.layer(x) * ramp * self.scale
 
 
+class ChangesNumpyInPlace(Model):
+    def forward(self, x: Tensor) -> Any:
+        ramp = torch.from_numpy(np.ones(4, np.float32))
+        ramp.add_(x.detach()[0])
+        ramp += 1
+        return self.layer(x) * ramp * self.scale
+
+
 class BranchesOnShape(Model):
     def forward(self, x: Tensor) -> Any:
         batch, channels = x.shape
@@ -250,8 +258,8 @@ class ChangesAlways(Model):
 
 MODELS = [
     VectorQuantiser, WritesData, WritesItsDict, Equilibrium, Graph, DropsWeights, CustomGradient,
-    CustomGradientInFallback, Properties, UsesNumpy, BranchesOnShape, HandsOnParameter,
-    HoldsCallables, HoldsBoundMethods, Complex, FillsInPlace, ChangesAlways,
+    CustomGradientInFallback, Properties, UsesNumpy, ChangesNumpyInPlace, BranchesOnShape,
+    HandsOnParameter, HoldsCallables, HoldsBoundMethods, Complex, FillsInPlace, ChangesAlways,
 ]  # fmt: skip
 FALLBACK = {Equilibrium, CustomGradientInFallback}
 

@@ -636,3 +636,48 @@ def test_what_torch_jit_traced_is_refused() -> None:
     drawn = bayesify.draws(converted, seed=1)
     expected = traced(F.linear(ROWS, drawn["0.weight"], drawn["0.bias"]))
     assert torch.equal(draw(converted, ROWS), expected)
+
+
+# -- several devices -----------------------------------------------------------------------------
+
+
+def distributed(module: nn.Module) -> nn.Module:
+    """As DistributedDataParallel holds it, without the processes."""
+    wrapper = object.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = module
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("wrap", "named", "advice"),
+    [
+        (nn.DataParallel, "nn.DataParallel, which is not supported", "FSDP2"),
+        (distributed, "DistributedDataParallel, which would not average", "wrap what comes out"),
+    ],
+)
+def test_what_runs_on_several_devices_is_wrapped_afterwards(
+    wrap: Callable[[nn.Module], nn.Module], named: str, advice: str
+) -> None:
+    inner = nn.Sequential(wrap(nn.Linear(4, 4)), nn.Linear(4, 2))
+    for model, where in ((wrap(Net()), "The model is inside"), (inner, "'0', which is")):
+        before = {k: type(v) for k, v in model.named_modules()}
+        for convert in (bayesify.to_bbb, bayesify.to_bbb_, bayesify.plan):
+            with pytest.raises(UnsupportedModuleError, match=f"{where} {named}.*{advice}"):
+                convert(model)
+        assert {k: type(v) for k, v in model.named_modules()} == before
+    assert {p.name for p in bayesify.posteriors(bayesify.to_bbb_(inner, skip="0"))} == {
+        "1.weight", "1.bias",
+    }  # fmt: skip
+
+
+def test_data_parallel_around_a_converted_model() -> None:
+    model = bayesify.to_bbb(Net())
+    one = nn.DataParallel(model)  # on one device, or none, it calls the module itself
+    with one_draw(model, seed=1):
+        assert torch.equal(one(PICTURES), model(PICTURES))
+    for module in (model, model.get_submodule("head")):
+        with pytest.raises(UnsupportedModuleError, match=r"DataParallel .* FSDP2"):
+            module._replicate_for_data_parallel()  # as it does for each of several devices
+    again = bayesify.to_deterministic(model)
+    assert again._replicate_for_data_parallel().head is again.head

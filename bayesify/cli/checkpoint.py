@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,12 +25,15 @@ class Opened(NamedTuple):
     header: dict[str, Any]
 
 
-def open_model(file: Path, model_name: str | None, device: torch.device) -> Opened:
+def open_model(
+    file: Path, model_name: str | None, model_args: str | None, device: torch.device
+) -> Opened:
     """Build the model of a file and load it.
 
     Args:
         file: What ``bayesify convert`` or ``fit`` wrote.
         model_name: The function that builds it; None takes the name in the file.
+        model_args: What that function is called with, as JSON.
         device: Where to.
 
     Raises:
@@ -35,7 +42,7 @@ def open_model(file: Path, model_name: str | None, device: torch.device) -> Open
     """
     from .. import storage
     from ..errors import ArgumentError
-    from ..models import InputConfig, ModelSpec
+    from ..models import InputConfig
     from . import render
 
     header = storage.read_header(file)
@@ -55,8 +62,54 @@ def open_model(file: Path, model_name: str | None, device: torch.device) -> Open
         k: tuple(v) if isinstance(v, list) else v for k, v in header["input"].items()
     }
     config = InputConfig(**fields)
-    spec = ModelSpec.from_json({**saved, "name": model_name or saved["name"]}, allow_factory=True)
+    spec = _spec(file, saved, model_name, model_args)
     with render.status(f"Loading {file}..."):
         given = None if model_name is None else spec.build().eval()
         model = storage.load(file, given, device=device)
     return Opened(model, spec, config, header)
+
+
+def _spec(
+    file: Path, saved: Mapping[str, Any], model_name: str | None, model_args: str | None
+) -> ModelSpec:
+    """What builds the model: of a factory, neither name nor arguments come from the file alone."""
+    from ..errors import ArgumentError
+    from ..models import ModelSpec
+
+    spec = ModelSpec.from_json(
+        {**saved, "name": model_name or saved["name"]}, allow_factory=model_name is not None
+    )
+    if model_args is None and (spec.source != "factory" or not spec.model_args):
+        return spec
+    given = {} if model_args is None else _arguments(model_args)
+    if saved and given != spec.model_args:
+        wanted = shlex.quote(json.dumps(dict(spec.model_args), sort_keys=True))
+        raise ArgumentError(
+            f"{file} was built with the arguments {wanted}, and a file does not choose what code "
+            f"is called with. Give the same, if you trust them: --model-args {wanted}"
+        )
+    return replace(spec, model_args=given)
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    from ..errors import ArgumentError
+
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ArgumentError(f"--model-args {text!r} is no JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise ArgumentError(f"--model-args must be a JSON object, not {text!r}.")
+    return found
+
+
+def note_on_classes(opened: Opened, file: Path, data: str) -> None:
+    """Say where labels cannot be compared with outputs by name."""
+    from ..classes import classes_of
+    from . import render
+
+    if classes_of(opened.model) is None:
+        render.note(
+            f"{file} does not say what its outputs are called: the labels of {data} are taken by "
+            "their number."
+        )

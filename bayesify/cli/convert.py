@@ -12,6 +12,7 @@ import typer
 
 from .guard import guard
 from .options import Debug, Force, Json, Quiet, Seed
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,7 +126,7 @@ def convert(
 
         target = out or Path(default_name(name))
         if not dry_run:
-            storage.check_target(target, overwrite=force)
+            check_outputs({"--out": target}, {"--weights": weights}, force=force)
         if logvar is not None and relative_std is not None:
             raise ArgumentError("--logvar and --relative-std both set the initial sigma: give one.")
         prior = GaussianPrior(
@@ -165,7 +166,7 @@ def convert(
             return
         if not quiet:
             print_plan(result, verbose)
-        for line in (*result.hints, *notes):
+        for line in (*result.fixed, *result.hints, *result.spacing, *notes):
             render.note(line)
         for entry in listing or ():
             print_code(entry)

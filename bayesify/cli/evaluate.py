@@ -15,6 +15,7 @@ from .options import (
     Device,
     File,
     Json,
+    ModelArgs,
     ModelName,
     NumSamples,
     Seed,
@@ -40,6 +41,7 @@ def evaluate(
     ] = None,
     batch_size: BatchSize = 256,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     resamples: Annotated[
@@ -67,19 +69,21 @@ def evaluate(
         from dataclasses import asdict
 
         from .. import training
+        from ..classes import classes_of
         from ..data import load_dataset
         from . import render
-        from .checkpoint import open_model
+        from .checkpoint import note_on_classes, open_model
 
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
-        strangers = None if ood is None else load_dataset(ood, split=split)
-        opened = open_model(file, model, target_device)
+        ood_data = None if ood is None else load_dataset(ood, split=split)
+        opened = open_model(file, model, model_args, target_device)
+        note_on_classes(opened, file, data)
         with render.progress("Measuring") as bar:
             rows = training.evaluate(
                 opened.model,
                 images,
-                ood=strangers,
+                ood=ood_data,
                 num_samples=num_samples,
                 seed=seed,
                 batch_size=batch_size,
@@ -93,21 +97,25 @@ def evaluate(
             )
         if json:
             head = {"file": str(file), "data": data, "split": images.split, "images": len(images)}
-            if strangers is not None:
-                head |= {"ood": ood, "ood_images": len(strangers)}
+            if ood_data is not None:
+                head |= {"ood": ood, "ood_images": len(ood_data)}
             render.as_json({**head, "rows": [asdict(row) for row in rows]})
             return
         render.table(*_main(rows))
-        for table in (_doubt(rows), _parts(rows), _strangers(rows), _intervals(rows)):
+        for table in (_uncertainty(rows), _parts(rows), _ood(rows), _intervals(rows)):
             if table[1]:
                 render.text("")
                 render.table(*table)
         for row in rows:
             if row.temperature is not None:
                 render.text(f"Temperature {row.temperature:.3f}: a control, not a posterior.")
-        render.text(f"{len(images):,} images of {data} ({images.split}).")
-        if strangers is not None:
-            render.text(f"Out of distribution: {len(strangers):,} images of {ood}.")
+        known, part = classes_of(opened.model) or (), len(images.classes)
+        render.text(
+            f"{len(images):,} images of {data} ({images.split})"
+            + (f", {part} of the {len(known)} classes." if part < len(known) else ".")
+        )
+        if ood_data is not None:
+            render.text(f"Out of distribution: {len(ood_data):,} images of {ood}.")
         if images.split == "all":
             render.note(f"{data} has no splits: was the model trained on these images?")
 
@@ -132,12 +140,12 @@ def _main(rows: list[Evaluation]) -> Table:
     ]
 
 
-def _doubt(rows: list[Evaluation]) -> Table:
+def _uncertainty(rows: list[Evaluation]) -> Table:
     lines: list[tuple[str | int, ...]] = []
     for row in rows:
         numbers = row.adaptive_ece, row.classwise_ece, row.mce, row.entropy, row.mutual_information
         lines.append((row.prediction, *("" if n is None else f"{n:.4f}" for n in numbers)))
-    return ("calibration, doubt", "adaptive ECE", "class-wise", "MCE", "entropy", "MI"), lines
+    return ("calibration, uncertainty", "adaptive ECE", "class-wise", "MCE", "entropy", "MI"), lines
 
 
 def _parts(rows: list[Evaluation]) -> Table:
@@ -150,13 +158,13 @@ def _parts(rows: list[Evaluation]) -> Table:
     return ("Brier, in parts", "UNC", "RES", "REL", "rest"), lines
 
 
-def _strangers(rows: list[Evaluation]) -> Table:
+def _ood(rows: list[Evaluation]) -> Table:
     lines: list[tuple[str | int, ...]] = []
     for row in rows:
         for score, found in (row.ood or {}).items():
             numbers = (found[key] for key in ("auroc", "aupr_out", "aupr_in", "fpr95"))
             lines.append((row.prediction, score, *(f"{n:.4f}" for n in numbers)))
-    return ("strangers", "by", "AUROC", "AUPR out", "AUPR in", "FPR95"), lines
+    return ("OOD data", "by", "AUROC", "AUPR out", "AUPR in", "FPR95"), lines
 
 
 def _intervals(rows: list[Evaluation]) -> Table:

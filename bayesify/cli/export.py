@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .guard import guard
-from .options import Debug, File, Force, Json, ModelName, Quiet, Seed, resolve_device
+from .options import (
+    Debug,
+    File,
+    Force,
+    Json,
+    ModelArgs,
+    ModelName,
+    Quiet,
+    Seed,
+    resolve_device,
+)
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from .checkpoint import Opened
@@ -58,6 +69,7 @@ def export(
         typer.Option("--out", "-o", metavar="FILE", help="Default: ./NAME by the format."),
     ] = None,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     seed: Seed = 0,
     force: Force = False,
     json: Json = False,
@@ -74,7 +86,6 @@ def export(
     with guard(debug):
         import torch
 
-        from .. import storage
         from ..errors import ArgumentError
         from ..export import export_onnx, export_safetensors, export_torch
         from . import render
@@ -94,8 +105,8 @@ def export(
         if measure and not shrink:
             raise ArgumentError("--measure compares with and without --shrink: give --shrink too.")
         target = out or Path(default_name(file, format, ensemble))
-        storage.check_target(target, overwrite=force)
-        opened = open_model(file, model, resolve_device("cpu"))
+        check_outputs({"--out": target}, {"FILE": file}, force=force)
+        opened = open_model(file, model, model_args, resolve_device("cpu"))
         measured: dict[str, Any] = {}
         if format == "safetensors":
             export_safetensors(opened.model, target, overwrite=force)

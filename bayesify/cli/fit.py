@@ -19,12 +19,14 @@ from .options import (
     File,
     Force,
     Json,
+    ModelArgs,
     ModelName,
     Quiet,
     Seed,
     Workers,
     resolve_device,
 )
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from ..training import FitResult, LaplaceResult
@@ -178,6 +180,7 @@ def fit(
         bool, typer.Option("--resume", help="Go on with a fit that was interrupted.")
     ] = False,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -195,15 +198,20 @@ def fit(
     """
     with guard(debug):
         from .. import storage, training
+        from ..classes import classes_of
         from ..data import load_dataset
         from . import render
         from .checkpoint import open_model
 
-        storage.check_target(out, overwrite=force)
         _check_options(context, method)
+        state = checkpoint or out.with_name(out.name + ".resume")
+        check_outputs(
+            {"--out": out}, {"FILE": file, "DATA": data}, force=force, in_place="FILE",
+            state={"--checkpoint": state} if method == "vi" else {},
+        )  # fmt: skip
         target_device = resolve_device(device)
         train = load_dataset(data, split="train")
-        opened = open_model(file, model, target_device)
+        opened = open_model(file, model, model_args, target_device)
         common: dict[str, Any] = {
             "device": target_device, "model_config": opened.input, "workers": workers,
         }  # fmt: skip
@@ -228,7 +236,6 @@ def fit(
                 "augment": augment, "holdout": holdout or 0.0, "patience": patience,
                 "freeze_batchnorm": freeze_batchnorm, "amp": amp,
             }  # fmt: skip
-            state = checkpoint or out.with_name(out.name + ".resume")
             with render.progress("Training") as bar:
                 result = training.fit(
                     opened.model,
@@ -246,7 +253,7 @@ def fit(
         seconds = numbers.pop("seconds")  # the same run gives the same file
         info = {
             **opened.header["info"],
-            "classes": list(train.classes),
+            "classes": list(classes_of(opened.model) or ()),
             "fit": _plain({"method": method, "data": train.name, **arguments, **numbers}),
         }
         storage.save(opened.model, out, spec=opened.spec, info=info, overwrite=force)

@@ -16,13 +16,19 @@ INTERRUPTED = 130
 @contextmanager
 def guard(debug: bool) -> Iterator[None]:
     """Turn an exception into a red panel on stderr and an exit code: 2 wrong usage, 1 failure."""
-    from ..errors import ArgumentError, BayesifyError, BiasBeforeNormWarning, NoMatchWarning
+    from ..errors import (
+        ArgumentError,
+        BayesifyError,
+        BiasBeforeNormWarning,
+        NoMatchWarning,
+        SigmaBelowSpacingWarning,
+    )
     from . import render
 
     try:
         with warnings.catch_warnings():
             # commands print a plan's notes
-            for kind in (NoMatchWarning, BiasBeforeNormWarning):
+            for kind in (NoMatchWarning, BiasBeforeNormWarning, SigmaBelowSpacingWarning):
                 warnings.simplefilter("ignore", kind)
             warnings.showwarning = lambda message, *_args, **_kwargs: render.note(str(message))
             yield

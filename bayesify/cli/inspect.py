@@ -38,3 +38,6 @@ def inspect(file: File, json: Json = False, debug: Debug = False) -> None:
                 for name, s in stats.items()
             ],
         )
+        for name, s in stats.items():
+            if s["fixed"]:
+                render.text(f"{name}: {int(s['fixed']):,} elements are fixed: no draw, no KL.")

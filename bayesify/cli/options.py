@@ -20,6 +20,10 @@ ModelName = Annotated[
         "a file does not choose which code runs.",
     ),
 ]
+ModelArgs = Annotated[
+    str | None,
+    typer.Option("--model-args", metavar="JSON", help="What that function is called with, if any."),
+]
 Data = Annotated[
     str,
     typer.Argument(

@@ -19,6 +19,7 @@ from .options import (
     File,
     Force,
     Json,
+    ModelArgs,
     ModelName,
     NumSamples,
     Seed,
@@ -26,6 +27,7 @@ from .options import (
     Workers,
     resolve_device,
 )
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +50,7 @@ def predict(
     split: Split = "test",
     batch_size: BatchSize = 64,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -58,20 +61,19 @@ def predict(
 ) -> None:
     """Classify images by the mean of K draws, and say how sure the model is.
 
-    Entropy (in nats) is the whole doubt; mutual information is the part of it about the weights,
-    which more training data would remove.
+    Entropy (in nats) is the whole uncertainty; mutual information is the part of it about the
+    weights, which more training data would remove.
     """
     with guard(debug):
-        from .. import storage
         from . import render
         from .checkpoint import open_model
 
         if out is not None:
             _check_format(out)
-            storage.check_target(out, overwrite=force)
+        check_outputs({"--out": out}, {"FILE": file, "INPUT": inputs}, force=force)
         target_device = resolve_device(device)
         images, names = _images(inputs, split)
-        opened = open_model(file, model, target_device)
+        opened = open_model(file, model, model_args, target_device)
         total = min(limit or len(images), len(images))
         rows = []
         with render.progress("Predicting", total) as bar:

@@ -16,6 +16,7 @@ from .options import (
     File,
     Force,
     Json,
+    ModelArgs,
     ModelName,
     NumSamples,
     Quiet,
@@ -24,6 +25,7 @@ from .options import (
     Workers,
     resolve_device,
 )
+from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,6 +83,7 @@ def prune(
     split: Split = "test",
     batch_size: BatchSize = 256,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -97,7 +100,7 @@ def prune(
     with guard(debug):
         from .. import storage
         from . import render
-        from .checkpoint import open_model
+        from .checkpoint import note_on_classes, open_model
 
         shares, scores = sparsity or [], score or ["snr"]
         _check(curve, data, plot, out, deterministic, unit, shares, scores)
@@ -120,11 +123,11 @@ def prune(
             from ..pruning import sparsity as sparsity_of
             from ..report.curve import draw_curve, pruning_curve
 
-            if plot is not None:
-                storage.check_target(plot, overwrite=force)
+            check_outputs({"--plot": plot}, {"FILE": file, "--data": data}, force=force)
             target_device = resolve_device(device)
             images = load_dataset(str(data), split=split)
-            opened = open_model(file, model, target_device)
+            opened = open_model(file, model, model_args, target_device)
+            note_on_classes(opened, file, str(data))
             if sparsity_of(opened.model).pruned:
                 render.note("The file has pruned weights already: they stay pruned throughout.")
             swept = sorted(shares or _CURVE)
@@ -156,8 +159,11 @@ def prune(
             return
 
         target = out or Path(default_name(file, deterministic=deterministic))
-        storage.check_target(target, overwrite=force)
-        opened = open_model(file, model, resolve_device("cpu"))
+        check_outputs(
+            {"--out": target}, {"FILE": file}, force=force,
+            in_place=None if deterministic else "FILE",
+        )  # fmt: skip
+        opened = open_model(file, model, model_args, resolve_device("cpu"))
         share = shares[0] if shares else 0.0
         apply(opened.model, share, scores[0])
         if deterministic:

@@ -16,6 +16,7 @@ from .options import (
     Device,
     File,
     Force,
+    ModelArgs,
     ModelName,
     NumSamples,
     Quiet,
@@ -24,6 +25,7 @@ from .options import (
     Workers,
     resolve_device,
 )
+from .outputs import check_outputs
 
 
 def report(
@@ -31,7 +33,7 @@ def report(
     data: Data,
     ood: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Images of another kind: does it doubt them?"),
+        typer.Option(metavar="DATA", help="Images of another kind: is it uncertain of them?"),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page.")] = Path(
         "report.html"
@@ -47,6 +49,7 @@ def report(
     split: Split = "test",
     batch_size: BatchSize = 256,
     model: ModelName = None,
+    model_args: ModelArgs = None,
     workers: Workers = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -60,8 +63,8 @@ def report(
     For example: bayesify report fitted.bbb.safetensors fashion-sample --ood folder/of/others
 
     Calibration and quality beside temperature scaling, entropies, accuracy when it may decline,
-    the images of most and least doubt, sigma and signal-to-noise ratio of each tensor, and what
-    can be pruned.
+    the images of most and least uncertainty, sigma and signal-to-noise ratio of each tensor, and
+    what can be pruned.
     """  # fmt: skip
     with guard(debug):
         from .. import storage
@@ -69,17 +72,18 @@ def report(
         from ..report import check_installed, gather
         from ..report import render as render_page
         from . import render
-        from .checkpoint import open_model
+        from .checkpoint import note_on_classes, open_model
 
         check_installed()
-        storage.check_target(out, overwrite=force)
+        check_outputs({"--out": out}, {"FILE": file, "DATA": data, "--ood": ood}, force=force)
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
-        strangers = None if ood is None else load_dataset(ood, split=split)
-        opened = open_model(file, model, target_device)
+        ood_data = None if ood is None else load_dataset(ood, split=split)
+        opened = open_model(file, model, model_args, target_device)
+        note_on_classes(opened, file, data)
         with render.progress("Measuring") as bar:
             found = gather(
-                opened.model, images, ood=strangers, num_samples=num_samples, seed=seed,
+                opened.model, images, ood=ood_data, num_samples=num_samples, seed=seed,
                 batch_size=batch_size, resamples=resamples, pruning=pruning,
                 model_config=opened.input, device=target_device, amp=amp, workers=workers,
                 title=opened.spec.name,

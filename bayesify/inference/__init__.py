@@ -7,4 +7,4 @@ from .predictor import Reduce as Reduce
 from .predictor import predict as predict
 from .summaries import Moments as Moments
 from .summaries import ProbabilitySummary as ProbabilitySummary
-from .summaries import main_output as main_output
+from .summaries import class_logits as class_logits

@@ -20,9 +20,11 @@ def recompute_batchnorm_(
 ) -> nn.Module:
     """Gather the running statistics of every BatchNorm anew, at the posterior means.
 
-    Statistics gathered in training belong to drawn weights; ``eval()`` uses the means. Each
-    statistic becomes the plain average over the batches. All else runs as in ``eval()``. A model
-    without BatchNorm is left alone and ``loader`` is not read.
+    Statistics gathered in training belong to drawn weights; ``eval()`` uses the means. Give the
+    batches that trained, with their augmentation: the layers behind a BatchNorm have learnt from
+    these, and images as they are have other statistics. Each statistic becomes the plain average
+    over the batches. All else runs as in ``eval()``. A model without BatchNorm is left alone and
+    ``loader`` is not read.
 
     Args:
         model: A converted model.

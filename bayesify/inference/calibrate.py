@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import gaussian
 from ..errors import ArgumentError
+from ..numeric import positive, real
 from ..posterior import bayesian_sites
 from ..scope import as_seed, at_mean
 from .running import Draws, check_batch, check_samples, evaluating
-from .summaries import main_output
+from .summaries import class_logits, main_output
 
 
 def calibrate_(
@@ -34,7 +34,7 @@ def calibrate_(
     Args:
         model: A converted model; only its log variances change.
         batch: The input tensor, or a tuple of the model's positional arguments.
-        target_agreement: For logits (batch, ..., classes): at least this share, in (0, 1], of the
+        target_agreement: For logits (batch, classes): at least this share, in (0, 1], of the
             drawn outputs has the largest class of the means' output.
         target_change: For any other output, instead of the agreement: the root mean square of
             ``output - output at the means`` is at most this share of that of the means' output.
@@ -54,34 +54,36 @@ def calibrate_(
     >>> calibrate_(model, torch.randn(64, 3)) < 1.0
     True
     """
-    if not _in_unit_interval(target_agreement):
-        raise ArgumentError(
-            f"calibrate_: target_agreement must be in (0, 1], got {target_agreement!r}."
-        )
-    if target_change is not None and not (
-        isinstance(target_change, Real) and 0.0 < target_change < math.inf
-    ):
-        raise ArgumentError(
-            f"calibrate_: target_change must be a positive finite number, got {target_change!r}."
-        )
-    check_samples("calibrate_", num_samples)
+    target_agreement = real(
+        "calibrate_: target_agreement", target_agreement, "in (0, 1]", lambda v: 0.0 < v <= 1.0
+    )
+    if target_change is not None:
+        expected = "a positive finite number"
+        target_change = real("calibrate_: target_change", target_change, expected, positive)
+    num_samples = check_samples("calibrate_", num_samples)
     found = bayesian_sites(model)
     inputs = batch if isinstance(batch, tuple) else (batch,)
     check_batch("calibrate_", inputs)
     base = int(as_seed(seed))
     kept = [site.raw.detach().clone() for site in found]
+    held = [site.held for site in found]
 
     def scale(factor: float) -> None:
-        for site, raw in zip(found, kept, strict=True):
+        for site, raw, fixed in zip(found, kept, held, strict=True):
             kind = site.slot.parameterization
             logvar = gaussian.logvar_from_raw(raw, kind) + 2.0 * math.log(factor)
-            site.raw.copy_(gaussian.raw_from_logvar(logvar, kind))
+            scaled = gaussian.raw_from_logvar(logvar, kind)
+            site.raw.copy_(scaled if fixed is None else torch.where(fixed, raw, scaled))
 
     with torch.no_grad(), evaluating(model):
         with at_mean(model):
             reference = main_output(model(*inputs))
         if target_change is None:
-            _check_classes(reference)
+            class_logits(
+                reference,
+                "calibrate_: target_agreement",
+                "Give target_change=0.05, say, for any other output.",
+            )
 
         def keeps(exponent: float) -> bool:
             scale(math.exp2(exponent))
@@ -124,16 +126,3 @@ def _largest(keeps: Callable[[float], bool]) -> float:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if keeps(middle) else (low, middle)
     return low
-
-
-def _check_classes(reference: Tensor) -> None:
-    if reference.dim() < 2 or reference.shape[-1] < 2 or not reference.is_floating_point():
-        raise ArgumentError(
-            "calibrate_: target_agreement needs logits of the shape (batch, ..., classes), with at "
-            f"least 2 classes; the model gave {reference.dtype} of {tuple(reference.shape)}. Give "
-            "target_change=0.05, say, for any other output."
-        )
-
-
-def _in_unit_interval(value: object) -> bool:
-    return isinstance(value, Real) and 0.0 < float(value) <= 1.0

@@ -56,11 +56,12 @@ def predict(
 
     Returns:
         What the model returns (tensor, tuple, dict, Hugging Face output), each tensor in it
-        stacked over the draws, or a summary.
+        stacked over the draws, or a summary. A cache of keys and values in it is None, as
+        with ``use_cache=False`` of transformers: it belongs to one draw.
 
     Raises:
-        ArgumentError: An argument has a value that cannot work, the batch is empty, or the output
-            cannot be summarised so.
+        ArgumentError: An argument has a value that cannot work, the batch is empty, an input is a
+            cache of keys and values, or the output cannot be summarised so.
         UnsupportedModuleError: ``model`` has no posterior.
 
     Reference:
@@ -115,7 +116,7 @@ class Predictor:
             raise ArgumentError(
                 f"predict: reduce must be None, 'probabilities' or 'moments', got {reduce!r}."
             )
-        check_samples("predict", num_samples)
+        num_samples = check_samples("predict", num_samples)
         self.model = model
         self.collector = _COLLECTORS[reduce]
         self.draws = Draws(model, num_samples, int(as_seed(seed)), keep)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,8 +16,10 @@ from torch.utils import _pytree as pytree
 from ..errors import ArgumentError
 from ..kernels import grouped
 from ..kernels.noise import fold
+from ..numeric import whole
 from ..posterior import Site, bayesian_sites, owner_state
 from ..scope import Scope, distinct_keys, grad_mode, held, modules_of, realise
+from .summaries import is_cache
 
 _FUNCTORCH: Any = torch._C._functorch
 LOG = logging.getLogger(__name__)
@@ -303,14 +304,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_samples(what: str, num_samples: int) -> None:
-    integer = isinstance(num_samples, Integral) and not isinstance(num_samples, bool)
-    if not integer or num_samples < 1:
-        raise ArgumentError(f"{what}: num_samples must be an integer above 0, got {num_samples!r}.")
+def check_samples(what: str, num_samples: int) -> int:
+    return whole(f"{what}: num_samples", num_samples, "an integer above 0")
 
 
 def check_batch(what: str, inputs: Any) -> None:
-    for leaf in pytree.tree_leaves(inputs):
+    leaves = pytree.tree_leaves(inputs, is_leaf=is_cache)
+    cache = next((type(leaf).__name__ for leaf in leaves if is_cache(leaf)), None)
+    if cache is not None:
+        raise ArgumentError(
+            f"{what}: an input is a {cache}, to which each draw would add its keys and values for "
+            "the next draw to read. Give the whole sequence without it, or call the model in "
+            "one_draw(model), with a cache of its own for each draw."
+        )
+    for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             if leaf.shape[0] == 0:
                 raise ArgumentError(

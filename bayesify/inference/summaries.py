@@ -22,9 +22,9 @@ class ProbabilitySummary(NamedTuple):
     Attributes:
         mean: Mean over the draws of the class probabilities, (batch, classes).
         std: Standard deviation over the draws (divisor K) of the probabilities, (batch, classes).
-        predictive_entropy: Entropy of ``mean``: the whole doubt, (batch,).
-        expected_entropy: Mean of the draws' entropies: the doubt that more data would leave.
-        mutual_information: Their difference: the doubt about the weights, at least 0.
+        predictive_entropy: Entropy of ``mean``: the whole uncertainty, (batch,).
+        expected_entropy: Mean of the draws' entropies: the uncertainty that more data would leave.
+        mutual_information: Their difference: the uncertainty about the weights, at least 0.
     """
 
     mean: Tensor
@@ -64,7 +64,8 @@ class _Structured(Collector):
         self.structure: Any = None
 
     def add(self, output: Any) -> None:
-        leaves, structure = pytree.tree_flatten(output)
+        leaves, structure = pytree.tree_flatten(output, is_leaf=is_cache)
+        leaves = [None if is_cache(leaf) else leaf for leaf in leaves]
         if self.count == 0:
             self.structure = structure
             self.leaves = [self.first(v) if isinstance(v, Tensor) else v for v in leaves]
@@ -162,13 +163,9 @@ class RunningMoments(_Structured):
 
 class Probabilities(Collector):
     def add(self, output: Any) -> None:
-        logits = main_output(output)
-        if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-            raise ArgumentError(
-                "predict: reduce='probabilities' needs logits of the shape (batch, classes), with "
-                f"at least 2 classes; the model gave {logits.dtype} of {tuple(logits.shape)}. "
-                "Take reduce='moments' or None."
-            )
+        logits = class_logits(
+            output, "predict: reduce='probabilities'", "Take reduce='moments' or None."
+        )
         log_probs = logits.to(_wide_dtype(logits)).log_softmax(-1)
         probs = log_probs.exp()
         entropy = torch.special.entr(probs).sum(-1)
@@ -191,6 +188,11 @@ class Probabilities(Collector):
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it holds keys and values of earlier tokens, as Hugging Face's models keep them."""
+    return any(kind.__name__ == "Cache" for kind in type(value).__mro__)
 
 
 def _check_plain(first: Any, other: Any) -> None:
@@ -217,3 +219,35 @@ def main_output(output: Any) -> Tensor:
             ".logits. Wrap the model in a module that returns the tensor."
         )
     return found
+
+
+def class_logits(output: Any, wanted_by: str, instead: str = "") -> Tensor:
+    """The logits (batch, classes) in what a classifier gave.
+
+    The one place that knows on which axis classes are: all that takes a softmax, a largest class
+    or a cross entropy of a model's output asks here.
+
+    Args:
+        output: As :func:`main_output` takes it.
+        wanted_by: Who asks, for the message.
+        instead: What to do with another output, a sentence.
+
+    Raises:
+        ArgumentError: They are no table of at least two classes.
+    """
+    logits = main_output(output)
+    if logits.dim() == 2 and logits.shape[1] >= 2 and logits.is_floating_point():
+        return logits
+    advice = [instead] if instead else []
+    if logits.dim() == 1 or logits.shape[1:] == (1,):
+        z = "z[:, None]" if logits.dim() == 1 else "z"
+        advice.append(
+            "If it is the logit z of a sigmoid, let the model give those of both classes, "
+            f"torch.nn.functional.pad({z}, (1, 0))."
+        )
+    elif logits.dim() > 2:
+        advice.append("Of dense outputs, let the model give one row for each pixel or token.")
+    raise ArgumentError(
+        f"{wanted_by} needs logits of the shape (batch, classes), with at least 2 classes; the "
+        f"model gave {logits.dtype} of {tuple(logits.shape)}. {' '.join(advice)}".rstrip()
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..gaussian import HELD
 from . import native
 from .noise import fill_normal
 
@@ -150,9 +151,19 @@ def gradients(node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: boo
     if _by_native(item) and (grad is None or in_place) and all(map(native.suits, prior)):
         upstream = grad if grad is None else grad.contiguous()
         if native.suits(upstream):
-            native.gradient(mean, logvar, prior, factor, upstream, by_mean, by_logvar)
+            native.gradient(mean, logvar, prior, factor, upstream, by_mean, by_logvar, item.held)
             return by_mean, by_logvar
-    _add(factor, mean, logvar, by_mean, by_logvar, grad, grad if in_place else None, *prior)
+    _add(
+        factor,
+        item.held,
+        mean,
+        logvar,
+        by_mean,
+        by_logvar,
+        grad,
+        grad if in_place else None,
+        *prior,
+    )
     return by_mean, by_logvar
 
 
@@ -163,9 +174,9 @@ def kl(nodes: Sequence[Draw]) -> Tensor:
     for node in nodes:
         item, prior = node.item, _numbers(node.prior)
         if _by_native(item) and all(map(native.suits, prior)):
-            rows.append((item.mean, item.logvar, prior))
+            rows.append(native.KLRow(item.mean, item.logvar, prior, item.held))
         else:
-            total += _kl_value(item.mean.detach(), item.logvar.detach(), *prior)
+            total += _kl_value(item.held, item.mean.detach(), item.logvar.detach(), *prior)
     if rows:
         total += native.kl(rows)
     return torch.tensor(total, dtype=nodes[0].item.mean.dtype)
@@ -197,7 +208,11 @@ def log(value: Tensor | float) -> Any:
 
 
 def _kl_value(
-    mean: Tensor, logvar: Tensor, prior_mean: Tensor | float, prior_var: Tensor | float
+    has_held: bool,
+    mean: Tensor,
+    logvar: Tensor,
+    prior_mean: Tensor | float,
+    prior_var: Tensor | float,
 ) -> float:
     total = 0.0
     for m, s, pm, pv in _pieces(mean, logvar, prior_mean, prior_var):
@@ -207,6 +222,8 @@ def _kl_value(
             terms.addcmul_(offset, offset, value=1.0 / pv)
         else:
             terms.add_(offset.square().div_(pv))
+        if has_held:
+            terms.masked_fill_(s < HELD, 0.0)
         total += 0.5 * float(terms.sum())
     return total
 
@@ -216,7 +233,7 @@ def _less(tensor: Tensor, other: Tensor | float) -> Tensor:
     return tensor if isinstance(other, float) and other == 0.0 else tensor - other
 
 
-def _add(factor: float, *tensors: Any) -> None:
+def _add(factor: float, has_held: bool, *tensors: Any) -> None:
     """``by_logvar *= grad`` if there is one to multiply; then what the KL divergence adds.
 
     ``by_mean = grad + factor (mean - m) / v``, ``by_logvar += factor (e^l / v - 1) / 2``.
@@ -224,7 +241,11 @@ def _add(factor: float, *tensors: Any) -> None:
     for m, s, by_m, by_s, grad, grad_now, pm, pv in _pieces(*tensors):
         if grad_now is not None:
             by_s.mul_(grad_now)
-        offset = _less(m, pm)
+        offset, excess = _less(m, pm), torch.expm1(_less(s, log(pv)))
+        if has_held:
+            held = s < HELD
+            offset, excess = offset.masked_fill(held, 0.0), excess.masked_fill(held, 0.0)
+            pv = pv if isinstance(pv, float) else pv.masked_fill(held, 1.0)
         if not isinstance(pv, float):
             torch.mul(offset, factor, out=by_m).div_(pv)
             if grad is not None:
@@ -233,4 +254,4 @@ def _add(factor: float, *tensors: Any) -> None:
             torch.add(grad, offset, alpha=factor / pv, out=by_m)
         else:
             torch.mul(offset, factor / pv, out=by_m)
-        by_s.add_(torch.expm1(_less(s, log(pv))), alpha=0.5 * factor)
+        by_s.add_(excess, alpha=0.5 * factor)

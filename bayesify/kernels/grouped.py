@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ..gaussian import HELD
 from . import cpu_draw
 from .buffers import Buffers
 from .choice import by_triton
@@ -21,13 +22,17 @@ from .noise import noise
 
 
 class Item(NamedTuple):
-    """One tensor to draw: N(mean, exp(logvar)), noise key, memory, and the dtype of the draw."""
+    """One tensor to draw: N(mean, exp(logvar)), noise key, memory, and the dtype of the draw.
+
+    With ``held`` the KL divergence leaves out weights whose log variance is below ``HELD``.
+    """
 
     mean: nn.Parameter
     logvar: nn.Parameter
     key: int
     buffers: Buffers
     dtype: torch.dtype | None = None  # of the mean
+    held: bool = False
 
 
 def possible() -> bool:
@@ -194,8 +199,12 @@ class Draw:
         if kl is not None:
             assert self.prior is not None
             prior_mean, prior_var = self.prior
-            by_mean = by_mean + kl * (mean - prior_mean) / prior_var
-            by_logvar = by_logvar + 0.5 * kl * torch.expm1(logvar - cpu_draw.log(prior_var))
+            held = (logvar < HELD) & self.item.held
+            if isinstance(prior_var, Tensor):
+                prior_var = torch.where(held, 1.0, prior_var)
+            by_mean = by_mean + (kl * (mean - prior_mean) / prior_var).masked_fill(held, 0.0)
+            excess = torch.expm1(logvar - cpu_draw.log(prior_var)).masked_fill(held, 0.0)
+            by_logvar = by_logvar + 0.5 * kl * excess
         return by_mean, by_logvar
 
 

@@ -312,6 +312,7 @@ typedef struct {
     const float *mean, *logvar;
     const float *prior_mean, *prior_var; /* of each element, or missing: then the numbers */
     float one_mean, one_var;
+    float least; /* below this log variance a weight is pruned or fixed, without a KL */
 } kl_row;
 
 /* Sums run in lanes of their own, which the vectoriser may not make of one sum of floats. */
@@ -339,6 +340,8 @@ VERSIONS static void kl_chunk(const job *all, int64_t row, int64_t chunk, int64_
         else
             for (int k = 0; k < m; k++)
                 terms[k] = terms[k] * terms[k] * inverse + excess(logvar[i + k] - shift);
+        for (int k = 0; k < m; k++)
+            terms[k] = logvar[i + k] < r->least ? 0.0f : terms[k];
         for (int k = m; k < PART; k++)
             terms[k] = 0.0f;
         for (int lane = 0; lane < LANES; lane++)
@@ -401,6 +404,10 @@ VERSIONS static void gradient_chunk(
                 to_mean[k] = factor * inverse * to_mean[k];
                 to_logvar[k] = 0.5f * factor * (excess(ratio) + ratio);
             }
+        for (int k = 0; k < m; k++) {
+            to_mean[k] = logvar[i + k] < r->kl.least ? 0.0f : to_mean[k];
+            to_logvar[k] = logvar[i + k] < r->kl.least ? 0.0f : to_logvar[k];
+        }
         float *restrict by_mean = r->by_mean + first + i, *restrict by_logvar = r->by_logvar + first + i;
         if (r->grad) {
             const float *restrict grad = r->grad + first + i;
@@ -420,10 +427,11 @@ VERSIONS static void gradient_chunk(
    by_mean = grad + factor (mean - m) / v. */
 void bayesify_gradient(
     const float *mean, const float *logvar, const float *prior_mean, const float *prior_var,
-    float one_mean, float one_var, const float *grad, float *by_mean, float *by_logvar,
+    float one_mean, float one_var, float least, const float *grad, float *by_mean, float *by_logvar,
     float factor, int64_t n, int64_t threads) {
     gradient_row row = {
-        {mean, logvar, prior_mean, prior_var, one_mean, one_var}, grad, by_mean, by_logvar, factor};
+        {mean, logvar, prior_mean, prior_var, one_mean, one_var, least},
+        grad, by_mean, by_logvar, factor};
     job all = {gradient_chunk, &row, &n, 1, NULL, 0};
     start(&all, threads);
 }

@@ -1,13 +1,14 @@
 """The C library of native.c: noise, draws and KL divergences on the CPU, in one pass each.
 
 It is compiled when bayesify is installed, where there is a compiler. Without it plain torch does
-the same work (:mod:`.cpu_draw`), with the noise of torch's generators.
+the same work (:mod:`.cpu_draw`), with the noise of torch's generators, and one warning says so.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import warnings
 from array import array
@@ -19,8 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..gaussian import HELD
+
 Prior = tuple[Tensor | float, Tensor | float]
 """Mean and variance, each a number or a tensor of the parameter's shape."""
+
+MISSING = (
+    "bayesify's C library is not there: draws on the CPU are made by plain torch, several times "
+    "slower and with other numbers for a seed. In a checkout, pip install -e . compiles it, with "
+    "a C compiler such as gcc."
+)
 
 _MASK = (1 << 64) - 1
 
@@ -29,7 +38,7 @@ class _KL(ctypes.Structure):
     _fields_ = (
         ("mean", ctypes.c_void_p), ("logvar", ctypes.c_void_p),
         ("prior_mean", ctypes.c_void_p), ("prior_var", ctypes.c_void_p),
-        ("one_mean", ctypes.c_float), ("one_var", ctypes.c_float),
+        ("one_mean", ctypes.c_float), ("one_var", ctypes.c_float), ("least", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -44,6 +53,15 @@ class DrawRow(NamedTuple):
     value: Tensor | None
     half: Tensor | None
     key: int
+
+
+class KLRow(NamedTuple):
+    """One tensor whose KL divergence is wanted; with ``held``, that of log variances from HELD."""
+
+    mean: Tensor
+    logvar: Tensor
+    prior: Prior
+    held: bool = False
 
 
 def there() -> bool:
@@ -79,28 +97,32 @@ def draw(rows: Sequence[DrawRow], seed: int) -> None:
     _loaded().bayesify_draw(_at(table), _at(sizes), len(rows), torch.get_num_threads())
 
 
-def kl(rows: Sequence[tuple[Tensor, Tensor, Prior]]) -> float:
+def kl(rows: Sequence[KLRow]) -> float:
     """Sum of the KL divergences of N(mean, e^logvar) from N(prior mean, prior variance)."""
     table = (_KL * len(rows))(
-        *(_KL(mean.data_ptr(), logvar.data_ptr(), *_prior(*prior)) for mean, logvar, prior in rows)
+        *(
+            _KL(row.mean.data_ptr(), row.logvar.data_ptr(), *_prior(*row.prior), _least(row.held))
+            for row in rows
+        )
     )
-    sizes = array("q", [mean.numel() for mean, *_ in rows])
+    sizes = array("q", [row.mean.numel() for row in rows])
     twice = _loaded().bayesify_kl(table, _at(sizes), len(rows), torch.get_num_threads())
     return 0.5 * float(twice)
 
 
 def gradient(
     mean: Tensor, logvar: Tensor, prior: Prior, factor: float, grad: Tensor | None,
-    by_mean: Tensor, by_logvar: Tensor,
+    by_mean: Tensor, by_logvar: Tensor, held: bool = False,
 ) -> None:  # fmt: skip
     """What a draw and ``factor`` times the KL divergence give mean and log variance.
 
     ``by_logvar``, which holds ``std * noise / 2``, becomes
     ``grad * std * noise / 2 + factor (e^logvar / v - 1) / 2``, and
-    ``by_mean = grad + factor (mean - m) / v``; without ``grad`` only the terms of the KL.
+    ``by_mean = grad + factor (mean - m) / v``; without ``grad`` only the terms of the KL. With
+    ``held`` there is none of the KL at log variances below HELD.
     """
     _loaded().bayesify_gradient(
-        mean.data_ptr(), logvar.data_ptr(), *_prior(*prior),
+        mean.data_ptr(), logvar.data_ptr(), *_prior(*prior), _least(held),
         None if grad is None else grad.data_ptr(), by_mean.data_ptr(), by_logvar.data_ptr(),
         factor, mean.numel(), torch.get_num_threads(),
     )  # fmt: skip
@@ -120,6 +142,10 @@ def _prior(m: Tensor | float, v: Tensor | float) -> tuple[int | None, int | None
     return place_m, place_v, one_m, one_v
 
 
+def _least(held: bool) -> float:
+    return HELD if held else -math.inf
+
+
 def _at(numbers: array[Any]) -> int:
     return numbers.buffer_info()[0]
 
@@ -136,6 +162,7 @@ def _library() -> Any:
     names = (f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
+        warnings.warn(MISSING, RuntimeWarning, stacklevel=2)
         return None
     try:
         library: Any = ctypes.CDLL(str(path))
@@ -155,8 +182,8 @@ def _library() -> Any:
     library.bayesify_kl.restype = ctypes.c_double
     number = ctypes.c_float
     library.bayesify_gradient.argtypes = (
-        pointer, pointer, pointer, pointer, number, number, pointer, pointer, pointer, number,
-        big, big,
+        pointer, pointer, pointer, pointer, number, number, number, pointer, pointer, pointer,
+        number, big, big,
     )  # fmt: skip
     for function in ("bayesify_noise", "bayesify_draw", "bayesify_gradient"):
         getattr(library, function).restype = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import native, philox
 from .choice import by_triton
@@ -173,5 +174,14 @@ def noise(
     Returns:
         A tensor of shape ``size`` without gradient.
     """
+    if exporting() and type(seed) is Tensor:  # known to the export, and so is the noise: a constant
+        with _disable_current_modes():
+            constant: Tensor = torch.ops.bayesify.noise(seed, key, size, dtype, device)
+            return constant
     result: Tensor = torch.ops.bayesify.noise(seed, key, size, dtype, device)
     return result
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` runs the code itself, on tensors without data."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

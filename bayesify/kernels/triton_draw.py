@@ -115,7 +115,7 @@ def gradients(node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: boo
                 logvar if kl is None else kl, prior_mean, prior_var,
                 by_logvar if kl is None else by_mean, by_logvar,
                 _signed(int(node.seed)), node.item.key, n,
-                grad is not None, kl is not None,
+                grad is not None, kl is not None, node.item.held,
                 min(prior_mean.dim(), 1), min(prior_var.dim(), 1),
                 mean.dtype is torch.float64, BLOCK, **OPTIONS,
             )  # fmt: skip
@@ -144,6 +144,7 @@ def kl(nodes: Sequence[Draw]) -> Tensor:
         (
             item.mean.data_ptr(), item.logvar.data_ptr(), mean.data_ptr(), var.data_ptr(),
             min(mean.dim(), 1), min(var.dim(), 1), item.mean.numel(), start,
+            int(item.held),
         )
         for (item, mean, var), start in zip(full, starts, strict=True)
     ]  # fmt: skip

@@ -114,7 +114,8 @@ def _excess(x):
 def backward_kernel(
     mean, logvar, grad, kl, prior_mean, prior_var, by_mean, by_logvar,
     seed: tl.int64, key: tl.int64, n,
-    DRAWN: tl.constexpr, KL: tl.constexpr, MEAN_STRIDE: tl.constexpr, VAR_STRIDE: tl.constexpr,
+    DRAWN: tl.constexpr, KL: tl.constexpr, HELD: tl.constexpr,
+    MEAN_STRIDE: tl.constexpr, VAR_STRIDE: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``by_logvar = grad std noise / 2 + kl (e^l / v - 1) / 2``; with a KL divergence also
@@ -136,6 +137,11 @@ def backward_kernel(
         difference = tl.load(mean + at, mask=mask) - tl.load(
             prior_mean + at * MEAN_STRIDE, mask=mask
         )
+        if HELD:  # below HELD of gaussian.py: pruned or fixed, without a KL
+            held = raw < -2048.0
+            difference = tl.where(held, 0.0, difference)
+            var = tl.where(held, 1.0, var)
+            raw = tl.where(held, 0.0, raw)
         ratio = raw - tl.log(var)
         to_mean += factor * difference / var
         to_logvar += 0.5 * factor * (_excess(ratio) + ratio)
@@ -145,7 +151,7 @@ def backward_kernel(
 
 @triton.jit
 def _kl_part(
-    mean, logvar, prior_mean, prior_var, mean_stride, var_stride, start, n,
+    mean, logvar, prior_mean, prior_var, mean_stride, var_stride, has_held, start, n,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = start + tl.arange(0, BLOCK)
@@ -154,15 +160,17 @@ def _kl_part(
     var = tl.load(prior_var + at * var_stride, mask=mask, other=1.0 if MASKED else None)
     difference = tl.load(mean + at, mask=mask, other=other)
     difference -= tl.load(prior_mean + at * mean_stride, mask=mask, other=other)
-    terms = _excess(tl.load(logvar + at, mask=mask, other=other) - tl.log(var))
-    return tl.sum(terms + difference * difference / var)
+    raw = tl.load(logvar + at, mask=mask, other=other)
+    held = (raw < -2048.0) & (has_held != 0)
+    terms = _excess(tl.where(held, 0.0, raw) - tl.log(var)) + difference * difference / var
+    return tl.sum(tl.where(held, 0.0, terms))
 
 
 @triton.jit
 def kl_kernel(table, rows, partial, BLOCK: tl.constexpr):
     """Twice the KL divergence of each block, for the tensors of ``table``."""
     program = tl.program_id(0)
-    entry = table + tl.load(rows + program) * 8
+    entry = table + tl.load(rows + program) * 9
     mean = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.float32)), 16)
     logvar = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(tl.float32)), 16)
     prior_mean = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
@@ -170,12 +178,33 @@ def kl_kernel(table, rows, partial, BLOCK: tl.constexpr):
     mean_stride, var_stride = tl.load(entry + 4), tl.load(entry + 5)
     n = tl.load(entry + 6)
     start = (program - tl.load(entry + 7)) * BLOCK
+    has_held = tl.load(entry + 8)
     if start + BLOCK <= n:
         total = _kl_part(
-            mean, logvar, prior_mean, prior_var, mean_stride, var_stride, start, n, False, BLOCK
+            mean,
+            logvar,
+            prior_mean,
+            prior_var,
+            mean_stride,
+            var_stride,
+            has_held,
+            start,
+            n,
+            False,
+            BLOCK,
         )
     else:  # what is masked out is N(0, 1) beside N(0, 1)
         total = _kl_part(
-            mean, logvar, prior_mean, prior_var, mean_stride, var_stride, start, n, True, BLOCK
+            mean,
+            logvar,
+            prior_mean,
+            prior_var,
+            mean_stride,
+            var_stride,
+            has_held,
+            start,
+            n,
+            True,
+            BLOCK,
         )
     tl.store(partial + program, total)

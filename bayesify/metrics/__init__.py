@@ -1,4 +1,4 @@
-"""Quality of predictions: accuracy, calibration, selective prediction, detection of strange inputs.
+"""Quality of predictions: accuracy, calibration, selective prediction, OOD detection.
 
 Every number is computed in float64 where the device has it, whatever the input's dtype: a bfloat16
 softmax often holds a confidence of exactly 1, and small sums of logs cancel in float32.

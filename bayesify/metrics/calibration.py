@@ -144,7 +144,7 @@ def adaptive_calibration_error(confidence: Tensor, hits: Tensor, bins: int = 15)
         Nguyen and O'Connor 2015, EMNLP, arXiv 1508.05154; Mukhoti et al. 2020,
         arXiv 2002.09437 (AdaECE).
     """
-    whole_number("bins", bins)
+    bins = whole_number("bins", bins)
     confidence, hits = confidences_and_hits(confidence, hits)
     n = len(confidence)
     last = [-(-m * n // bins) - 1 for m in range(1, bins)]
@@ -181,7 +181,7 @@ def classwise_calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -
         Kull et al. 2019, arXiv 1910.12656, section 2; Nixon et al. 2019, arXiv 1904.01685
         (there: static calibration error).
     """
-    whole_number("bins", bins)
+    bins = whole_number("bins", bins)
     probs, labels = probs_and_labels(probs, labels)
     gaps = classwise_gaps(probs, labels, bins)
     return float(gaps.abs().sum()) / probs.numel()
@@ -222,5 +222,5 @@ def _inner_edges(bins: int, like: Tensor) -> Tensor:
     i / M rounded once: the same edges as numpy.linspace, so a confidence on an edge agrees.
     torch.bucketize with them is right-closed, and what is outside falls into the outer bins.
     """
-    whole_number("bins", bins)
+    bins = whole_number("bins", bins)
     return torch.arange(1, bins, dtype=like.dtype, device=like.device) / bins

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..numeric import whole
 
 # A bfloat16 softmax misses a sum of 1 by up to 2**-8, also after a cast to a wider dtype.
 _SUM_TOLERANCE = 1e-2
@@ -18,9 +19,7 @@ def widest(values: Tensor) -> Tensor:
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
     """``value`` as an int, or raise where it is none or below ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} must be a whole number of at least {least}, not {value!r}.")
-    return value
+    return whole(name, value, f"a whole number of at least {least}", least=least)
 
 
 def distributions(probs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from .checks import scores
 def ood_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
     """Measure the detection of out-of-distribution inputs by a score, such as the entropy.
 
-    The positive class is "out of distribution": a higher score must mean "stranger". Thresholds
+    The positive class is "out of distribution": a higher score must mean more so. Thresholds
     are the distinct scores; examples of equal score are flagged together::
 
         auroc    = P(outside > inside) + P(outside = inside) / 2         chance 0.5

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..numeric import real, seed_number
 from .checks import whole_number
 
 
@@ -60,9 +61,8 @@ def bootstrap_interval(
     >>> bootstrap_interval(torch.mean, torch.ones(10))
     Interval(low=1.0, high=1.0)
     """
-    whole_number("resamples", resamples, least=2)
-    if not 0 < level < 1:
-        raise ArgumentError(f"level must be between 0 and 1, not {level!r}.")
+    resamples, seed = whole_number("resamples", resamples, least=2), seed_number(seed)
+    level = real("level", level, "between 0 and 1", lambda value: 0.0 < value < 1.0)
     lengths = [len(v) if v.ndim else 0 for v in values]
     if not lengths or lengths[0] == 0 or len(set(lengths)) > 1:
         raise ArgumentError(

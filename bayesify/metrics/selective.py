@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..numeric import real
 from .checks import scores_and_hits
 
 
@@ -99,8 +99,8 @@ def selective_accuracy(confidence: Tensor, hits: Tensor, coverage: float) -> flo
     Raises:
         ArgumentError: As :func:`risk_coverage`, or if ``coverage`` is out of range.
     """
-    if not 0 < coverage <= 1:
-        raise ArgumentError(f"coverage must be above 0 and at most 1, not {coverage!r}.")
+    expected = "above 0 and at most 1"
+    coverage = real("coverage", coverage, expected, lambda value: 0.0 < value <= 1.0)
     risk = risk_coverage(confidence, hits).risk
     # a hair below, so that 0.07 * 100 = 7.000000000000001 means 7 examples
     answered = max(1, math.ceil(coverage * len(risk) * (1 - 1e-12)))

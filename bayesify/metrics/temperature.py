@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..numeric import seed_number
 from .checks import logits_and_labels, whole_number, widest
 
 _LIMIT = 100.0
@@ -103,7 +104,7 @@ def cross_fitted_temperature(
         J. R. Stat. Soc. B 36(2) (cross-fitting).
     """
     logits, labels = logits_and_labels(logits, labels)
-    whole_number("folds", folds, least=2)
+    folds, seed = whole_number("folds", folds, least=2), seed_number(seed)
     n = len(logits)
     if folds > n:
         raise ArgumentError(f"folds must be at most the number of examples, {n}, not {folds}.")

@@ -1,4 +1,4 @@
-"""How much doubt a prediction holds, and which part of it is doubt about the weights."""
+"""How uncertain a prediction is, and which part of that is uncertainty about the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def mutual_information(probs: Tensor) -> Tensor:
-    """Mutual information between the class and the weights: the part of the doubt that data remove.
+    """Mutual information between the class and the weights: the part that data remove.
 
     ``I = H(mean_j p_j) - mean_j H(p_j)`` over the draws j, never below 0.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from .. import gaussian
 from ..errors import ArgumentError
 from ..kernels.noise import fold, noise
-from ..posterior import Site, bayesian_sites, pruned_elements
+from ..numeric import real, whole
+from ..posterior import Site, bayesian_sites, fixed_elements, pruned_elements
 from ..rewriter import caches
 from ..scope import as_seed
 from ..selection import Pattern, select
@@ -41,7 +41,8 @@ def prune_(
     r"""Prune the weights of the lowest score: mean and sigma become exactly 0 and stay it.
 
     What is pruned already counts towards ``sparsity`` and is never revived, so that a model can
-    be pruned further step by step (:func:`sparsity_schedule`).
+    be pruned further step by step (:func:`sparsity_schedule`). What is fixed
+    (:func:`bayesify.fix_`), or has a score of infinity, is not pruned.
 
     Args:
         model: A converted model, changed in place. Upon an error it is as it was.
@@ -75,7 +76,7 @@ def prune_(
     >>> int((model.weight == 0).sum())
     32
     """
-    check_share(sparsity)
+    sparsity = check_share(sparsity)
     check_scope(scope)
     found = chosen(model, only, skip, min_dim)
     with torch.no_grad():
@@ -129,10 +130,8 @@ def prune_n_of_m_(
     >>> (model.weight.view(-1, 4) == 0).sum(1).tolist()
     [2, 2]
     """
-    if type(n) is not int or type(m) is not int or not 1 <= n < m:
-        raise ArgumentError(
-            f"prune_n_of_m_: n and m must be integers with 1 <= n < m, got {n!r} and {m!r}."
-        )
+    m = whole("prune_n_of_m_: m", m, "an integer above 1", least=2)
+    n = whole("prune_n_of_m_: n", n, "an integer with 1 <= n < m", below=m)
     layers = [
         site
         for site in chosen(model, only, skip, 2)
@@ -186,12 +185,10 @@ def sparsity_schedule(final: float, rounds: int, *, initial: float = 0.0) -> lis
     >>> sparsity_schedule(0.5, 2)
     [0.4375, 0.5]
     """
-    check_share(final)
-    check_share(initial)
+    final, initial = check_share(final), check_share(initial)
     if initial > final:
         raise ArgumentError(f"initial must be at most final, got {initial!r} and {final!r}.")
-    if type(rounds) is not int or rounds < 1:
-        raise ArgumentError(f"rounds must be an integer of at least 1, got {rounds!r}.")
+    rounds = whole("rounds", rounds, "an integer of at least 1")
     return [final + (initial - final) * (1.0 - t / rounds) ** 3 for t in range(1, rounds + 1)]
 
 
@@ -199,10 +196,9 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weight has the outputs in its first dimension and the inputs in its second."""
 
 
-def check_share(sparsity: float) -> None:
+def check_share(sparsity: float) -> float:
     """Refuse what is no sparsity."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0.0 <= sparsity < 1.0:
-        raise ArgumentError(f"sparsity must be a number in [0, 1), got {sparsity!r}.")
+    return real("sparsity", sparsity, "a number in [0, 1)", lambda value: 0.0 <= value < 1.0)
 
 
 def check_scope(scope: str) -> None:
@@ -219,8 +215,7 @@ def chosen(
 ) -> list[Site]:
     """The Bayesian tensors that the patterns take; there is at least one."""
     found = bayesian_sites(model)
-    if type(min_dim) is not int or min_dim < 0:
-        raise ArgumentError(f"min_dim must be an integer of at least 0, got {min_dim!r}.")
+    min_dim = whole("min_dim", min_dim, "an integer of at least 0", least=0)
     skipped = select(model, only=only, skip=skip, strict=True).skipped
     taken = [site for site in found if site.name not in skipped]
     result = [site for site in taken if site.mean.dim() >= min_dim]
@@ -234,7 +229,7 @@ def chosen(
 
 
 def scores_of(site: Site, score: Score, seed: int) -> Tensor:
-    """The score of each weight of one tensor; what is pruned already has the lowest."""
+    """The score of each weight; -inf of what is pruned already, inf of what is fixed."""
     if callable(score):
         values = score(site)
         if not isinstance(values, Tensor) or values.shape != site.mean.shape:
@@ -247,8 +242,8 @@ def scores_of(site: Site, score: Score, seed: int) -> Tensor:
         values = values.detach().to(site.mean.device, wide)
     else:
         values = _named_score(site, score, seed)
-    mask = pruned_elements(site.raw)
-    values = values.masked_fill(mask, -math.inf)
+    values = values.masked_fill(pruned_elements(site.raw), -math.inf)
+    values = values.masked_fill(fixed_elements(site.raw), math.inf)
     if bool(values.isnan().any()):
         raise ArgumentError(
             f"The score of {site.name!r} is NaN for {int(values.isnan().sum())} weights: "
@@ -296,7 +291,8 @@ def lowest(scores: list[Tensor], share: float, scope: Scope) -> list[Tensor]:
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """A mask of exactly ``count`` lowest; among equals the first ones."""
+    """A mask of exactly ``count`` lowest, if so many are finite; among equals the first ones."""
+    count = min(count, int((scores < math.inf).sum()))
     # torch.quantile takes no more than 16 million elements
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)

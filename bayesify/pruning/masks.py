@@ -14,6 +14,8 @@ from ..posterior import (
     Site,
     Slot,
     bayesian_sites,
+    fixed_elements,
+    held_elements,
     owner_state,
     pruned_elements,
     tensors_of,
@@ -24,7 +26,6 @@ class PrunedSlot(Slot):
     """The slot of a tensor with pruned weights; a copy of it keeps them pruned as well."""
 
     __slots__ = ()
-    has_pruned = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         held = _HELD.get(self.uid)
@@ -55,6 +56,7 @@ _HOOK: list[Any] = []
 def prune_site(site: Site, mask: Tensor) -> None:
     """Prune the weights of one tensor where ``mask`` is True, and keep them pruned."""
     mean, raw = site.mean.detach(), site.raw.detach()
+    mask = mask & ~fixed_elements(raw)
     mean.masked_fill_(mask, 0.0)
     raw.masked_fill_(mask, PRUNED_RAW)
     keep_site(site)
@@ -65,6 +67,7 @@ def keep_site(site: Site) -> None:
     _clear(site.mean, site.raw)
     # Not another slot: tied modules, also those outside of this model, share the one that is.
     site.slot.__class__ = PrunedSlot
+    site.slot.has_held = True
     held = _hold(site.slot, site.module, site.attribute)
     _guard(held, site.mean, site.raw)
 
@@ -73,7 +76,8 @@ def keep_pruned_(model: nn.Module) -> nn.Module:
     """Let pruned weights stay pruned in training, where nothing has seen to it yet.
 
     :func:`prune_` and copies of its model need no call. A model whose state_dict was loaded from
-    that of a pruned one does.
+    that of a pruned one does, and so does one with fixed weights (:func:`bayesify.fix_`) that were
+    not fixed in it, which then stay fixed.
 
     After every step of a torch optimizer the pruned weights are set to 0 again, whatever momentum,
     weight decay or an optimizer's state would make of them; their gradients are 0.
@@ -95,8 +99,10 @@ def keep_pruned_(model: nn.Module) -> nn.Module:
     True
     """
     for site in bayesian_sites(model):
-        if bool(pruned_elements(site.raw).any()):
-            keep_site(site)
+        if bool(held_elements(site.raw).any()):
+            site.slot.has_held = True
+            if bool(pruned_elements(site.raw).any()):
+                keep_site(site)
     return model
 
 

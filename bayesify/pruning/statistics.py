@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import ArgumentError
+from ..numeric import positive, real
 from ..posterior import Site, bayesian_sites, pruned_elements, sites
 from ..scope import at_mean
 from .elements import LAYERS
@@ -178,8 +178,7 @@ def latency(call: Callable[..., object], *inputs: Tensor, seconds: float = 1.0) 
     Raises:
         ArgumentError: ``seconds`` is not above 0.
     """
-    if not seconds > 0:
-        raise ArgumentError(f"latency: seconds must be above 0, got {seconds!r}.")
+    seconds = real("latency: seconds", seconds, "above 0 and finite", positive)
     # it warns when it is imported, where a CUDA toolkit is but no card
     from torch.utils.benchmark import Timer
 

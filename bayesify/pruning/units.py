@@ -107,7 +107,7 @@ def prune_units_(
     >>> int((model[0].weight == 0).all(dim=1).sum()), int((model[2].weight == 0).sum())
     (4, 0)
     """
-    check_share(sparsity)
+    sparsity = check_share(sparsity)
     check_scope(scope)
     if unit not in ("channels", "heads"):
         raise ArgumentError(f"unit must be 'channels' or 'heads', got {unit!r}.")

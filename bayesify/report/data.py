@@ -1,4 +1,4 @@
-"""What a report says, measured: one pass over the images, one over the strangers, the weights."""
+"""What a report says, measured: one pass over the images, one over the OOD images, the weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from .. import __version__
+from ..classes import check_count, classes_of
 from ..data import ImageData, loader
-from ..errors import ArgumentError
-from ..inference import Predictor, main_output
+from ..inference import Predictor, class_logits
 from ..metrics import (
     ClassificationMetrics,
     Examples,
@@ -29,9 +29,11 @@ from ..metrics import (
     reliability_bins,
 )
 from ..models import InputConfig, input_config
+from ..numeric import count, seed_number, whole
 from ..posterior import bayesian_sites
 from ..pruning import prune_
 from ..scope import at_mean
+from ..training.matching import images_by_name
 from .curve import pruning_curve
 from .weights import Layer, left_out, measure
 
@@ -75,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Detection:
-    """How well a score tells the strangers from the images."""
+    """How well a score tells OOD images from the others."""
 
     score: str
     auroc: float
@@ -84,7 +86,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Strangers:
+class OodScores:
     """Images that the model was not made for; ``entropy`` of each, nats."""
 
     name: str
@@ -124,7 +126,7 @@ class Report:
     resamples: int
     rows: tuple[Row, ...]
     information: Tensor
-    strangers: Strangers | None
+    ood: OodScores | None
     layers: tuple[Layer, ...]
     left_out: tuple[tuple[str, int, int], ...]
     surest: tuple[Example, ...]
@@ -162,7 +164,8 @@ def gather(
 
     Args:
         model: A converted classifier; it is left in ``eval()`` on ``device``.
-        images: Labelled images that it was not trained on.
+        images: Labelled images that it was not trained on; classes as :func:`bayesify.evaluate`
+            finds them.
         ood: Images of another kind, whose labels are not looked at.
         num_samples: Draws K of the average, at least 1.
         seed: Of draws, folds and resamples.
@@ -183,16 +186,18 @@ def gather(
     Raises:
         ArgumentError: An argument has a value that cannot work, the output is no table of logits,
             or a label is out of range.
-        DataError: An image cannot be read.
+        DataError: An image cannot be read, or classes are not the model's.
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    if type(resamples) is not int or resamples < 2:
-        raise ArgumentError(f"resamples must be a whole number above 1, got {resamples!r}.")
+    resamples = whole("resamples", resamples, "a whole number above 1", least=2)
+    num_samples, batch_size = count("num_samples", num_samples), count("batch_size", batch_size)
+    seed = seed_number(seed)
     bayesian_sites(model)
+    images = images_by_name(images, model)
     config = model_config or input_config(model)
     run = _Run(model.eval(), config, num_samples, seed, batch_size, device, amp, workers, on_step)
-    found = run.over(images, "Measuring")
-    outside = None if ood is None else run.over(ood, "Measuring strangers")
+    found = run.over(images, "Measuring", labelled=True)
+    outside = None if ood is None else run.over(ood, "Measuring OOD images")
     rows = _rows(found, num_samples, resamples, seed)
     curve: list[dict[str, Any]] = []
     part = _spread(len(images), CURVE_IMAGES)
@@ -220,7 +225,7 @@ def gather(
         resamples=resamples,
         rows=rows,
         information=found.information,
-        strangers=None if ood is None or outside is None else _strangers(ood, found, outside),
+        ood=None if ood is None or outside is None else _ood_scores(ood, found, outside),
         layers=tuple(measure(site) for site in bayesian_sites(model)),
         left_out=left_out(model),
         surest=chosen[0],
@@ -273,13 +278,15 @@ class _Run:
         if self.on_step is not None:
             self.on_step(what, done, total)
 
-    def over(self, data: ImageData, what: str) -> _Found:
+    def over(self, data: ImageData, what: str, labelled: bool = False) -> _Found:
         batches = loader(
             data, self.batch_size, model_config=self.config, workers=self.workers
         )  # fmt: skip
         columns: list[tuple[Tensor, ...]] = []
         for done, (inputs, labels) in enumerate(batches, 1):
             logits, summary = self.predicted(inputs)
+            if labelled and done == 1 and classes_of(self.model) is None:
+                check_count(data.classes, logits.shape[1], data.name)
             columns.append(
                 (labels, logits, summary.mean, summary.predictive_entropy,
                  summary.mutual_information)
@@ -293,7 +300,7 @@ class _Run:
         kind = torch.device(self.device).type
         with torch.autocast(kind, torch.bfloat16, enabled=self.amp):
             with at_mean(self.model):
-                logits = main_output(self.model(inputs))
+                logits = class_logits(self.model(inputs), "report")
             return logits, self.predictor(inputs)
 
     def examples(self, data: ImageData, indices: Sequence[int]) -> tuple[Example, ...]:
@@ -369,7 +376,7 @@ def _bins(examples: Examples, resamples: int, seed: int) -> tuple[Bin, ...]:
     return tuple(bins)
 
 
-def _strangers(ood: ImageData, inside: _Found, outside: _Found) -> Strangers:
+def _ood_scores(ood: ImageData, inside: _Found, outside: _Found) -> OodScores:
     def scores(found: _Found) -> dict[str, Tensor]:
         at_means = found.logits.double().softmax(-1)
         return {
@@ -387,7 +394,7 @@ def _strangers(ood: ImageData, inside: _Found, outside: _Found) -> Strangers:
         detections.append(
             Detection(name, numbers["auroc"], numbers["aupr_out"], numbers["fpr95"])
         )  # fmt: skip
-    return Strangers(_short(ood.name), ood.split, outside.entropy, tuple(detections))
+    return OodScores(_short(ood.name), ood.split, outside.entropy, tuple(detections))
 
 
 def _varied(order: Sequence[int], found: _Found) -> list[int]:
@@ -418,12 +425,14 @@ def _settings(
     for package in ("torch", "timm", "torchvision"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions.append(f"{package} {metadata.version(package)}")
-    strangers = (
-        [] if ood is None else [("strangers", f"{ood.name} ({ood.split}), {len(ood):,} images")]
+    ood_rows = (
+        []
+        if ood is None
+        else [("out of distribution", f"{ood.name} ({ood.split}), {len(ood):,} images")]
     )
     return [
         ("measured on", f"{images.name} ({images.split}), {len(images):,} images, as {size}"),
-        *strangers,
+        *ood_rows,
         ("draws", f"K = {drawn['num_samples']}, seed {drawn['seed']}, batches of {run.batch_size}"),
         ("intervals", f"95%, percentile bootstrap, {resamples:,} resamples, seed {drawn['seed']}"),
         ("computed on", f"{run.device}{', autocast to bfloat16' if run.amp else ''}"),

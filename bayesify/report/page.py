@@ -80,17 +80,17 @@ def _content(report: Report) -> dict[str, Any]:
     sections = [
         ("quality", "Quality"),
         ("calibration", "Calibration"),
-        ("doubt", "Doubt"),
+        ("uncertainty", "Uncertainty"),
         ("images", "Images"),
         ("weights", "Weights"),
         *([("pruning", "Pruning")] if report.curve else []),
         ("run", "How it was made"),
     ]
-    strangers = report.strangers
-    best = max((d.auroc for d in strangers.scores), default=0.0) if strangers else 0.0
+    ood = report.ood
+    best = max((d.auroc for d in ood.scores), default=0.0) if ood else 0.0
     caption = (
-        "How much doubt the average of the draws holds, for images that it got right and wrong"
-        f"{', and for strangers that it was not made for' if strangers else ''}. Each group adds "
+        "How uncertain the average of the draws is, for images that it got right and wrong"
+        f"{', and for images of another kind' if ood else ''}. Each group adds "
         "up to 100%. The further apart they lie, the better a threshold on the entropy works."
     )
     return {
@@ -117,15 +117,15 @@ def _content(report: Report) -> dict[str, Any]:
             for b in report.rows[-1].bins
         ],
         "entropy_caption": caption,
-        "strangers": [
+        "ood": [
             {
                 "score": d.score, "auroc": f"{d.auroc:.3f}", "aupr": f"{d.aupr:.3f}",
                 "fpr95": f"{d.fpr95:.1%}", "best": d.auroc == best,
             }
-            for d in (strangers.scores if strangers else ())
+            for d in (ood.scores if ood else ())
         ],
-        "strangers_note": "" if strangers is None
-        else f"{len(strangers.entropy):,} images of {strangers.name} against {report.images:,} of "
+        "ood_note": "" if ood is None
+        else f"{len(ood.entropy):,} images of {ood.name} against {report.images:,} of "
         f"{report.data}.",
         "most_entropy": f"{math.log(report.classes):.2f}",
         "information": f"{float(report.information.mean()):.3f}",
@@ -187,17 +187,17 @@ def findings(report: Report) -> list[str]:
     declined = _declined(average)
     if declined is not None:
         lines.append(declined)
-    if report.strangers is not None:
-        best = max(report.strangers.scores, key=lambda d: d.auroc)
-        first = report.strangers.scores[0]  # the entropy of the average
+    if report.ood is not None:
+        best = max(report.ood.scores, key=lambda d: d.auroc)
+        first = report.ood.scores[0]  # the entropy of the average
         more = "" if best is first else f"; by {best.score} it is {best.auroc:.1%}"
         lines.append(
-            f"A stranger of {report.strangers.name} has more entropy than an image of "
+            f"An image of {report.ood.name} has more entropy than one of "
             f"{report.data} {first.auroc:.1%} of the time (chance: 50%){more}."
         )
     elif means.values["nll"] > 0:
         lines.append(
-            "No images of another kind were given (--ood): how it meets strangers was not measured."
+            "No images of another kind were given (--ood): OOD detection was not measured."
         )
     return lines
 
@@ -209,14 +209,14 @@ def _calibrated(excess: Interval) -> str:
 
 
 def _declined(row: Row) -> str | None:
-    """How many of the mistakes are in the tenth that it doubts most."""
+    """How many of the mistakes are in the least certain tenth."""
     count = len(row.examples.hit) // 10
     mistakes = float((1 - row.examples.hit).sum())
     if not count or not mistakes:
         return None
-    doubted = row.examples.confidence.argsort(stable=True)[:count]
-    share = float((1 - row.examples.hit[doubted]).sum()) / mistakes
-    return f"The tenth of the images that it doubts most holds {share:.0%} of its mistakes."
+    uncertain = row.examples.confidence.argsort(stable=True)[:count]
+    share = float((1 - row.examples.hit[uncertain]).sum()) / mistakes
+    return f"The least certain tenth of the images holds {share:.0%} of its mistakes."
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
@@ -234,10 +234,10 @@ def _tiles(report: Report) -> list[dict[str, str]]:
             ("Brier", "brier", "number"),
         )
     ]
-    if report.strangers is not None:
-        best = max(report.strangers.scores, key=lambda d: d.auroc)
+    if report.ood is not None:
+        best = max(report.ood.scores, key=lambda d: d.auroc)
         tiles.append(
-            {"name": "Strangers, AUROC", "value": f"{best.auroc:.3f}",
+            {"name": "OOD detection, AUROC", "value": f"{best.auroc:.3f}",
              "below": best.score}
         )  # fmt: skip
     return tiles

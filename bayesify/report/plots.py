@@ -21,11 +21,11 @@ from .weights import SIGMA_EDGES, SNR_EDGES
 # Roles. No colour of matplotlib's own may be among them.
 INK, MUTED, GRID, PAPER = "#0000a1", "#0000a2", "#0000a3", "#0000a4"
 DRAWS, MEANS, CONTROL = "#0000b1", "#0000b2", "#0000b3"
-RIGHT, WRONG, STRANGE = "#0000c1", "#0000c2", "#0000c3"
+RIGHT, WRONG, OOD = "#0000c1", "#0000c2", "#0000c3"
 _VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--card", DRAWS: "--draws",
     MEANS: "--means", CONTROL: "--control", RIGHT: "--right", WRONG: "--wrong",
-    STRANGE: "--strange",
+    OOD: "--ood",
 }  # fmt: skip
 _COLOUR_OF = {"MC average": DRAWS, "at the means": MEANS, "temperature scaled": CONTROL}
 _STYLE: Any = {
@@ -136,8 +136,8 @@ def _entropies(figure: Any, report: Report) -> None:
         (average.entropy[right], "predicted right", RIGHT),
         (average.entropy[~right], "predicted wrong", WRONG),
     ]
-    if report.strangers is not None:
-        groups.append((report.strangers.entropy, "strangers", STRANGE))
+    if report.ood is not None:
+        groups.append((report.ood.entropy, "out of distribution", OOD))
     for values, label, colour in groups:
         if not len(values):
             continue

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..convert import to_deterministic
 from ..gaussian import signal_to_noise
 from ..planning import make_plan
-from ..posterior import Site, bayesian_sites, owner_state, root_mean_square
+from ..posterior import Site, bayesian_sites, owner_state, pruned_elements, root_mean_square
 
 SIGMA_EDGES = torch.linspace(-6.0, 2.0, 65, dtype=torch.float64)
 SNR_EDGES = torch.linspace(-2.0, 4.0, 49, dtype=torch.float64)
@@ -19,7 +19,10 @@ SNR_EDGES = torch.linspace(-2.0, 4.0, 49, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Layer:
-    """One Bayesian tensor; sigma and SNR as histograms of their logarithms, pruned weights out."""
+    """One Bayesian tensor; sigma and SNR as histograms of their logarithms.
+
+    Pruned and fixed weights are left out of all but ``elements``.
+    """
 
     name: str
     owner: str
@@ -38,8 +41,8 @@ class Layer:
 def measure(site: Site) -> Layer:
     """Sigma and SNR of one tensor."""
     mean, std = site.mean.detach().float().flatten(), site.std.detach().float().flatten()
-    pruned = site.pruned
-    live = torch.ones_like(std, dtype=torch.bool) if pruned is None else ~pruned.flatten()
+    held = site.held
+    live = torch.ones_like(std, dtype=torch.bool) if held is None else ~held.flatten()
     mean, std = mean[live], std[live]
     snr = signal_to_noise(mean, std)
     elements = live.numel()
@@ -52,7 +55,7 @@ def measure(site: Site) -> Layer:
         sigma=float(std.mean()) if len(std) else 0.0,
         snr=float(snr.median()) if len(snr) else 0.0,
         below_one=float((snr < 1.0).float().mean()) if len(snr) else 0.0,
-        pruned=1.0 - len(mean) / elements if elements else 0.0,
+        pruned=int(pruned_elements(site.raw).sum()) / max(1, elements),
         sigma_counts=_counts(std, SIGMA_EDGES),
         snr_counts=_counts(snr, SNR_EDGES),
     )

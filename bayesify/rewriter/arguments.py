@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .guards import PRIMITIVES
+from .guards import PRIMITIVES, float_key
 from .objects import may_be_handed_on
 
 
@@ -31,6 +32,8 @@ def flatten(value: Any, tensors: list[Tensor], names: list[str], name: str) -> A
             value.requires_grad,
         )  # fmt: skip
     kind = type(value)
+    if kind is float:
+        return ("value", float_key(value), value if value == value else math.nan)
     if kind in (bool, int, float, str, type(None)):
         return ("value", kind.__name__, value)
     if kind is tuple or kind is list or kind is torch.Size:

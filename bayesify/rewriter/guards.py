@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import enum
+import fractions
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 PRIMITIVES = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
-    torch.memory_format, enum.Enum, type(Ellipsis),
+    torch.memory_format, enum.Enum, type(Ellipsis), range, decimal.Decimal, fractions.Fraction,
+    np.number, np.bool_, np.datetime64, np.dtype,
 )  # fmt: skip
+"""What never changes, so that it may stand in a graph."""
 
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "absent"})()
@@ -20,14 +25,21 @@ MISSING: Any = type("Missing", (), {"__repr__": lambda self: "absent"})()
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """A plain attribute of the module or of one below it, as the traced forward saw it."""
+    """A plain attribute of the module or of one below it, as the traced forward saw it.
+
+    Of the kind "types" it is of no attribute: ``value`` are (path, name, dtype, device,
+    requires_grad) of parameters and buffers.
+    """
 
     path: tuple[str, ...]
     name: str
     value: Any
-    kind: str  # "equal", "same", "keys" (of _modules and the like) or "shape" (of a buffer)
+    kind: str  # "equal", "same", "keys" (of _modules and the like), "shape" (of a buffer), "types"
 
     def holds(self, owner: nn.Module) -> bool:
+        if self.kind == "types":
+            with torch._C.DisableTorchFunction():  # the fallback around it answers with a draw
+                return all(_as_it_was(owner, *entry) for entry in self.value)
         module: Any = owner
         for part in self.path:
             module = module._modules.get(part)
@@ -41,7 +53,45 @@ class Guard:
         found = held(module, self.name)
         if self.kind == "same":
             return found is self.value
-        return type(found) is type(self.value) and bool(found == self.value)
+        return alike(found, self.value)
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether a forward cannot tell two plain values apart: True is not 1, nor 0.0 -0.0."""
+    kind = type(a)
+    if kind is not type(b):
+        return False
+    if kind in (bool, int, str, type(None)):
+        return bool(a == b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(alike(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return alike(list(a.items()), list(b.items()))
+    if isinstance(a, (float, np.floating)):
+        return bool(float_key(a) == float_key(b))
+    if isinstance(a, (complex, np.complexfloating, decimal.Decimal)):
+        return repr(a) == repr(b)
+    return bool(a == b)
+
+
+def float_key(value: Any) -> Any:
+    """What is equal for floats that a forward cannot tell apart: nan is nan, 0.0 is not -0.0."""
+    return value if value and value == value else str(value)
+
+
+def _as_it_was(
+    module: Any, path: tuple[str, ...], name: str, dtype: Any, device: Any, requires_grad: bool
+) -> bool:
+    for part in path:
+        module = module._modules.get(part)
+        if module is None:
+            return False
+    tensor = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers.get(name)
+    return tensor is not None and bool(
+        tensor.dtype == dtype and tensor.device == device and tensor.requires_grad == requires_grad
+    )
 
 
 def held(module: nn.Module, name: str) -> Any:

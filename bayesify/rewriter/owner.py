@@ -8,13 +8,15 @@ import dis
 import functools
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, nn, no_grad
 
 from .. import scope as scopes
+from ..errors import UnsupportedModuleError
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
 from .trace_context import ACTIVE
@@ -103,6 +105,15 @@ def original_class(cls: type) -> type:
     return original
 
 
+def regenerate(module: nn.Module) -> None:
+    """Give a converted module the class that suits the slots it has now."""
+    cls = type(module)
+    state = owner_state(module)
+    if state is not None and "_bayesify_original" in cls.__dict__:  # not where FSDP2 has its own
+        hooked = "__call__" in cls.__dict__
+        module.__class__ = generated_class(original_class(cls), frozenset(state.slots), hooked)
+
+
 def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
     base: Any = original
     namespace: dict[str, Any] = {
@@ -146,6 +157,13 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         base.__setstate__(self, state)
         adopt(self)
 
+    def _replicate_for_data_parallel(self: Any) -> Any:
+        raise UnsupportedModuleError(
+            "nn.DataParallel is not supported: its copies of a module have no parameters, and so "
+            "no posterior. Use DistributedDataParallel or FSDP2 (fully_shard), with one process "
+            "for each device, or one device: nn.DataParallel(model, device_ids=[0])."
+        )
+
     def no_weight_decay(self: Any) -> set[str]:
         inherited = getattr(base, "no_weight_decay", None)
         names = set(inherited(self)) if inherited is not None else set()
@@ -184,9 +202,13 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         _apply=_apply,
         __reduce_ex__=__reduce_ex__,
         __setstate__=__setstate__,
+        _replicate_for_data_parallel=_replicate_for_data_parallel,
         no_weight_decay=no_weight_decay,
         extra_repr=extra_repr,
     )
+    if attributes and not hasattr(original, "qconfig"):
+        namespace["qconfig"] = property(_qconfig, _set_qconfig, _delete_qconfig)
+    namespace.update(_listing_methods(original))
     if issubclass(original, fx.GraphModule):
         namespace.update(_graph_module_methods(base, hooked))
     if hooked:
@@ -203,6 +225,87 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
 
         namespace["__call__"] = __call__
     return type(original)(original.__name__, (original,), namespace)
+
+
+def _qconfig(self: Any) -> Any:
+    try:
+        return self.__dict__["qconfig"]
+    except KeyError:
+        raise AttributeError("qconfig") from None
+
+
+def _set_qconfig(self: Any, value: Any) -> None:
+    """What torch.ao.quantization sets on each module before it asks for the modules' classes.
+
+    It takes it off again, and nothing else of its call can be seen.
+    """
+    self.__dict__["qconfig"] = value
+    if value is None or type(value).__name__ in ("QConfig", "QConfigDynamic"):
+        kind = type(self).__name__
+        warnings.warn(
+            f"torch.ao.quantization leaves this {kind} as it is: it goes by exact classes, and a "
+            f"converted {kind} has one of its own. Quantise the means: "
+            "bayesify.to_deterministic(model).",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _delete_qconfig(self: Any) -> None:
+    del self.__dict__["qconfig"]
+
+
+def _listing_methods(base: Any) -> dict[str, Any]:
+    """Where a class lists its own state, the trained spreads are saved and loaded beside it."""
+
+    def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+        base._save_to_state_dict(self, destination, prefix, keep_vars)
+        for name, raw in _spreads(self).items():
+            destination.setdefault(prefix + name, raw if keep_vars else raw.detach())
+
+    def _load_from_state_dict(
+        self: Any, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        # the class's own code sees what it knows: the module and the keys of before the conversion
+        raws = _spreads(self)
+        given = {prefix + n: state_dict.pop(prefix + n) for n in raws if prefix + n in state_dict}
+        held = self._parameters
+        self.__dict__["_parameters"] = {n: p for n, p in held.items() if n not in raws}
+        lists = missing_keys, unexpected_keys, error_msgs
+        try:
+            base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
+        finally:
+            held.update(self._parameters)
+            self.__dict__["_parameters"] = held
+        state_dict.update(given)
+        spreads = nn.Module()
+        spreads._parameters.update(raws)
+        nn.Module._load_from_state_dict(spreads, given, prefix, local_metadata, strict, *lists)
+        held.update(spreads._parameters)  # assign=True puts the given tensors in place
+
+    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(state_dict)
+        result = base.load_state_dict(self, state_dict, *args, **kwargs)
+        for prefix, module in self.named_modules(prefix="", remove_duplicate=False):
+            for name, raw in _spreads(module).items():
+                value = given.get(f"{prefix}.{name}" if prefix else name)
+                if isinstance(value, Tensor) and value.shape == raw.shape:
+                    with no_grad():
+                        raw.copy_(value)
+        return result
+
+    methods = (_save_to_state_dict, _load_from_state_dict, load_state_dict)
+    own = {method.__name__: method for method in methods}
+    return {n: m for n, m in own.items() if getattr(base, n) is not getattr(nn.Module, n)}
+
+
+def _spreads(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained spreads that a module holds, by their names in it."""
+    state = owner_state(module)
+    names = [raw_name(a, s) for a, s in state.slots.items()] if state is not None else []
+    held = {name: module._parameters.get(name) for name in names}
+    return {name: raw for name, raw in held.items() if raw is not None}
 
 
 def _graph_module_methods(base: Any, hooked: bool) -> dict[str, Any]:

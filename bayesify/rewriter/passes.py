@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import linecache
+import operator
 import re
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
 
 from .. import scope
 from .context_variables import in_context
@@ -19,6 +21,10 @@ from .writer import Expression, access
 _LOWERED = frozenset((*LINEAR, torch.matmul, torch.addmm, torch.mm, torch.bmm, torch.baddbmm))
 """Operations whose arguments autocast lowers on every device."""
 _LOWERED_METHODS = frozenset(("matmul", "addmm", "mm", "bmm", "baddbmm"))
+
+
+_PADDING = {F.embedding: 2, F.embedding_bag: 10}
+"""Lookups, and where the index of their padding stands among the arguments."""
 
 
 def draw(module: Any, attribute: str, autocast: bool = False) -> Any:
@@ -51,6 +57,34 @@ def reads_to_draws(trace: Trace, bayesian: Collection[tuple[tuple[str, ...], str
             node.kwargs = {"autocast": True}
         count += 1
     return count
+
+
+def masked_rows(
+    trace: Trace, bayesian: Collection[tuple[tuple[str, ...], str]]
+) -> list[tuple[tuple[str, ...], str, int]]:
+    """The Bayesian parameters whose rows a lookup masks: ``padding_idx`` keeps their gradient 0.
+
+    Args:
+        trace: As it was traced.
+        bayesian: (module path, attribute) of the parameters that have a posterior.
+
+    Returns:
+        Module path, attribute and row.
+    """
+    found = []
+    for node in trace.graph.nodes:
+        where = trace.parameters.get(node.name) if node.op == "get_attr" else None
+        if where is None or where not in bayesian:
+            continue
+        for user in node.users:
+            position = _PADDING.get(user.target) if user.op == "call_function" else None
+            if position is None:
+                continue
+            given = dict(enumerate(user.args))
+            row = given.get(position, user.kwargs.get("padding_idx"))
+            if given.get(1, user.kwargs.get("weight")) is node and type(row) is int:
+                found.append((*where, row))
+    return found
 
 
 def _is_lowered(node: fx.Node) -> bool:
@@ -137,6 +171,11 @@ def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
         else:
             lines.append(indent + line)
     source = "\n".join(lines)
+    for short in [name for name, value in code.globals.items() if value is operator.call]:
+        for node in trace.graph.find_nodes(op="call_function", target=operator.call):
+            callee = str(node.args[0])  # torch.compile knows a call, but not operator.call
+            source = source.replace(f"{short}({callee}, ", f"{callee}(")
+            source = source.replace(f"{short}({callee})", f"{callee}()")
     for short, function in own.items():
         source = re.sub(rf"\b{function.__module__.replace('.', '_')}_{short}\b", short, source)
     source = source.replace("def forward(", f"def {name}(", 1)

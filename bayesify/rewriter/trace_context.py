@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..posterior import owner_state, raw_name
+from .caches import INTERNAL
 from .guards import MISSING
 
 if TYPE_CHECKING:
@@ -27,12 +31,21 @@ class _Active(threading.local):
         self.fake_mode: FakeTensorMode | None = None
         self.hooked = False
         self.patched = False
+        # functions of autograd: of which apply has begun and with which grad mode, and of which
+        # a call was recorded
+        self.applied: tuple[Any, bool] | None = None
+        self.recorded: Any = None
 
 
 ACTIVE = _Active()
 
 
 TRACE_LOCK = threading.RLock()
+
+
+def transforms() -> tuple[Any, ...]:
+    """How deep in transforms of torch.func and in levels of forward-mode differentiation."""
+    return torch._C._functorch.maybe_current_level(), torch.autograd.forward_ad._current_level
 
 
 def context_state() -> tuple[Any, ...]:
@@ -82,16 +95,23 @@ def _computes_weights(hook: Any) -> bool:
     return type(hook).__module__.startswith("torch.nn.utils")
 
 
+_CONTAINERS = (dict, list, set)
+_REBUILT = ("_parameters", "_modules")
+
+
 @contextmanager
 def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) -> Iterator[None]:
     """Put every attribute of these modules back as it was."""
     saved = []
+    seen: set[int] = set()
     for module in modules:
         attributes = dict(module.__dict__)
+        # most are empty: dicts of hooks
         containers = [
-            (v, v.copy()) for k, v in attributes.items()
-            if isinstance(v, dict | list | set) and k not in ("_parameters", "_modules")
+            (v, v.copy() if v else ()) for k, v in attributes.items()
+            if isinstance(v, _CONTAINERS) and k not in _REBUILT
         ]  # fmt: skip
+        containers += [(held, held.copy()) for _, held in attributes_of_objects(module, seen)]
         saved.append((module, attributes, containers, dict(module._buffers)))
     try:
         for module in modules:
@@ -104,7 +124,10 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
             restore(module.__dict__, attributes)
             restore(module._buffers, buffers)
             for container, content in containers:
-                if isinstance(container, dict):
+                if not content:
+                    if container:
+                        container.clear()
+                elif isinstance(container, dict):
                     restore(container, content)  # type: ignore[arg-type]
                 elif isinstance(container, list):
                     container[:] = content
@@ -113,12 +136,39 @@ def untouched(modules: list[nn.Module], prepare: Callable[[nn.Module], None]) ->
                     container.update(content)
 
 
+def attributes_of_objects(
+    module: nn.Module, seen: set[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the plain objects that a module holds hold themselves, each object once."""
+    for name, value in module.__dict__.items():
+        held = getattr(value, "__dict__", None)
+        known = isinstance(value, _NOT_PLAIN) or name in INTERNAL or id(value) in seen
+        if type(held) is dict and not known:
+            seen.add(id(value))
+            yield name, held
+
+
+_NOT_PLAIN = (
+    nn.Module, torch.Tensor, type, dict, list, set, types.FunctionType, types.MethodType,
+    types.ModuleType, functools.partial,
+)  # fmt: skip
+
+
 def restore(target: dict[Any, Any], content: dict[Any, Any]) -> None:
-    for name in [n for n in target if n not in content]:
-        del target[name]
+    if target.keys() != content.keys():
+        for name in [n for n in target if n not in content]:
+            del target[name]
     for name, value in content.items():
         if target.get(name, MISSING) is not value:
             target[name] = value
+
+
+_EXAMPLES_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def _not_of_a_trace(record: logging.LogRecord) -> bool:
+    """Whether torch's log is to have a record: what examples cannot do, the fallback does."""
+    return not ACTIVE.patched
 
 
 @contextmanager
@@ -158,7 +208,7 @@ def patches() -> Iterator[None]:
             tracer.note_absent(self, name)
             raise
         tracer.note_read(self, name, value)
-        return value
+        return _without_log_variances(self, value) if name == "_parameters" else value
 
     def patched_write(self: nn.Module, name: str, value: Any) -> None:
         tracer = ACTIVE.tracer
@@ -178,11 +228,13 @@ def patches() -> Iterator[None]:
     if not inner:
         module_class.__getattribute__ = patched_read
     ACTIVE.patched = True
+    _EXAMPLES_LOG.addFilter(_not_of_a_trace)
     try:
         with opaque_calls:
             yield
     finally:
         ACTIVE.patched = False
+        _EXAMPLES_LOG.removeFilter(_not_of_a_trace)
         module_class.__init__ = initialise
         module_class.__call__ = call
         module_class.__setattr__ = set_attribute
@@ -190,15 +242,27 @@ def patches() -> Iterator[None]:
             del module_class.__getattribute__
 
 
+def _without_log_variances(module: nn.Module, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that a forward knows of, as its fallback has them too."""
+    state = owner_state(module)
+    if state is None or not state.slots:
+        return parameters
+    raws = {raw_name(attribute, slot) for attribute, slot in state.slots.items()}
+    return {name: p for name, p in parameters.items() if name not in raws}
+
+
 class _OpaqueCalls:
     """Lets a trace record, and the fallback exchange, calls that no torch-function mode sees.
 
-    These are torch.autograd.Function, whose backward must survive, and scripted functions. Their
-    entry points are wrapped while a trace or a fallback runs, counted over threads.
+    These are functions of autograd, whose backward must survive, and scripted functions. Whatever
+    name a forward holds such a function under, its call ends in C, which looks ``forward`` up on
+    the class: there the trace steps in. The lookup and the entry points are wrapped while a trace
+    or a fallback runs, counted over threads.
     """
 
     _autograd: Any = torch.autograd.Function
     _scripted: Any = torch._C.ScriptFunction
+    _kind: Any = type(torch.autograd.Function)
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -216,18 +280,40 @@ class _OpaqueCalls:
             if self._depth == 0:
                 self._autograd.apply = self._apply
                 self._scripted.__call__ = self._call
+                del self._kind.__getattribute__
 
     def _install(self) -> None:
         apply = self._apply = self._autograd.__dict__["apply"]
         call = self._call = self._scripted.__call__
 
         def patched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            bound = apply.__get__(None, cls)
-            if ACTIVE.tracer is not None:
-                return ACTIVE.tracer.call_opaque(cls.apply, bound, args, kwargs)
-            if ACTIVE.exchange is not None:
+            if ACTIVE.tracer is None and ACTIVE.exchange is not None:
                 args, kwargs = ACTIVE.exchange((args, kwargs))
-            return bound(*args, **kwargs)
+            return apply.__get__(None, cls)(*args, **kwargs)
+
+        def patched_lookup(cls: Any, name: str) -> Any:
+            found = type.__getattribute__(cls, name)
+            if ACTIVE.tracer is None:
+                return found
+            # apply reads _backward_cls, switches the gradient off, reads forward and calls it
+            if name == "_backward_cls":
+                ACTIVE.applied = (cls, torch.is_grad_enabled())
+            elif name == "forward" and ACTIVE.applied is not None:
+                (applied, grad), ACTIVE.applied = ACTIVE.applied, None
+                if applied is cls:
+                    return functools.partial(record, cls, apply.__get__(None, cls), grad)
+            elif name == "setup_context" and ACTIVE.recorded is cls:
+                ACTIVE.recorded = None
+                return _set_up_nothing
+            return found
+
+        def record(cls: Any, run: Any, grad: bool, *args: Any) -> Any:
+            separate = cls.setup_context is not self._autograd.setup_context
+            with torch._C.DisableTorchFunction(), torch.set_grad_enabled(grad):
+                args = args if separate else args[1:]  # without ctx
+                result = ACTIVE.tracer.call_opaque(run, run, args, {})  # type: ignore[union-attr]
+            ACTIVE.recorded = cls if separate else None
+            return result
 
         def patched_call(function: Any, *args: Any, **kwargs: Any) -> Any:
             if ACTIVE.tracer is not None:
@@ -238,7 +324,12 @@ class _OpaqueCalls:
             return call(function, *args, **kwargs)
 
         self._autograd.apply = classmethod(patched_apply)
+        self._kind.__getattribute__ = patched_lookup
         self._scripted.__call__ = patched_call
+
+
+def _set_up_nothing(*_: Any) -> None:
+    """In place of the setup_context of a function whose call was recorded, which ran nothing."""
 
 
 opaque_calls = _OpaqueCalls()

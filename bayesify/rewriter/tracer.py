@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import inspect
 import operator
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,16 +27,19 @@ from torch.utils._device import DeviceContext, _device_constructors
 from . import caches, context_variables, objects
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
-from .fake_kernels import ExampleMode
+from .examples import Examples
 from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
 from .objects import TracedObject, may_be_handed_on
+from .randomness import has_random_numbers, random_numbers_kept
 from .trace_context import (
     ACTIVE,
     TRACE_LOCK,
+    attributes_of_objects,
     has_hooks,
     patches,
     paused,
     restore,
+    transforms,
     untouched,
     without_hooks,
 )
@@ -54,7 +55,7 @@ from .values import (
     TraceFailure,
     unpacks_into_names,
 )
-from .writer import Expression, GraphWriter, access, resolves, traced_inside
+from .writer import Expression, GraphWriter, access, can_be_target, resolves, traced_inside
 
 _CONCRETE_ATTRIBUTES = {
     "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
@@ -68,6 +69,14 @@ _CONCRETE_METHODS = {
     "dim", "ndimension", "element_size", "is_floating_point", "is_complex", "is_signed",
     "get_device", "is_inference", "is_conj", "is_neg", "has_names", "is_same_size", "type",
     "data_ptr", "_is_view",
+}  # fmt: skip
+
+
+# what a cast, a move or a freeze of the module's own tensors changes
+_TYPES = {
+    "dtype", "device", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu",
+    "itemsize", "element_size", "is_floating_point", "is_complex", "is_signed", "get_device",
+    "type",
 }  # fmt: skip
 
 
@@ -152,8 +161,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         GraphWriter.__init__(self, owner)
         self.run_leaf = run_leaf
         self.hiding = hiding
-        self.fake_mode = fake_mode or ExampleMode(allow_non_fake_inputs=True)
+        self.fake_mode = fake_mode or Examples(allow_non_fake_inputs=True)
         self.guards: dict[tuple[tuple[str, ...], str], Guard] = {}
+        self.types: dict[tuple[tuple[str, ...], str], tuple[Any, ...]] = {}
         self.writes: set[tuple[tuple[str, ...], str]] = set()
         self.dims: Dims = frozenset()
         self.layout = False
@@ -164,6 +174,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self._handed_on = False  # whether a submodule was given an object, whatever that holds
         self.made: dict[int, nn.Module] = {}  # modules that the method itself has made
         self._variables = contextvars.copy_context()
+        self._transforms = transforms()
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
         self._device = modes[-1].device if modes else None
 
@@ -177,10 +188,11 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if known is None:
             # a sharded parameter has its global shape
             sharded = hasattr(tensor, "full_tensor")
-            plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer, Outline) or sharded
+            kinds = (Tensor, nn.Parameter, nn.Buffer, Outline, FakeTensor)  # that of an export
+            plain = type(tensor) in kinds or sharded
             if tensor.layout != torch.strided or not plain:
                 raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
-            with torch._C.DisableTorchFunction(), self.fake_mode:
+            with torch._C.DisableTorchFunction(), paused():
                 example = torch.empty_strided(
                     tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype,
                     device=tensor.device, requires_grad=tensor.requires_grad,
@@ -207,6 +219,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         """Record one call of a torch function and give its traced result."""
         if ACTIVE.tracer is not self:
             raise TraceFailure(f"{func} on a traced tensor outside of its trace")
+        if transforms() != self._transforms:
+            raise TraceFailure("it differentiates or maps a function by torch.func or forward_ad")
         name = getattr(func, "__name__", "")
         subject = args[0] if args else None
         if name in ("__get__", "__set__"):
@@ -247,6 +261,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return None
         if name == "shape":
             return self._shape(tensor)
+        if name in _TYPES:
+            self._note_types(tensor)
         example = tensor.example if traced else self.example_of(tensor)
         if name == "device" and not traced:
             with torch._C.DisableTorchFunction():
@@ -273,6 +289,21 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self.guards[key] = Guard(where[1], where[2], tuple(shape), "shape")
         return shape
 
+    def _note_types(self, tensor: Any) -> None:
+        """The code asked for the dtype or the like of one of the owner's tensors.
+
+        Or of a result, which depends on all of them; those of the arguments are in the key.
+        """
+        found = [w for w in self.tensors.values() if w[0] in ("parameter", "buffer")]
+        if type(tensor) is not TracedTensor:
+            found = [where for where in found if where[3] is tensor]
+        elif tensor.argument is not None:
+            return
+        with torch._C.DisableTorchFunction():
+            kinds = ((path, name, t.dtype, t.device, t.requires_grad) for _, path, name, t in found)
+            for kind in kinds:
+                self.types[kind[:2]] = kind
+
     def _metadata(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         tensor = args[0]
         traced = type(tensor) is TracedTensor
@@ -298,6 +329,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if name == "data_ptr" or (name == "type" and len(args) + len(kwargs) > 1):
             return MISSING
         if name in _CONCRETE_METHODS:
+            if name in _TYPES:
+                self._note_types(tensor)
             return self._evaluate(func, args, kwargs)
         return MISSING
 
@@ -307,7 +340,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if self._device is not None and func in _device_constructors():
             if kwargs.get("device") is None:  # `with torch.device(...)`, which acts when it runs
                 kwargs["device"] = self._device
-        with torch._C.DisableTorchFunction(), self.fake_mode, paused():
+        with torch._C.DisableTorchFunction(), paused():
             return func(*args, **kwargs)
 
     def _as_examples(self, value: Any) -> Any:
@@ -348,6 +381,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if name.startswith("squeeze"):
             self.note_dims(None)  # whether a dimension goes depends on its size
         result = self._evaluate(func, args, kwargs)
+        if func is torch._C._set_grad_enabled:
+            if torch.is_inference_mode_enabled() == self.entry_context[1]:  # which switches it too
+                self.grad_mode = torch.is_grad_enabled()
         method = _METHODS.get(func, "") if isinstance(args[0] if args else None, Tensor) else ""
         if method in _OPERATORS:
             op, target, operands = "call_function", _OPERATORS[method], args
@@ -393,8 +429,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return type(result)(items)  # torch.return_types take one sequence
         if isinstance(result, dict):
             entries = {
-                k: self._wrap(v, self._node("call_function", operator.getitem, (node, k)), inputs)
+                k: self._wrap(v, self._node("call_function", operator.getitem, (node, key)), inputs)
                 for k, v in result.items()
+                for key in [self.argument(k)]
             }
             return entries if type(result) is dict else _same_dict(result, entries)
         if dataclasses.is_dataclass(result) and not isinstance(result, type):
@@ -423,16 +460,15 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         variables = context_variables.changed(self._variables)
         path = self.paths.get(id(module))
-        arguments = tuple(self.argument(a) for a in args)
-        keywords = {k: self.argument(v) for k, v in kwargs.items()}
+        arguments = tuple(self.passed(a) for a in args)
+        keywords = {k: self.passed(v) for k, v in kwargs.items()}
         with self._objects():
             examples = self._as_examples((args, kwargs))
         with paused(), self._as_outline(module):
             copies = context_variables.constants(variables, ACTIVE.hooked) if variables else ()
             outer, ACTIVE.fake_mode = ACTIVE.fake_mode, self.fake_mode
             try:
-                with self.fake_mode:
-                    result = self.run_leaf(module, *examples)
+                result = self.run_leaf(module, *examples)
             except TraceFailure:
                 raise
             except Exception as error:
@@ -446,14 +482,14 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             context_variables.check(variables, copies)
             called = (self.constant(copies), self.argument(module), *arguments)
             node = self._node("call_function", context_variables.in_context, called, keywords)
-        elif path:
+        elif path and can_be_target(path):
             node = self._node("call_module", ".".join(path), arguments, keywords)
         else:
             tensors = (*module._parameters.values(), *module._buffers.values())
             traced = any(True for _ in traced_inside(module.__dict__))
             if id(module) in self.made and (traced or any(t is not None for t in tensors)):
                 raise TraceFailure(f"it makes a {type(module).__name__} that holds tensors")
-            callee = self.constant(module)
+            callee = self.constant(module) if path is None else Expression(access(path))
             node = self._node("call_function", operator.call, (callee, *arguments), keywords)
         if any(type(v) is TracedObject for v in pytree.tree_leaves((args, kwargs))):
             self._handed_on = True
@@ -503,7 +539,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     ) -> Any:
         """Record a call of an autograd or scripted function, which stays a call."""
         with torch._C.DisableTorchFunction():
-            result = self._evaluate(run, args, kwargs)
+            # at the means: a module that it calls would leave examples among the draws
+            result = self._evaluate(lambda *a, **k: self.run_leaf(run, a, k), args, kwargs)
             arguments = tuple(self.argument(a) for a in args)
             keywords = {k: self.argument(v) for k, v in kwargs.items()}
             callee = self.constant(function)
@@ -530,6 +567,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return
         if type(value) in (TracedSize, TracedParts) or isinstance(value, TracedNumber):
             return
+        if has_random_numbers(value):
+            raise TraceFailure(f"it takes random numbers of its {type(value).__name__} {name!r}")
         if plain(value):
             copy = value if isinstance(value, PRIMITIVES) else copy_plain(value)
             self.guards[path, name] = Guard(path, name, copy, "equal")
@@ -568,15 +607,21 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             if self._made_of_draws(value):
                 return  # a cache: kept, it would outlive its draw
-            self._node("call_function", setattr, (target, name, self.argument(value)))
+            self._node("call_function", setattr, (target, name, self.passed(value)))
 
     def _containers(self) -> list[tuple[str, Any, Any]]:
+        seen: set[int] = set()
         return [
-            (name, value, value.copy())
+            (name, value, value.copy() if value else type(value)())
             for module in self._modules
-            for name, value in module.__dict__.items()
-            if (type(value) in (list, dict, set) and name not in INTERNAL) or name in HOOKS
-        ]
+            for name, value in (
+                *(
+                    (n, v) for n, v in module.__dict__.items()
+                    if (type(v) in (list, dict, set) and n not in INTERNAL) or n in HOOKS
+                ),
+                *attributes_of_objects(module, seen),
+            )
+        ]  # fmt: skip
 
     def _check_containers(self, held: list[tuple[str, Any, Any]]) -> None:
         """What a forward does to a list or dict of its module must happen at every call."""
@@ -633,34 +678,38 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             build: From traced tensors to the method's (args, kwargs).
             tensors: Tensor arguments, real or fake; only their metadata is used.
         """
-        traced = []
-        for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
-            node = self.graph.placeholder(name)
-            self._last_placeholder = node
-            if not isinstance(tensor, Tensor | Outline):
-                example = objects.example_of(tensor, self.example_of)
-                traced.append(TracedObject(example, node))
-                continue
-            traced.append(TracedTensor(self.example_of(tensor), node, self, index))
-        with self._patched(), self:
+        with self._patched(), random_numbers_kept(), self.fake_mode, self:
+            traced: list[Any] = []
+            for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
+                node = self.graph.placeholder(name)
+                self._last_placeholder = node
+                with torch._C.DisableTorchFunction(), paused():
+                    if isinstance(tensor, Tensor | Outline):
+                        example = self.example_of(tensor)
+                        traced.append(TracedTensor(example, node, self, index))
+                    else:
+                        example = objects.example_of(tensor, self.example_of)
+                        traced.append(TracedObject(example, node))
             args, kwargs = build(traced)
             before = _shape_of((args, kwargs))
             held = self._containers()
-            with _python_numbers():
-                context = contextvars.copy_context()  # what it leaves set is not to stay
-                result = context.run(functools.partial(method, *args, **kwargs))
-                if context.run(context_variables.changed, self._variables):
-                    raise TraceFailure("it sets a context variable for later calls")
+            context = contextvars.copy_context()  # what it leaves set is not to stay
+            result = context.run(functools.partial(method, *args, **kwargs))
+            if context.run(context_variables.changed, self._variables):
+                raise TraceFailure("it sets a context variable for later calls")
             self._check_containers(held)
             with torch._C.DisableTorchFunction(), self._objects():
-                output = self.argument(result)
+                output = self.passed(result)
                 examples = self._as_examples(result)
         if _shape_of((args, kwargs)) != before:
             raise TraceFailure("it changes a container among its arguments")
         self.graph.output(output)
         self.graph.output_node().meta["context"] = self.entry_context
+        guards = tuple(self.guards.values())
+        if self.types:
+            guards += (Guard((), "types", tuple(self.types.values()), "types"),)
         return Trace(
-            self.graph, tuple(self.guards.values()), self.dims, self.layout, self.guided,
+            self.graph, guards, self.dims, self.layout, self.guided,
             self.constants, self.parameters, examples,
         )  # fmt: skip
 
@@ -677,27 +726,6 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _hide(self, module: nn.Module) -> None:
         if module is self.owner:
             self.hiding.hide()
-
-
-@contextmanager
-def _python_numbers() -> Iterator[None]:
-    """Refuse a forward that takes random numbers which no graph would take again."""
-    numpy = sys.modules.get("numpy")
-    python = random.getstate()
-    legacy = None if numpy is None else numpy.random.get_state()
-    yield
-    if random.getstate() == python and (
-        numpy is None or _same_state(legacy, numpy.random.get_state())
-    ):
-        return
-    random.setstate(python)
-    if numpy is not None:
-        numpy.random.set_state(legacy)
-    raise TraceFailure("it draws random numbers with Python or numpy")
-
-
-def _same_state(a: Any, b: Any) -> bool:
-    return bool(a[0] == b[0] and a[1].tobytes() == b[1].tobytes() and a[2:] == b[2:])
 
 
 def _examples_of_partial(value: Any, convert: Callable[[Any], Any]) -> Any:

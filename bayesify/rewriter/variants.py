@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
 import operator
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import scope as scopes
+from .. import torch_support
 from ..errors import UnsupportedModuleError
+from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
 from ..scope import LOCAL
 from . import caches
@@ -25,7 +29,13 @@ from .arguments import Outline, argument_names, describe, flatten, shapes_of, un
 from .estimators import reads_to_estimates
 from .fallback import HeldReads, drawn_reads, owner_holds_parameters
 from .guards import Guard
-from .passes import compile_source, reads_to_draws, restore_contexts, source_of
+from .passes import (
+    compile_source,
+    masked_rows,
+    reads_to_draws,
+    restore_contexts,
+    source_of,
+)
 from .trace_context import ACTIVE, has_hooks
 from .tracer import MethodTracer, Trace
 from .values import StateFound, TraceFailure
@@ -209,13 +219,14 @@ def _draw(
         opaque = _opaque(owner, state, method, "an argument that torch.compile cannot take apart")
         return _fall_back(owner, opaque, method, original, args, kwargs)
     if compiling:
-        # a constant needs numbers: operator.index guards on a size that is a symbol, int does not
+        # a constant needs numbers: operator.index guards on a size that is a symbol, int does not;
+        # an export's symbol stays one, unless the variant depends on it
+        number = _hint if exporting() else operator.index
         shapes = tuple(
-            (tuple(map(operator.index, t.shape)), tuple(map(operator.index, t.stride())))
-            for t in tensors
+            (tuple(map(number, t.shape)), tuple(map(number, t.stride()))) for t in tensors
         )
-        number = _prepare(state.handle, method, key, shapes)
-        variant = state.variants[method][number]
+        index = _prepare(state.handle, method, key, shapes)
+        variant = state.variants[method][index]
         if not variant.matches(owner, tensors):
             raise RuntimeError("bayesify: the module changed while it was compiled")
     else:
@@ -225,6 +236,10 @@ def _draw(
     if variant.code is None:
         return _fall_back(owner, variant, method, original, args, kwargs)
     return variant.code(owner, *tensors)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def find(
@@ -241,6 +256,7 @@ def find(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(handle: int, method: str, key: Any, shapes: Any) -> int:
     """Make the variant of a call that torch.compile is tracing; gives its number."""
+    torch_support.check("torch.compile")
     owner = _OWNERS.get(handle)
     if owner is None:
         raise UnsupportedModuleError(
@@ -322,6 +338,7 @@ def _make(
         variant = Variant(key, (), frozenset(), False, shapes, None, "", "swap", reason)
     else:
         slots = _slots_below(owner)
+        _warn_of_masked(owner, method, trace, slots)
         estimated, kept = reads_to_estimates(trace, slots)
         drawn = reads_to_draws(trace, slots)
         restore_contexts(trace)
@@ -334,6 +351,25 @@ def _make(
         )  # fmt: skip
     known[len(known)] = variant
     return variant, None if trace is None else trace.result
+
+
+def _warn_of_masked(
+    owner: nn.Module, method: str, trace: Trace, slots: dict[tuple[tuple[str, ...], str], Slot]
+) -> None:
+    """Name a lookup with ``padding_idx`` in a module's own code: the conversion could not know."""
+    for path, attribute, row in masked_rows(trace, slots):
+        home = owner.get_submodule(".".join(path))
+        known = isinstance(home, nn.Embedding | nn.EmbeddingBag) and home.padding_idx is not None
+        slot = slots[path, attribute]
+        if not known and not slot.has_held:
+            warnings.warn(
+                f"{type(owner).__name__}.{method} looks up {slot.name!r} with padding_idx={row}, "
+                "so that this row gets no gradient: if nothing else reads it, the KL alone moves "
+                "its posterior, to the prior, and what padding reads is noise. Fix the row with "
+                "bayesify.fix_(model, {name: mask}).",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def _slots_below(owner: nn.Module) -> dict[tuple[tuple[str, ...], str], Slot]:
@@ -359,10 +395,13 @@ def _trace(
 
     tracer = MethodTracer(owner, run_at_mean, hiding, ACTIVE.fake_mode)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
-    unseen = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
+    unseen: Any = contextlib.nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        # kept as it is, a result would hold the node that holds it, for good
+        unseen = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _identity)
     # inside the trace of a caller, its fake mode is on and torch functions are off
     with (
-        scopes.recording(_refuse_checkpoint), unseen, unset_fake_temporarily(),
+        scopes.recording(_refuse_checkpoint), unseen, _disable_current_modes(),
         torch._C._EnableTorchFunction(),
     ):  # fmt: skip
         try:

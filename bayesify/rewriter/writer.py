@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
+import keyword
+import math
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -43,6 +45,7 @@ class GraphWriter:
         self.constants: dict[str, Any] = {}
         self.parameters: dict[str, tuple[tuple[str, ...], str]] = {}
         self.entry_context = context_state()
+        self.grad_mode = self.entry_context[0]
         self._reads: dict[str, fx.Node] = {}
         self._last_read: fx.Node | None = None
         self._last_placeholder: fx.Node | None = None
@@ -80,7 +83,7 @@ class GraphWriter:
         elif isinstance(value, list | tuple | dict):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
-                if isinstance(item, Tensor) and isinstance(key, int | str):
+                if isinstance(item, Tensor) and type(key) in (int, str) and name.isidentifier():
                     entry = ("item", path, f"{name}[{key!r}]", item)
                     self.tensors.setdefault(id(item), entry)
 
@@ -97,6 +100,8 @@ class GraphWriter:
         target = ".".join((*path, name))
         node = self._reads.get(target)
         if node is None:
+            if not can_be_target((*path, name)):
+                raise TraceFailure(f"it reads {target!r}, a name that no code can spell out")
             anchor = self._last_read or self._last_placeholder
             place = (
                 self.graph.inserting_after(anchor)
@@ -110,6 +115,17 @@ class GraphWriter:
             if kind == "parameter":
                 self.parameters[node.name] = (path, name)
         return node
+
+    def made_of_data(self, tensor: Tensor) -> Tensor:
+        """A tensor made of data outside of torch: the graph makes a fresh one at every call."""
+        self.tensors.setdefault(id(tensor), ("data", (), "", tensor))
+        return tensor
+
+    def _fresh(self, tensor: Tensor) -> fx.Node:
+        name = f"data {id(tensor)}"
+        if name not in self._reads:
+            self._reads[name] = self._node("call_method", "clone", (self.constant(tensor),))
+        return self._reads[name]
 
     def argument(self, value: Any) -> Any:
         """``value`` as an argument of a node."""
@@ -126,6 +142,8 @@ class GraphWriter:
             where = self.tensors.get(id(value))
             if where is None:
                 return self.constant(value)
+            if where[0] == "data":
+                return self._fresh(value)
             if where[0] == "item":
                 return Expression(access((*where[1],)) + "." + where[2])
             return self._read(*where[:3])
@@ -135,12 +153,12 @@ class GraphWriter:
             return tuple(self.argument(v) for v in tuple.__iter__(value))
         if kind is list:
             return [self.argument(v) for v in value]
-        if kind is dict and all(isinstance(k, str) for k in value):
+        if kind is dict and all(type(k) is str for k in value):
             return {k: self.argument(v) for k, v in value.items()}
         if kind is slice:
             return slice(*(self.argument(v) for v in (value.start, value.stop, value.step)))
-        if isinstance(value, PRIMITIVES) and not isinstance(value, enum.Enum):
-            return value
+        if isinstance(value, PRIMITIVES):
+            return value if _can_be_written(value) else self.constant(value)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self._build(kind, tuple(self.argument(v) for v in value), {})
         if isinstance(value, dict) or (
@@ -156,7 +174,16 @@ class GraphWriter:
         if not callable(value) or any(True for _ in traced_inside(value)):
             # it may be made anew, or changed, at every call
             raise TraceFailure(f"it passes an object of type {kind.__name__} along")
+        if _reaches_parameters(value):
+            raise TraceFailure(f"it passes a {kind.__name__} along that may read parameters")
         return self.constant(value)
+
+    def passed(self, value: Any) -> Any:
+        """``value`` as what user code gets, to which a torch.Size is no tuple."""
+        argument = self.argument(value)
+        if type(value) in (TracedSize, torch.Size):
+            return self._build(torch.Size, (argument,), {})
+        return argument
 
     def _built(self, value: Any) -> Any:
         kind = type(value)
@@ -179,13 +206,41 @@ class GraphWriter:
     def _node(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
+        context = context_state()
+        if context[0] != self.grad_mode and context[1] == self.entry_context[1]:
+            raise TraceFailure("code that torch.fx cannot see has switched the gradient on or off")
+        for name in kwargs or ():
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise TraceFailure(f"it passes a keyword {name!r}, which no code can spell out")
         node = self.graph.create_node(op, target, args, kwargs or {})
-        node.meta["context"] = context_state()
+        node.meta["context"] = context
         return node
 
     def number(self, target: Any, args: tuple[Any, ...], method: bool = False) -> fx.Node:
         arguments = tuple(self.argument(a) for a in args)
         return self._node("call_method" if method else "call_function", target, arguments)
+
+
+def can_be_target(path: tuple[str, ...]) -> bool:
+    """Whether fx writes a name as it is, be it no identifier."""
+    return not any(character in part for part in path for character in '"\\\n\r')
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether generated code may spell out a plain value, instead of naming a constant."""
+    kind: type = type(value)
+    if kind is int:
+        return bool(-(2**63) <= value < 2**63)
+    if kind is float:
+        return math.isfinite(value)
+    if kind is str:
+        return re.fullmatch(r"[\w .,:>-]*", value) is not None
+    return kind in _WRITTEN
+
+
+_WRITTEN = (
+    bool, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
 
 
 @functools.cache
@@ -204,8 +259,24 @@ def access(path: tuple[str, ...]) -> str:
     """Source of ``self.blocks[0].attn`` for a path, whatever its names look like."""
     source = "self"
     for part in path:
-        source = f"{source}.{part}" if part.isidentifier() else f'getattr({source}, "{part}")'
+        source = f"{source}.{part}" if part.isidentifier() else f"getattr({source}, {part!r})"
     return source
+
+
+def _reaches_parameters(value: Any) -> bool:
+    """Whether a function is bound to a module with parameters, or closes over one."""
+    if isinstance(value, nn.Module):
+        return next(value.parameters(), None) is not None
+    if isinstance(value, types.MethodType):
+        return _reaches_parameters(value.__self__)
+    cells = value.__closure__ or () if isinstance(value, types.FunctionType) else ()
+    for cell in cells:
+        try:
+            if _reaches_parameters(cell.cell_contents):
+                return True
+        except ValueError:  # an empty cell
+            continue
+    return False
 
 
 def traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
@@ -219,6 +290,10 @@ def traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from traced_inside(item, depth + 1)
+    elif isinstance(value, functools.partial):
+        yield from traced_inside((value.func, value.args, value.keywords), depth + 1)
+    elif isinstance(value, types.MethodType):
+        yield from traced_inside(value.__self__, depth + 1)
     elif hasattr(value, "__dict__") and not isinstance(
         value, nn.Module | Tensor | type | types.FunctionType | types.ModuleType
     ):

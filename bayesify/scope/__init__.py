@@ -2,9 +2,11 @@
 
 The outermost call of a converted model opens a scope; a parameter read inside it is drawn when the
 scope opens, or at its first read if an earlier call of the same method has not read it (an expert
-of a mixture, a branch that was skipped), and kept until the scope closes. Each thread has its own.
+of a mixture, a branch that was skipped), and kept until the scope closes. The scope of a call is of
+its thread; the blocks around it are of its context, so that tasks and copied contexts carry them.
 """
 
+from .blocks import open_modes as open_modes
 from .calls import enter as enter
 from .calls import read as read
 from .checkpoints import recording as recording

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import grouped
-from ..kernels.noise import fold
+from ..kernels.noise import exporting, fold
 from ..posterior import STATE, Slot, owner_state, tensors_of
 from .checkpoints import SEAM
 from .drawing import AT_MEAN, Scope, autocast_dtype, grad_mode, suits_group
 from .local import LOCAL
 from .modes import Mixed, wanted
 from .seeds import new_seed
+from .unused import lead_to_posteriors
 
 
 def enter(
@@ -26,10 +27,13 @@ def enter(
     if scope is AT_MEAN:
         LOCAL.scope = scope
         try:
-            return at_mean(*args, **kwargs)
+            result = at_mean(*args, **kwargs)
+            return result if torch.compiler.is_compiling() else lead_to_posteriors(result)
         finally:
             LOCAL.scope = None
     held = scope is not None
+    if scope is not None and exporting():
+        scope, held = scope.empty(), False  # an export's tensors must not outlive it
     if scope is None:
         scope = Scope(new_seed())
     LOCAL.scope = scope
@@ -41,7 +45,7 @@ def enter(
             drawn = _prefill(module, method, scope)
             result = run(*args, **kwargs)
         _note_unread(module, method, scope, drawn)
-        return result
+        return lead_to_posteriors(result)
     finally:
         LOCAL.scope = None
         if not held:
@@ -113,7 +117,9 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 drawn.append(slot)
             if together and suits_group(slot, mean, raw):
                 if index not in items:
-                    items[index] = grouped.Item(mean, raw, scope.key_of(slot), slot.buffers, dtype)
+                    items[index] = grouped.Item(
+                        mean, raw, scope.key_of(slot), slot.buffers, dtype, slot.has_held
+                    )
                     slots.append(slot)
                     slot.drawn = None
             elif dtype is None:
@@ -138,7 +144,7 @@ def _note_unread(module: nn.Module, method: str, scope: Scope, drawn: list[Slot]
     if scope.compiled:
         return
     mode = grad_mode()
-    used = {(uid, of): dtype for uid, of, dtype in scope.lowered}
+    used = {(uid, of): dtype for uid, of, dtype in scope.lowered.copy()}
     whole = module.__dict__[STATE].lowered.setdefault((method, mode), {})
     for slot in drawn:
         dtype = used.get((slot.uid, mode))

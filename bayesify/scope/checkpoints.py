@@ -1,53 +1,78 @@
-"""Activation checkpoints remember the scope of their forward for their recomputation."""
+"""What calls modules again in backward remembers the scope of its forward.
+
+These are activation checkpoints, and functions of autograd whose backward runs a model: adjoint
+methods of differential equations, reversible blocks.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.utils.checkpoint
 
-from .local import LOCAL, Mode
+from .blocks import Mode, only, open_modes
+from .local import LOCAL
 
 
 def _carried(function: Callable[..., Any], *, keep: bool) -> Callable[..., Any]:
     """``function`` bound to the present scope and modes, whenever and wherever it is called."""
     if LOCAL.on_checkpoint is not None:
         LOCAL.on_checkpoint()
-    scope, modes, reads = LOCAL.scope, LOCAL.modes, LOCAL.reads
+    scope, modes, reads = LOCAL.scope, open_modes(), LOCAL.reads
     if scope is None and not modes:
         return function
     snapshot = None if scope is None else scope.fork(keep=keep)
     frozen = [(m, None if m.scope is None else m.scope.fork(keep=keep)) for m in modes]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        outer = LOCAL.scope, LOCAL.modes
+        outer = LOCAL.scope
         LOCAL.scope = None if snapshot is None else snapshot.fork(keep=True)
-        LOCAL.modes = tuple(
+        around = tuple(
             Mode(m.modules, m.drawing, None if s is None else s.fork(keep=True)) for m, s in frozen
         )
         try:
-            with SEAM, reads():
+            with only(around), SEAM, reads():
                 return function(*args, **kwargs)
         finally:
-            LOCAL.scope, LOCAL.modes = outer
+            LOCAL.scope = outer
 
     return run
 
 
+def _remember(node: Any) -> None:
+    """Bind the backward of a function of autograd, whose forward begins, to the present scope."""
+    scope, function = LOCAL.scope, node._forward_cls.__module__
+    if scope is None or not scope.drawing or LOCAL.on_checkpoint is not None:
+        return
+    # own functions call no module, and those of checkpoints are bound below
+    if not function.startswith(("bayesify.kernels.", "torch.utils.checkpoint")):
+        node.apply = _carried(functools.partial(_run_backward, type(node)), keep=True)
+
+
+def _run_backward(kind: Any, *gradients: Any) -> Any:
+    # asked for, not kept: a node that holds itself is never let go of
+    return kind.apply(torch._C._current_autograd_node(), *gradients)
+
+
 class _CheckpointSeam:
-    """While a scope or mode is active, activation checkpoints remember it for their recomputation.
+    """While a scope or mode is active, what runs again in backward remembers it.
 
     ``torch.utils.checkpoint`` recomputes a region inside backward, after the scope of its forward
-    has closed. Its two entry points are wrapped, counted over threads, and put back at the end.
+    has closed, and a function of autograd may call a module there. Their entry points are wrapped,
+    counted over threads, and put back at the end.
     """
 
     _GENERATORS = (
         "_checkpoint_without_reentrant_generator_impl",
         "_checkpoint_without_reentrant_generator",
     )
+
+    _nodes: Any = torch.autograd.function.BackwardCFunction
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -66,12 +91,14 @@ class _CheckpointSeam:
             if self._depth == 0:
                 for name, original in self._originals.items():
                     setattr(torch.utils.checkpoint, name, original)
+                del self._nodes.__init__
 
     def _install(self) -> None:
         module = torch.utils.checkpoint
         name = next(n for n in self._GENERATORS if hasattr(module, n))
         reentrant, generator = module.CheckpointFunction, getattr(module, name)
         self._originals = {"CheckpointFunction": reentrant, name: generator}
+        self._nodes.__init__ = _remember  # made whatever name the function is called by
 
         class CheckpointFunction:
             # A reentrant region runs its own backward: it must not share a graph with its

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..posterior import bayesian_sites, sites
+from .blocks import Mode, open_modes, opened
 from .checkpoints import SEAM
 from .drawing import AT_MEAN, Scope
-from .local import LOCAL, Mode
 from .seeds import as_seed, distinct_keys, new_seed
 
 
@@ -19,12 +19,13 @@ def sampled(model: nn.Module) -> Iterator[None]:
     """Every call of ``model`` in this block draws its weights, also in ``eval()``.
 
     Given a part of a model, it holds for the weights of that part, also when the whole is called.
-    Of several blocks that name a module the innermost decides.
+    Of several blocks that name a module the innermost decides. A block holds in its own task and
+    in tasks that are made inside it, not in other threads (see :mod:`contextvars`).
 
     Raises:
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    with _pushed(Mode(modules_of(model), True, None)):
+    with opened(Mode(modules_of(model), True, None)), SEAM:
         yield
 
 
@@ -33,18 +34,22 @@ def at_mean(model: nn.Module) -> Iterator[None]:
     """Every call of ``model`` in this block uses the posterior means, also in ``train()``.
 
     Given a part of a model, it holds for the weights of that part, also when the whole is called.
-    Of several blocks that name a module the innermost decides.
+    Of several blocks that name a module the innermost decides. A block holds in its own task and
+    in tasks that are made inside it, not in other threads (see :mod:`contextvars`).
 
     Raises:
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    with _pushed(Mode(modules_of(model), False, None)):
+    with opened(Mode(modules_of(model), False, None)), SEAM:
         yield
 
 
 @contextlib.contextmanager
 def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[None]:
     """All calls of ``model`` in this block share one draw of its weights, also in ``eval()``.
+
+    The block holds in its own task and in tasks that are made inside it, not in other threads (see
+    :mod:`contextvars`; ``asyncio.to_thread`` carries it).
 
     Args:
         model: A converted model, a part of one, or a module that holds one.
@@ -64,7 +69,7 @@ def one_draw(model: nn.Module, seed: int | Tensor | None = None) -> Iterator[Non
 @contextlib.contextmanager
 def held(modules: frozenset[int], scope: Scope) -> Iterator[None]:
     """All calls of the modules in this block read the draws of ``scope``, also in ``eval()``."""
-    with _pushed(Mode(modules, True, scope)):
+    with opened(Mode(modules, True, scope)), SEAM:
         try:
             yield
         finally:
@@ -75,17 +80,6 @@ def modules_of(model: nn.Module) -> frozenset[int]:
     """Identities of the modules of a model that has a posterior."""
     bayesian_sites(model)
     return frozenset(map(id, model.modules()))
-
-
-@contextlib.contextmanager
-def _pushed(mode: Mode) -> Iterator[None]:
-    previous = LOCAL.modes
-    LOCAL.modes = (*previous, mode)
-    try:
-        with SEAM:
-            yield
-    finally:
-        LOCAL.modes = previous
 
 
 class Mixed(Scope):
@@ -111,7 +105,7 @@ class Mixed(Scope):
 
 def wanted(module: nn.Module) -> Scope | None:
     """The scope in which an outermost call of ``module`` runs; None: a new one that draws."""
-    if not LOCAL.modes:
+    if not open_modes():
         return None if module.training else AT_MEAN
     if _parts_differ(module):
         return Mixed(module.training, keys=distinct_keys(list(sites(module))))
@@ -121,7 +115,7 @@ def wanted(module: nn.Module) -> Scope | None:
 def _decided(identity: int, training: bool) -> Scope | None:
     """The scope that the modes give a module; None: a new one that draws."""
     drawing: bool | None = None
-    for mode in reversed(LOCAL.modes):
+    for mode in reversed(open_modes()):
         if identity in mode.modules:
             if drawing is None:
                 drawing = mode.drawing
@@ -137,7 +131,7 @@ def _decided(identity: int, training: bool) -> Scope | None:
 def _parts_differ(module: nn.Module) -> bool:
     """Whether a mode decides for a part of ``module`` and not for the whole."""
     of_others: list[frozenset[int]] = []
-    for mode in reversed(LOCAL.modes):
+    for mode in reversed(open_modes()):
         if id(module) not in mode.modules:
             of_others.append(mode.modules)
         elif mode.scope is not None or not mode.drawing:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..kernels.noise import fold
+from ..numeric import seed_number
 from ..posterior import Site
 
 _SEED_BOUND = 1 << 62
@@ -36,9 +37,7 @@ def as_seed(seed: int | Tensor | None) -> Tensor:
                 f"{seed.dtype} tensor of shape {tuple(seed.shape)} on {seed.device}."
             )
         return seed.to(torch.int64)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise ArgumentError(f"seed must be an integer in [0, 2**63), got {seed!r}.")
-    return torch.tensor(seed, dtype=torch.int64, device="cpu")
+    return torch.tensor(seed_number(seed), dtype=torch.int64, device="cpu")
 
 
 def distinct_keys(found: list[Site]) -> dict[int, int]:

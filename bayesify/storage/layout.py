@@ -130,7 +130,8 @@ class Contents:
     """A whole file, checked to be complete in itself.
 
     ``conversions`` are (path of the converted module, arguments); ``spec`` is the JSON of a
-    ModelSpec; ``state`` the state_dict, tied tensors under each of their keys.
+    ModelSpec; ``state`` the state_dict, tied tensors under each of their keys; ``classes`` the
+    names of the outputs, as far as they are known.
     """
 
     rows: tuple[Row, ...]
@@ -139,6 +140,7 @@ class Contents:
     spec: Any
     state: dict[str, Tensor]
     prior_means: dict[str, Tensor]
+    classes: tuple[str, ...]
 
 
 def read_contents(path: str | os.PathLike[str]) -> Contents:
@@ -168,7 +170,10 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         kind, spec = str(header["model"]["class"]), header["model"]["spec"]
     except (KeyError, TypeError, ValueError, AttributeError, BayesifyError) as error:
         raise _damaged(path, error) from error
-    return Contents(rows, conversions, kind, spec, state, prior_means)
+    named = header["info"].get("classes") if isinstance(header["info"], dict) else None
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        named = []
+    return Contents(rows, conversions, kind, spec, state, prior_means, tuple(named))
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:

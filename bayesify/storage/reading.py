@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import gaussian
+from ..classes import name_classes_
 from ..convert import apply_, revert_
 from ..errors import ArgumentError, BayesifyError, CheckpointError, ModelError
 from ..gaussian import Parameterization
@@ -77,6 +77,7 @@ def load(
     if not is_bayesian(result):
         _convert(path, result, file)
     _restore(result, file)
+    name_classes_(result, file.classes)
     return result if device is None else result.to(device)
 
 
@@ -90,8 +91,8 @@ def read_stats(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     file = read_contents(path)
     stats = {}
     for row in file.rows:
-        std = gaussian.std_from_raw(file.state[row.raw()].float(), row.parameterization)
-        stats[row.name] = tensor_stats(file.state[row.name], std)
+        raw = file.state[row.raw()]
+        stats[row.name] = tensor_stats(file.state[row.name], raw, row.parameterization)
     return stats
 
 
@@ -172,7 +173,7 @@ def _otherwise_tied(model: nn.Module, file: Contents) -> list[str]:
     """Bayesian parameters that are one tensor under other names in the model than in the file."""
     tied: dict[int, set[str]] = defaultdict(set)
     by_name: dict[str, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in nn.Module.named_parameters(model, remove_duplicate=False):
         tied[id(parameter)].add(name)
         by_name[name] = id(parameter)
     return [

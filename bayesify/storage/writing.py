@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..classes import classes_of
 from ..errors import ArgumentError, CheckpointError, ModelError
 from ..models import SPEC, ModelSpec, input_config
 from ..planning import Conversion
-from ..posterior import PRIOR_MEAN_SUFFIX, bayesian_sites, owner_state, sites
+from ..posterior import PRIOR_MEAN_SUFFIX, bayesian_sites, owner_state, posterior_tensors, sites
 from ..priors import LivePrior
+from ..unconverted import warn_of_unconverted
 from .files import replacing
 from .layout import FORMAT, KEY, Row, conversion_to_json
 
@@ -38,18 +40,23 @@ def save(
     The same model gives the same bytes. Of a compiled model, or one inside
     DistributedDataParallel, the model itself is saved.
 
+    A :class:`LostPosteriorWarning` names what the model was given after its conversion and that
+    has no posterior (:func:`extend_`): it is written without one.
+
     Args:
         model: A converted model.
         path: The file to write; by convention it ends in ``.bbb.safetensors``.
         spec: How :func:`load` builds the model. A model of ``create_model`` brings its own; one
             without needs ``load(path, model=...)``.
-        info: Anything of your own that JSON can hold; :func:`read_header` returns it.
+        info: Anything of your own that JSON can hold; :func:`read_header` returns it. ``classes``
+            is a list of the names of the outputs, by default those that the model knows.
         overwrite: Replace a file that exists.
 
     Raises:
         ArgumentError: ``info`` cannot be JSON.
         CheckpointError: The path exists, is a folder or cannot be written; or the model holds what
-            such a file cannot: a live prior, sharded or meta tensors, extra state.
+            such a file cannot: a live prior, sharded or meta tensors, extra state; or its own
+            ``state_dict`` leaves out a part of the posterior.
         UnsupportedModuleError: ``model`` has no posterior.
 
     >>> import tempfile, torch, bayesify
@@ -61,6 +68,7 @@ def save(
     True
     """
     model = _unwrapped(model)
+    warn_of_unconverted(model)
     with replacing(path, overwrite=overwrite) as temporary:
         header = _header(model, spec, info)
         tensors, header["aliases"] = _tensors(model)
@@ -101,6 +109,9 @@ def _header(
         added = json.loads(json.dumps(dict(info or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"info must be what JSON can hold: {error}.") from error
+    known = classes_of(model)
+    if known is not None:
+        added.setdefault("classes", list(known))
     raws = {id(site.raw) for site in sites(model)}
     kind = type(model)
     return {
@@ -108,8 +119,10 @@ def _header(
         "model": {"class": f"{kind.__module__}.{kind.__qualname__}", "spec": built_by},
         "input": shown,
         "elements": {
-            "total": sum(p.numel() for p in model.parameters() if id(p) not in raws),
-            "bayesian": sum(site.mean.numel() for site in sites(model)),
+            "total": sum(
+                p.numel() for _, p in nn.Module.named_parameters(model) if id(p) not in raws
+            ),
+            "bayesian": sum(site.weights for site in sites(model)),
         },
         "conversions": _conversions(model),
         "posterior": rows,
@@ -166,9 +179,29 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _check_complete(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a state dict that lacks a mean or a log variance, or holds something else for it."""
+    lacking = [
+        key
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in posterior_tensors(module).items()
+        for key in [f"{prefix}.{name}" if prefix else name]
+        if getattr(state.get(key), "shape", None) != tensor.shape
+    ]
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise CheckpointError(
+            f"{type(model).__name__}.state_dict() does not hold {len(lacking)} tensors of the "
+            f"posterior as the model does ({shown}): a file would lack them. It has a "
+            "state_dict or a hook of its own, which must give them under these names; or convert "
+            "with these parameters skipped."
+        )
+
+
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors to write, each piece of memory once, and the keys that share one."""
     state: dict[str, Any] = dict(model.state_dict(keep_vars=True))
+    _check_complete(model, state)
     for site in sites(model):
         prior_mean = site.module._buffers.get(site.attribute + PRIOR_MEAN_SUFFIX)
         if prior_mean is not None:

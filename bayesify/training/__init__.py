@@ -1,5 +1,6 @@
 """The supervised fit of a posterior, and how good its predictions are on labelled data."""
 
+from .diagnosis import without_gradient
 from .evaluation import Evaluation, Prediction, evaluate
 from .fitting import fit
 from .laplace import LaplaceResult, fit_laplace_
@@ -17,4 +18,5 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_laplace_",
+    "without_gradient",
 ]

@@ -14,6 +14,7 @@ from ..data import ImageData
 from ..errors import ArgumentError
 from ..kernels.noise import fold
 from ..models import InputConfig, input_config
+from ..numeric import count
 from .augmentation import Augment, Augmented, augmentation
 
 Data = ImageData | Dataset[Any]
@@ -75,6 +76,7 @@ def shuffled_batches(
     Every batch is of one size and an epoch a whole number of steps, as long as the data allow: a
     smaller batch would weigh its examples more, and BatchNorm refuses one example alone.
     """
+    workers = count("workers", workers, least=0)
     batches = max(1, len(indices) // batch_size)
     if batches < accumulate:
         raise ArgumentError(
@@ -109,6 +111,7 @@ def batches_in_order(
 
     Augmented examples are the same on every pass.
     """
+    batch_size, workers = count("batch_size", batch_size), count("workers", workers, least=0)
     chosen: list[Any] = list(range(check_data(data)) if indices is None else indices)
     if augment != "none":
         chosen = [(index, fold(seed, index)) for index in chosen]
@@ -191,12 +194,6 @@ def check_data(data: Any) -> int:
     if size == 0:
         raise ArgumentError("The data set is empty: there is nothing to fit or to measure.")
     return size
-
-
-def check_batch_size(batch_size: Any) -> None:
-    """Refuse what is no number of examples."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a whole number above 0, got {batch_size!r}.")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..classes import check_count, classes_of
+from ..data import ImageData
 from ..errors import ArgumentError
-from ..inference import Predictor
+from ..inference import Predictor, class_logits
 from ..metrics import (
     BrierDecomposition,
     BrierParts,
@@ -24,18 +26,19 @@ from ..metrics import (
     ood_metrics,
 )
 from ..models import InputConfig
+from ..numeric import count, seed_number, whole
 from ..posterior import is_bayesian
 from ..scope import at_mean
 from .autocast import check_amp
 from .batches import (
     Data,
     batches_in_order,
-    check_batch_size,
     check_data,
     config_for,
     device_of,
     pair,
 )
+from .matching import by_name
 
 Prediction = Literal["deterministic", "at the means", "temperature scaled", "MC average"]
 
@@ -100,9 +103,10 @@ def evaluate(
 
     Args:
         model: A classifier, converted or not.
-        data: As in :func:`fit`.
+        data: As in :func:`fit`. The classes of an ``ImageData`` are found among the model's by name
+            where the model knows them, from a fit or a file; a part of them in any order will do.
         ood: Images of none of the classes, as ``data``; their labels are not used. Each row then
-            says how well its doubt tells them from those of ``data``.
+            says how well its uncertainty tells them from those of ``data``.
         num_samples: Draws K of the MC average, the same K weights for every batch. The memory
             needed does not depend on it.
         seed: Of the draws.
@@ -125,6 +129,8 @@ def evaluate(
     Raises:
         ArgumentError: An argument has a value that cannot work, the output is no table of logits,
             or labels are missing, soft or out of range.
+        DataError: ``data`` has classes that are not the model's, or a number of them other than
+            that of a model without names.
 
     >>> import torch, bayesify
     >>> data = torch.utils.data.TensorDataset(torch.randn(20, 2), torch.randint(3, (20,)))
@@ -133,11 +139,14 @@ def evaluate(
     [('at the means', 1), ('MC average', 5)]
     """
     size = check_data(data)
-    check_batch_size(batch_size)
-    if type(resamples) is not int or resamples < 0 or resamples == 1:
-        raise ArgumentError(f"resamples must be 0 or a whole number above 1, got {resamples!r}.")
+    batch_size, seed = count("batch_size", batch_size), seed_number(seed)
+    num_samples = count("num_samples", num_samples)
+    resamples = whole("resamples", resamples, "0 or a whole number above 1", least=0)
+    if resamples == 1:
+        raise ArgumentError("resamples must be 0 or a whole number above 1, got 1.")
     if control and size < 2:
         raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
+    data = by_name(data, model)
     target = device_of(model) if device is None else torch.device(device)
     check_amp(target, amp)
     model.to(target)
@@ -157,6 +166,8 @@ def evaluate(
     kept: list[tuple[Tensor, Tensor]] = []
     for done, (inputs, targets) in enumerate(map(pair, inside), 1):
         logits, summary = run(inputs)
+        if done == 1 and isinstance(data, ImageData) and classes_of(model) is None:
+            check_count(data.classes, logits.shape[1], data.name)
         at_means.add(logits.double().softmax(-1), targets)
         if control:
             kept.append((logits, targets))
@@ -164,20 +175,20 @@ def evaluate(
             averaged.add(summary.mean, targets, summary.mutual_information)
         if on_step is not None:
             on_step(done, total)
-    strange: list[Tensor] = []
+    ood_logits: list[Tensor] = []
     if outside is not None:
         for done, batch in enumerate(outside, len(inside) + 1):
             logits, summary = run(_inputs(batch))
             at_means.add_outside(logits.double().softmax(-1))
             if control:
-                strange.append(logits)
+                ood_logits.append(logits)
             if summary is not None:
                 averaged.add_outside(summary.mean, summary.mutual_information)
             if on_step is not None:
                 on_step(done, total)
     rows = [at_means.row("at the means" if bayesian else "deterministic", 1, resamples, seed)]
     if control:
-        rows.append(_scaled(kept, strange, batch_size, resamples, seed))
+        rows.append(_scaled(kept, ood_logits, batch_size, resamples, seed))
     if bayesian:
         rows.append(averaged.row("MC average", num_samples, resamples, seed))
     return rows
@@ -213,7 +224,7 @@ class _Runner:
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp),
             ):
                 with at_mean(model) if self.predictor else contextlib.nullcontext():
-                    logits = logits_of(model(inputs))
+                    logits = class_logits(model(inputs), "evaluate")
                 summary = self.predictor(inputs) if self.predictor else None
         finally:
             model.train(was_training)
@@ -267,7 +278,7 @@ class _Row:
 
 
 def _gather(into: dict[str, list[Tensor]], probs: Tensor, information: Tensor | None) -> None:
-    """The scores of a batch: higher for a stranger."""
+    """The scores of a batch: higher for an OOD image."""
     # the sum of all others keeps the order of images of which 1 - max would be rounded to 0
     rest = probs.scatter(1, probs.argmax(1, keepdim=True), 0.0).double().sum(1)
     into.setdefault(MAX_PROBABILITY, []).append(rest.cpu())
@@ -278,21 +289,21 @@ def _gather(into: dict[str, list[Tensor]], probs: Tensor, information: Tensor | 
 
 def _scaled(
     kept: list[tuple[Tensor, Tensor]],
-    strange: list[Tensor],
+    ood_logits: list[Tensor],
     batch_size: int,
     resamples: int,
     seed: int,
 ) -> Evaluation:
-    """The control: each image with a temperature fitted on others, strangers with their mean."""
+    """The control: each image with a temperature fitted on others, OOD images with their mean."""
     logits, targets = (torch.cat(column) for column in zip(*kept, strict=True))
     scaled = cross_fitted_temperature(logits, targets, min(5, len(targets)), seed)
     temperature = float(scaled.temperatures.mean())
-    measured = _Row(bool(strange))
+    measured = _Row(bool(ood_logits))
     for probs, labels in zip(
         scaled.probs.split(batch_size), targets.split(batch_size), strict=True
     ):
         measured.add(probs, labels)
-    for outside in strange:
+    for outside in ood_logits:
         measured.add_outside((outside.double() / temperature).softmax(-1))
     row = measured.row("temperature scaled", 1, resamples, seed)
     return replace(row, temperature=temperature)
@@ -304,21 +315,5 @@ def _inputs(batch: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ArgumentError(
             f"Each example of ood must be an image or begin with one, got {type(batch).__name__}."
-        )
-    return found
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a model gave.
-
-    Raises:
-        ArgumentError: They are no table of at least two classes.
-    """
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] < 2:
-        what = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise ArgumentError(
-            "Classification needs logits of the shape (batch, classes) with at least 2 classes, "
-            f"the model gave {what}."
         )
     return found

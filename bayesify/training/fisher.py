@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ..errors import ArgumentError
+from ..inference import class_logits
 from ..posterior import bayesian_sites
 from ..scope import at_mean
 from .batches import pair
-from .evaluation import logits_of
 from .labels import LabelCheck
 
 FisherKind = Literal["mc", "exact", "empirical"]
@@ -65,21 +65,21 @@ def fisher_diagonal(
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = {k: torch.zeros(v.shape, dtype=wide, device=v.device) for k, v in means.items()}
     generator = torch.Generator().manual_seed(seed)
-    labels_checked = LabelCheck(kind == "empirical")
+    labels_checked = LabelCheck(True, "fit_laplace_", "It is for classifiers alone.")
     squares = _Squares(model)
     together = max(1, _GRADIENTS // sum(mean.numel() for mean in means.values()))
     count = 0
     with _at_means_in_eval(model):
         for inputs, labels in map(pair, batches):
             inputs = inputs.to(device)
+            with torch.no_grad():
+                output = model(inputs)
+            labels_checked.look(output, labels)  # the loss must be theirs, also where none is read
             weighted: list[tuple[Tensor, Tensor | None]]
             if kind == "empirical":
-                with torch.no_grad():
-                    labels_checked.look(logits_of(model(inputs)), labels)
                 weighted = [(labels.to(device), None)]
             else:
-                with torch.no_grad():
-                    probs = logits_of(model(inputs)).to(wide).softmax(-1)
+                probs = class_logits(output, "fit_laplace_").to(wide).softmax(-1)
                 if kind == "mc":
                     drawn = torch.multinomial(probs.cpu(), 1, generator=generator)[:, 0]
                     weighted = [(drawn.to(device), None)]
@@ -108,7 +108,7 @@ class _Squares:
 
     def __init__(self, model: nn.Module) -> None:
         def log_prob(means: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
-            logits = logits_of(functional_call(model, means, (x[None],)))
+            logits = class_logits(functional_call(model, means, (x[None],)), "fit_laplace_")
             return logits.log_softmax(-1).gather(1, label.view(1, 1)).sum()
 
         self.each = grad(log_prob)

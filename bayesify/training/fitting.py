@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..classes import classes_of, name_classes_
+from ..data import ImageData
 from ..errors import ArgumentError
 from ..models import InputConfig
 from ..objective import KLReduction
@@ -21,6 +23,7 @@ from .batches import (
     check_data,
     device_of,
 )
+from .matching import by_name
 from .progress import FitResult, Progress
 from .randomness import seeded
 from .resume import (
@@ -71,18 +74,22 @@ def fit(
 
     Every step draws the weights and minimises :func:`bayesify.elbo_loss` of one batch by AdamW;
     the learning rates rise over ``warmup`` and then fall to 0 as a cosine. Afterwards the
-    statistics of BatchNorm are gathered anew at the posterior means. The model is left in
-    ``eval()`` on ``device``; the global random states of torch, numpy and Python are as before.
+    statistics of BatchNorm are gathered anew at the posterior means, from one more epoch of the
+    same batches, augmented if those of the fit were. The model is left in ``eval()`` on
+    ``device``; the global random states of torch, numpy and Python are as before.
 
     Args:
         model: Converted or not: without a posterior there is no KL, all else is the same.
         train: An :class:`bayesify.data.ImageData` or any torch Dataset of (input, target) with a
-            length N. The last batch of an epoch is left out where it would be smaller.
+            length N. The last batch of an epoch is left out where it would be smaller. A classifier
+            gets the names of an ``ImageData``'s classes, or, where it knows names from an earlier
+            fit or a file, finds the classes among them: a part of them, in any order.
         epochs: Passes over the data, at least 1.
         batch_size: Examples in a batch, at least 1.
         lr: Highest learning rate of means and deterministic parameters, above 0.
         loss: Of a batch, from the model's output and the targets: a mean negative log likelihood
-            per example for ``kl_reduction="num_data"``.
+            per example for ``kl_reduction="num_data"``. That of ``cross_entropy``, the default,
+            takes logits (batch, classes) and class numbers alone.
         logvar_lr: Highest learning rate of the log variances; ``10 * lr`` if None, since Adam
             moves a log variance by no more than about its rate in a step (the result's ``logvars``
             says how far they came).
@@ -129,11 +136,12 @@ def fit(
         A :class:`FitResult`.
 
     Raises:
-        ArgumentError: An argument has a value that cannot work, or labels are missing, soft, out
-            of range or all the same.
+        ArgumentError: An argument has a value that cannot work, the default loss finds no logits,
+            or labels are missing, soft, out of range or all the same.
         BayesifyError: Loss or gradient is not finite; the message names the step and the layer, the
             model holds the weights before that step.
         CheckpointError: ``checkpoint`` cannot be written or resumed.
+        DataError: ``train`` has classes that are not among those that the model knows.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on.
 
     Reference:
@@ -173,6 +181,9 @@ def fit(
     path = check_checkpoint(checkpoint, resume)
     if not any(p.requires_grad for p in model.parameters()):
         raise ArgumentError(f"{type(model).__name__} has no trainable parameter: nothing to fit.")
+    classifies = loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
+    if classifies:
+        train = by_name(train, model)
     target = device_of(model) if device is None else torch.device(device)
     check_amp(target, amp)
     run = Run(model, train, settings, loss, augment, target, model_config, workers, path, on_step)
@@ -181,9 +192,12 @@ def fit(
         run.check_resumable(saved)
     if run.bayesian:
         on_start(run.line_on_kl())
-    with seeded(seed, target):
+    with seeded(settings.seed, target):
         if saved is not None:
             run.load(saved)
         with waiting_signals(path is not None) as signals:
             run.train(signals)
-        return run.finish()
+        result = run.finish()
+    if classifies and isinstance(train, ImageData) and classes_of(model) is None:
+        name_classes_(model, train.classes)
+    return result

@@ -60,13 +60,13 @@ def held_out_loss(
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers, tied ones once."""
-    named = [*model.named_parameters(), *model.named_buffers()]
+    named = [*nn.Module.named_parameters(model), *model.named_buffers()]
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
 def put_back(model: nn.Module, kept: dict[str, Tensor]) -> None:
     """Give parameters and buffers the values of a :func:`snapshot`."""
-    named = dict([*model.named_parameters(), *model.named_buffers()])
+    named = dict([*nn.Module.named_parameters(model), *model.named_buffers()])
     with torch.no_grad():
         for name, value in kept.items():
             named[name].copy_(value)

@@ -4,39 +4,55 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..inference import class_logits
 
 
 class LabelCheck:
-    """Says what is wrong with labels, of which cross_entropy's own complaint says little.
+    """Says what is wrong with outputs and labels, of which cross_entropy itself says little.
 
     Args:
         wanted: Whether the loss is a classification by whole class numbers.
+        wanted_by: Who asks, for the messages.
+        instead: What to do with other outputs or targets, a sentence.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
+    def __init__(
+        self,
+        wanted: bool,
+        wanted_by: str = "fit with the loss cross_entropy",
+        instead: str = "Or give a loss of your own, a mean negative log likelihood per example, "
+        "such as torch.nn.CrossEntropyLoss() for soft labels.",
+    ) -> None:
+        self.wanted, self.wanted_by, self.instead = wanted, wanted_by, instead
         self.first_epoch = True
         self.low: int | None = None
         self.high: int | None = None
 
     def look(self, outputs: Any, targets: Tensor) -> None:
-        """Compare the labels of a batch with the number of classes.
+        """Compare the labels of a batch with the logits.
 
         Raises:
-            ArgumentError: They are soft, or out of range.
+            ArgumentError: There is no table of logits, or the labels are soft, of several columns
+                or out of range.
         """
-        if not self.wanted or not isinstance(outputs, Tensor) or targets.numel() == 0:
+        if not self.wanted:
             return
-        if targets.is_floating_point() or targets.dim() == outputs.dim() > 1:
+        logits = class_logits(outputs, self.wanted_by, self.instead)
+        whole = not (targets.is_floating_point() or targets.is_complex())
+        if not whole or targets.dtype == torch.bool or targets.shape != logits.shape[:1]:
             raise ArgumentError(
-                f"The labels are soft or one-hot ({targets.dtype} {tuple(targets.shape)}), "
-                "expected one whole class number for each example. Take targets.argmax(1), or, to "
-                "train on probabilities, give loss=torch.nn.CrossEntropyLoss()."
+                f"The labels are soft or one-hot, or none ({targets.dtype} "
+                f"{tuple(targets.shape)}): {self.wanted_by} needs one whole class number for each "
+                f"example, of the shape {tuple(logits.shape[:1])}. Of one-hot labels take "
+                f"targets.argmax(1). {self.instead}".rstrip()
             )
-        classes = outputs.shape[1] if outputs.dim() > 1 else 0
+        if len(targets) == 0:
+            return
+        classes = logits.shape[1]
         low, high = (int(v) for v in targets.aminmax())
         if low < 0 or high >= classes:
             raise ArgumentError(

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import gaussian
+from ..classes import classes_of, name_classes_
+from ..data import ImageData
 from ..errors import ArgumentError
 from ..models import InputConfig
+from ..numeric import count, positive, real, seed_number, whole
 from ..posterior import Site, bayesian_sites, gaussian_prior
 from ..priors import GaussianPrior
 from .augmentation import Augment
 from .batches import (
     Data,
     batches_in_order,
-    check_batch_size,
     check_data,
     config_for,
     device_of,
@@ -29,6 +31,7 @@ from .batches import (
 )
 from .fisher import FisherKind, fisher_diagonal
 from .holdout import held_out_loss
+from .matching import by_name
 
 _EXPONENTS = tuple(0.5 * i for i in range(14, -1, -1))
 """Exponents of ten of the prior precisions that held-out examples are asked for, times 1/RMS**2."""
@@ -84,7 +87,7 @@ def fit_laplace_(
 
     Args:
         model: A converted classifier whose priors are Gaussian.
-        train: As in :func:`fit`.
+        train: As in :func:`fit`, with class numbers for targets.
         fisher: ``"mc"`` (one label drawn from the model for each example, unbiased), ``"exact"``
             (all classes: the generalised Gauss-Newton matrix, C times as slow), or ``"empirical"``
             (the true labels), see :mod:`bayesify.training.fisher`.
@@ -96,8 +99,8 @@ def fit_laplace_(
         temperature: The factor T, above 0; below 1 the posterior is cold.
         holdout: Share of ``train`` that is held out where that chooses, in (0, 1).
         augment: Random changes of held-out images, as in :func:`fit`. A network knows the images
-            that it was trained on by heart, and no doubt would help there; changed as much as that
-            it errs about as often as on new images, they are the next best thing.
+            that it was trained on by heart, and no uncertainty would help there; changed as much as
+            that it errs about as often as on new images, they are the next best thing.
         max_examples: Take the Fisher information of so many examples, chosen at random, for that of
             all; None takes all.
         batch_size: Examples in a batch, at least 1. Their gradients, each as large as the model,
@@ -113,7 +116,8 @@ def fit_laplace_(
 
     Raises:
         ArgumentError: An argument has a value that cannot work, a prior is not Gaussian, or the
-            model gives no logits. Upon any error the log variances are as they were.
+            model gives no logits (batch, classes), or a label is no class number. Upon any error
+            the log variances are as they were.
         UnsupportedModuleError: ``model`` has no posterior.
 
     Reference:
@@ -128,8 +132,19 @@ def fit_laplace_(
     """
     started = time.perf_counter()
     size = check_data(train)
-    check_batch_size(batch_size)
-    _check_numbers(prior_precision, temperature, holdout, max_examples)
+    batch_size, seed = count("batch_size", batch_size), seed_number(seed)
+    if prior_precision not in ("marglik", "holdout"):
+        expected = "a finite number above 0, 'marglik' or 'holdout'"
+        prior_precision = real("fit_laplace_: prior_precision", prior_precision, expected, positive)
+    temperature = real(
+        "fit_laplace_: temperature", temperature, "a finite number above 0", positive
+    )
+    holdout = real(
+        "fit_laplace_: holdout", holdout, "between 0 and 1", lambda value: 0.0 < value < 1.0
+    )
+    if max_examples is not None:
+        expected = "None or a whole number above 0"
+        max_examples = whole("fit_laplace_: max_examples", max_examples, expected)
     if augment != "none" and prior_precision != "holdout":
         raise ArgumentError(
             "fit_laplace_: augment changes held-out images, and there are none: take "
@@ -142,6 +157,7 @@ def fit_laplace_(
                 f"fit_laplace_ needs Gaussian priors; that of {site.name!r} is {site.slot.prior}. "
                 "Set another with set_prior_(model, GaussianPrior(1.0))."
             )
+    train = by_name(train, model)
     target = device_of(model) if device is None else torch.device(device)
     model.to(target)
     config = config_for(train, model, model_config)
@@ -185,7 +201,8 @@ def fit_laplace_(
             tried = _search(measure, terms)
             scale = min(tried, key=lambda pair: pair[1])[0]
         else:
-            scale = float(prior_precision)
+            assert isinstance(prior_precision, float)
+            scale = prior_precision
         _set(terms, scale, temperature)
     except BaseException:
         with torch.no_grad():
@@ -196,10 +213,12 @@ def fit_laplace_(
         prior = site.slot.prior
         assert isinstance(prior, GaussianPrior)
         site.slot.prior = replace(prior, std=prior.std / math.sqrt(scale))
+    if isinstance(train, ImageData) and classes_of(model) is None:
+        name_classes_(model, train.classes)
     model.eval()
     with torch.no_grad():
         stds = [site.std.double().sum().item() for site in found]
-    weights = sum(site.mean.numel() for site in found)
+    weights = max(1, sum(site.weights for site in found))
     return LaplaceResult(
         prior_precision=scale,
         num_data=num_data,
@@ -220,31 +239,31 @@ class _Term:
     prior_precision: Tensor | float
     square: float  # sum of prior precision times squared distance from the prior's mean
     log_prior: float  # sum of the logs of the prior precisions
-    pruned: Tensor | None
+    held: Tensor | None
 
     @classmethod
     def of(cls, site: Site, data_precision: Tensor) -> _Term:
         mean, var = gaussian_prior(site)
         precision = 1.0 / var
-        pruned = site.pruned
+        held = site.held
         wide = data_precision.dtype
         distance = (site.mean.detach().to(wide) - mean).square() * precision
         one = torch.ones_like(data_precision)
-        if pruned is not None:
-            distance, one = distance.masked_fill(pruned, 0.0), one.masked_fill(pruned, 0.0)
+        if held is not None:
+            distance, one = distance.masked_fill(held, 0.0), one.masked_fill(held, 0.0)
         log_prior = float((one * math.log(precision)).sum()) if isinstance(precision, float) else 0
-        return cls(site, data_precision, precision, float(distance.sum()), float(log_prior), pruned)
+        return cls(site, data_precision, precision, float(distance.sum()), float(log_prior), held)
 
     def precision(self, scale: float) -> Tensor:
         return self.data_precision + scale * self.prior_precision
 
     def log_determinant(self, scale: float) -> float:
         logs = self.precision(scale).log()
-        return float(logs.sum() if self.pruned is None else logs.masked_fill(self.pruned, 0).sum())
+        return float(logs.sum() if self.held is None else logs.masked_fill(self.held, 0).sum())
 
     def count(self) -> int:
         left = self.data_precision.numel()
-        return left if self.pruned is None else left - int(self.pruned.sum())
+        return left if self.held is None else left - int(self.held.sum())
 
 
 def _set(terms: list[_Term], scale: float, temperature: float) -> None:
@@ -253,8 +272,8 @@ def _set(terms: list[_Term], scale: float, temperature: float) -> None:
         for term in terms:
             logvar = math.log(temperature) - term.precision(scale).log()
             raw = gaussian.raw_from_logvar(logvar, term.site.slot.parameterization)
-            if term.pruned is not None:
-                raw = torch.where(term.pruned, term.site.raw.to(raw.dtype), raw)
+            if term.held is not None:
+                raw = torch.where(term.held, term.site.raw.to(raw.dtype), raw)
             term.site.raw.copy_(raw)
 
 
@@ -296,28 +315,3 @@ def _search(measure: Callable[[float], float], terms: list[_Term]) -> list[tuple
         if worse == 2:
             break
     return tried
-
-
-def _check_numbers(
-    prior_precision: object, temperature: object, holdout: float, max_examples: object
-) -> None:
-    def positive(value: object) -> bool:
-        return type(value) in (int, float) and 0.0 < float(value) < math.inf  # type: ignore[arg-type]
-
-    chosen = prior_precision in ("marglik", "holdout")
-    if not chosen and not positive(prior_precision):
-        raise ArgumentError(
-            "fit_laplace_: prior_precision must be a finite number above 0, 'marglik' or 'holdout',"
-            f" got {prior_precision!r}."
-        )
-    if not positive(temperature):
-        raise ArgumentError(
-            f"fit_laplace_: temperature must be a finite number above 0, got {temperature!r}."
-        )
-    if not positive(holdout) or holdout >= 1.0:
-        raise ArgumentError(f"fit_laplace_: holdout must be between 0 and 1, got {holdout!r}.")
-    if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
-        raise ArgumentError(
-            f"fit_laplace_: max_examples must be None or a whole number above 0, got "
-            f"{max_examples!r}."
-        )

@@ -20,6 +20,7 @@ from ..inference import recompute_batchnorm_
 from ..models import InputConfig
 from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
 from ..optim import check_optimizer, param_groups
+from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
 from .augmentation import Augment
@@ -80,12 +81,6 @@ class Run:
             train, indices, batch_size=settings.batch_size, accumulate=settings.accumulate,
             augment=augment, seed=settings.seed, pin=device.type == "cuda", **common,
         )  # fmt: skip
-        self.plain_batches = self.batches
-        if settings.augment != "none":  # BatchNorm's statistics are those of the images themselves
-            self.plain_batches, _ = shuffled_batches(
-                train, indices, batch_size=settings.batch_size, accumulate=1, augment="none",
-                seed=settings.seed, pin=False, **common,
-            )  # fmt: skip
         self.held_batches = (
             batches_in_order(train, batch_size=settings.batch_size, indices=held, **common)
             if held
@@ -107,7 +102,7 @@ class Run:
             self.budget = noise_budget(
                 model, settings.kl_weight, num_data=scaled_by, kl_reduction=reduction
             )
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = trained_parameters(model)
         self.optimizer = self._optimizer()
         last = round(settings.average * self.steps)
         self.average = TailAverage(self.parameters, self.steps - last)
@@ -154,7 +149,7 @@ class Run:
         return optimizer
 
     def line_on_kl(self) -> str:
-        weights = sum(site.mean.numel() for site in sites(self.model))
+        weights = sum(site.weights for site in sites(self.model))
         settings = self.settings
         return (
             f"KL of {weights:,} weights: s = {self.scale:.3g} ({settings.kl_reduction}, "
@@ -277,10 +272,11 @@ class Run:
             put_back(self.model, self.best)
         if not self.settings.freeze_batchnorm:
             self.order.epoch, self.order.first = self.settings.epochs, 0
+            # from the images that trained: augmented ones have other statistics than plain ones
             if self.bayesian:
-                recompute_batchnorm_(self.model, self.plain_batches, self.device)
+                recompute_batchnorm_(self.model, self.batches, self.device)
             elif self.average.mean:  # the statistics are those of the last iterate
-                update_bn(self.plain_batches, self.model, self.device)
+                update_bn(self.batches, self.model, self.device)
         self.model.eval()
         logvars = None
         if self.bayesian:
@@ -410,7 +406,7 @@ class Run:
         }
 
     def _named(self) -> dict[str, Tensor]:
-        return dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        return dict([*nn.Module.named_parameters(self.model), *self.model.named_buffers()])
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self.started

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ..errors import ArgumentError
+from ..numeric import not_negative, positive, real, whole
 from ..objective import KLReduction
 
 KLShape = Literal["linear", "cosine"]
@@ -43,38 +45,37 @@ class Settings:
     amp: bool
 
     def __post_init__(self) -> None:
-        def count(value: Any) -> bool:
-            return type(value) is int and value > 0
-
-        def within(value: Any, low: float, high: float) -> bool:
-            return type(value) in (int, float) and low <= value < high
-
-        whole, rate, share = "a whole number above 0", "at least 0 and finite", "from 0 to below 1"
-        expected = [
-            ("epochs", whole, count(self.epochs)),
-            ("batch_size", whole, count(self.batch_size)),
-            ("draws_per_step", whole, count(self.draws_per_step)),
-            ("accumulate", whole, count(self.accumulate)),
-            ("lr", "above 0 and finite", self.lr != 0 and within(self.lr, 0.0, math.inf)),
-            ("logvar_lr", rate, within(self.logvar_lr, 0.0, math.inf)),
-            ("kl_weight", rate, within(self.kl_weight, 0.0, math.inf)),
-            ("weight_decay", rate, within(self.weight_decay, 0.0, math.inf)),
-            ("max_grad_norm", "above 0", self.max_grad_norm > 0.0),
-            ("kl_warmup", "from 0 to 1", 0.0 <= self.kl_warmup <= 1.0),
-            ("kl_shape", "'linear' or 'cosine'", self.kl_shape in get_args(KLShape)),
-            ("average", "from 0 to 1", 0.0 <= self.average <= 1.0),
-            ("warmup", share, within(self.warmup, 0.0, 1.0)),
-            ("holdout", share, within(self.holdout, 0.0, 1.0)),
-            ("patience", f"None or {whole}", self.patience is None or count(self.patience)),
-            ("seed", "a whole number from 0", type(self.seed) is int and self.seed >= 0),
+        count, rate = "a whole number above 0", "at least 0 and finite"
+        for name in ("epochs", "batch_size", "draws_per_step", "accumulate"):
+            self._take(name, whole(f"fit: {name}", getattr(self, name), count))
+        if self.patience is not None:
+            self._take("patience", whole("fit: patience", self.patience, f"None or {count}"))
+        seed = whole("fit: seed", self.seed, "a whole number from 0", least=0, below=1 << 63)
+        self._take("seed", seed)
+        expected: list[tuple[str, str, Callable[[float], bool]]] = [
+            ("lr", "above 0 and finite", positive),
+            ("logvar_lr", rate, not_negative),
+            ("kl_weight", rate, not_negative),
+            ("weight_decay", rate, not_negative),
+            ("max_grad_norm", "above 0", lambda value: value > 0.0),
+            ("kl_warmup", "from 0 to 1", lambda value: 0.0 <= value <= 1.0),
+            ("average", "from 0 to 1", lambda value: 0.0 <= value <= 1.0),
+            ("warmup", "from 0 to below 1", lambda value: 0.0 <= value < 1.0),
+            ("holdout", "from 0 to below 1", lambda value: 0.0 <= value < 1.0),
         ]
-        for name, what, right in expected:
-            if not right:
-                raise ArgumentError(f"fit: {name} must be {what}, got {getattr(self, name)!r}.")
+        for name, what, fits in expected:
+            self._take(name, real(f"fit: {name}", getattr(self, name), what, fits))
+        if self.kl_shape not in get_args(KLShape):
+            raise ArgumentError(
+                f"fit: kl_shape must be 'linear' or 'cosine', got {self.kl_shape!r}."
+            )
         if self.patience is not None and self.holdout == 0.0:
             raise ArgumentError(
                 "fit: patience needs held-out training examples to watch: give holdout=0.1, say."
             )
+
+    def _take(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)
 
 
 def warmup_cosine(warmup: float, step: int, steps: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shlex
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -11,16 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from bayesify.cli.guard import INTERRUPTED, guard
+from bayesify.cli.outputs import check_folder
 
 from .commands import mount
 from .config import PRESETS, BYOVConfig, Preset, RunConfig, described
+from .trust import read_arguments
 
 if TYPE_CHECKING:
-    from .train import Outcome, Progress
+    from .train import Outcome
+    from .train_log import Progress
 
 app = typer.Typer(
     name="byov",
-    help="BYOV: a Vision Transformer and its doubt, learnt from images without labels.",
+    help="BYOV: a Vision Transformer and its uncertainty, learnt from images without labels.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -40,6 +42,7 @@ def train(preset: str, resume: bool, debug: bool, **given: Any) -> None:
     """
     with guard(debug):
         chosen = settings(preset, given)
+        check_folder("--out", chosen.run.out, {"--data": chosen.run.data.removeprefix("wds:")})
         outcome = _train(chosen, resume)
     if outcome.results is None:
         raise typer.Exit(INTERRUPTED)
@@ -58,12 +61,7 @@ def settings(preset: str, given: dict[str, Any]) -> Preset:
     base = PRESETS[preset]
     changed = {name: value for name, value in given.items() if value is not None}
     if "encoder_args" in changed:
-        try:
-            changed["encoder_args"] = json.loads(changed["encoder_args"])
-        except ValueError as error:
-            raise ArgumentError(
-                f"encoder_args must be a JSON object such as '{{\"depth\": 6}}' ({error})."
-            ) from error
+        changed["encoder_args"] = read_arguments(changed["encoder_args"])
     own = {f.name for f in fields(BYOVConfig)}
     return replace(
         base,
@@ -148,19 +146,19 @@ def presets() -> None:
 def _train(chosen: Preset, resume: bool) -> Outcome:
     from bayesify.cli import render
 
-    from .train import Watcher
     from .train import train as run_training
+    from .train_log import Watcher
 
     with render.progress("Training") as bar:
-        told = Teller(bar)
-        watcher = Watcher(say=told.say, on_step=told.step, on_epoch=told.epoch)
+        reporter = Reporter(bar)
+        watcher = Watcher(log=reporter.log, on_step=reporter.step, on_epoch=reporter.epoch)
         outcome = run_training(chosen.config, chosen.run, resume=resume, watcher=watcher)
-    if outcome.results is not None and not told.quiet:
+    if outcome.results is not None and not reporter.quiet:
         _show_results(chosen, outcome)
     return outcome
 
 
-class Teller:
+class Reporter:
     """Says on stderr what a run is doing; only the first of several processes speaks."""
 
     def __init__(self, bar: Any) -> None:
@@ -170,7 +168,7 @@ class Teller:
         self.quiet = os.environ.get("RANK", "0") != "0"
         self.last: dict[str, float] = {}
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if not self.quiet:
             self.bar.say(line)
 
@@ -188,7 +186,7 @@ class Teller:
     def epoch(self, step: int, report: dict[str, Any]) -> None:
         if "knn" in report and self.last:
             beta = f" beta {self.last['beta']:.2f}" if self.last["kl"] else ""
-            self.say(
+            self.log(
                 f"epoch {report['epoch']:>3}: loss {self.last['loss']:.3f}{beta}, "
                 f"kNN on held-back training images {report['knn']:.1%}"
             )

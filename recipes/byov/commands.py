@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bayesify.cli.guard import guard
+from bayesify.cli.outputs import check_folder
 
 if TYPE_CHECKING:
-    from .evaluate import EvalSettings
+    from .evaluation.protocol import EvalSettings
 
 Folders = Annotated[
     list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders that train wrote.")
 ]
 Data = Annotated[
     str | None, typer.Option(metavar="DATA", help="The runs' data set, where it lies now.")
+]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FACTORY",
+        help="The runs' encoder, if it is a factory of your own: no file chooses what is imported.",
+    ),
+]
+EncoderArgs = Annotated[
+    str | None, typer.Option(metavar="JSON", help="What that factory was called with.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes what there is.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read training images.")]
@@ -45,6 +56,8 @@ def evaluate(
         typer.Option(help="linear: all labels; semi: 1 and 10 % of them; finetune: all trained."),
     ] = "linear",
     data: Data = None,
+    encoder: Encoder = None,
+    encoder_args: EncoderArgs = None,
     ood: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,22 +79,24 @@ def evaluate(
     with guard(debug):
         from bayesify.cli import render
 
-        from .evaluate import evaluate as measure
-        from .runs import open_run
-        from .strangers import open_strangers, strangers
+        from .evaluation.evaluate import evaluate as measure
+        from .evaluation.ood import ood_detection, open_ood
+        from .evaluation.runs import open_run
 
         settings = _settings(num_samples, seed, epochs)
+        where = _where(data, encoder, encoder_args, device, workers)
+        _check_written(folders)
         made = []
         for folder in folders:
             with render.status(f"{folder}"):
-                run = open_run(folder, data=data, device=device, workers=workers)
+                run = open_run(folder, **where)
                 made.append(measure(run, protocol, settings))
                 if ood:
-                    others = [open_strangers(run, name) for name in ood]
-                    made.append(strangers(run, others, settings))
+                    others = [open_ood(run, name) for name in ood]
+                    made.append(ood_detection(run, others, settings))
             if not json:
                 _show(folder, made[-2 if ood else -1])
-                _show_strangers(made[-1] if ood else None)
+                _show_ood(made[-1] if ood else None)
         if json:
             render.as_json(made)
 
@@ -114,12 +129,12 @@ def _show(folder: Path, made: dict[str, Any]) -> None:
     render.text("")
 
 
-def _show_strangers(made: dict[str, Any] | None) -> None:
+def _show_ood(made: dict[str, Any] | None) -> None:
     from bayesify.cli import render
 
     if made is not None:
         render.table(
-            ("strangers", "prediction", "score", "AUROC", "FPR95"),
+            ("OOD data", "prediction", "score", "AUROC", "FPR95"),
             [
                 (r["strangers"], r["prediction"], r["score"], f"{r['auroc']:.3f}",
                  f"{r['fpr95']:.1%}")
@@ -154,6 +169,8 @@ def prune(
         Path, typer.Option("--out", "-o", help="Folder of the figure: PNG, SVG and JSON.")
     ] = Path("byov-figures"),
     data: Data = None,
+    encoder: Encoder = None,
+    encoder_args: EncoderArgs = None,
     epochs: Epochs = 80,
     seed: Seed = 0,
     device: Device = "auto",
@@ -171,11 +188,11 @@ def prune(
         from bayesify import ArgumentError
         from bayesify.cli import render
 
-        from .cards import read_card
-        from .figures import FIGURES, publish
-        from .iterative import IterativeSettings, iterative_pruning
-        from .pruning import SCOPES, SPARSITIES, prune_curves
-        from .runs import open_run
+        from .evaluation.pruning import SCOPES, SPARSITIES, prune_curves
+        from .evaluation.runs import open_run
+        from .paper.figures import FIGURES, publish
+        from .paper.iterative import IterativeSettings, iterative_pruning
+        from .paper.results import read_record
 
         scopes: Any = scope or SCOPES
         if not set(scopes) <= set(SCOPES):
@@ -184,6 +201,7 @@ def prune(
             raise ArgumentError("--iterative prunes the share of each tensor: leave --scope out.")
         if round_epochs is not None and not iterative:
             raise ArgumentError("--round-epochs is for --iterative, which was not given.")
+        _check_written(folders, out, data)
         head = _settings(0, seed, epochs)
         rounds = IterativeSettings()
         if iterative:
@@ -193,24 +211,25 @@ def prune(
                 epochs=rounds.epochs if round_epochs is None else round_epochs,
                 sparsities=tuple(sparsity or rounds.sparsities),
             )
+        where = _where(data, encoder, encoder_args, device, workers)
         made = []
         for folder in folders:
             with render.progress(f"{folder}") as bar:
-                run = open_run(folder, data=data, device=device, workers=workers)
+                run = open_run(folder, **where)
                 if iterative:
-                    made.append(iterative_pruning(run, rounds, head=head, told=bar.say))
+                    made.append(iterative_pruning(run, rounds, head=head, on_progress=bar.say))
                 else:
                     made.append(
                         prune_curves(
                             run, sparsities=sparsity or SPARSITIES, scopes=scopes, seed=seed,
-                            settings=head, told=bar.say,
+                            settings=head, on_progress=bar.say,
                         )
                     )  # fmt: skip
             if not json:
                 (_show_arms if iterative else _show_curves)(folder, made[-1])
         name = "fig4rounds" if iterative else "fig4"
         wanted = [f for f in FIGURES if f.name == name]
-        publish([read_card(folder) for folder in folders], out, wanted, lambda line: None)
+        publish([read_record(folder) for folder in folders], out, wanted, lambda line: None)
         if json:
             render.as_json(made)
         else:
@@ -283,6 +302,8 @@ def figures(
         int, typer.Option(min=0, help="Test images of figures 4, 5 and 7; 0 is all.")
     ] = 0,
     data: Data = None,
+    encoder: Encoder = None,
+    encoder_args: EncoderArgs = None,
     epochs: Epochs = 80,
     seed: Seed = 0,
     device: Device = "auto",
@@ -294,25 +315,49 @@ def figures(
         from bayesify import ArgumentError
         from bayesify.cli import render
 
-        from .doubt import DoubtSettings
-        from .figures import make
+        from .evaluation.uncertainty import UncertaintySettings
+        from .paper.figures import make
 
         if everything and only:
             raise ArgumentError("--all and --only exclude each other.")
-        doubt = DoubtSettings(
+        _check_written([] if measured else folders, out, data)
+        uncertainty = UncertaintySettings(
             spread_draws=spread_draws, pool=pool, most=most, latent_draws=latent_draws,
             images=images, seed=seed,
         )  # fmt: skip
         with render.progress("Figures") as bar:
             page = make(
-                folders, out, only=only or (), data=data, device=device, workers=workers,
-                head=_settings(num_samples, seed, epochs), doubt=doubt, measured=measured,
-                told=bar.say,
+                folders, out, only=only or (), head=_settings(num_samples, seed, epochs),
+                uncertainty=uncertainty, measured=measured, on_progress=bar.say,
+                **_where(data, encoder, encoder_args, device, workers),
             )  # fmt: skip
         render.text(f"{page}")
 
 
+def _where(
+    data: str | None, encoder: str | None, encoder_args: str | None, device: str, workers: int
+) -> dict[str, Any]:
+    """How runs are opened."""
+    from .trust import read_arguments
+
+    return {
+        "data": data,
+        "encoder": encoder,
+        "encoder_args": None if encoder_args is None else read_arguments(encoder_args),
+        "device": device,
+        "workers": workers,
+    }
+
+
+def _check_written(folders: list[Path], out: Path | None = None, data: str | None = None) -> None:
+    """Whether results can be written, before they are measured."""
+    for folder in folders:
+        check_folder("RUN_DIR", folder / "results", {})
+    if out is not None:
+        check_folder("--out", out, {"--data": data})
+
+
 def _settings(num_samples: int, seed: int, epochs: int) -> EvalSettings:
-    from .evaluate import EvalSettings
+    from .evaluation.protocol import EvalSettings
 
     return replace(EvalSettings(), num_samples=num_samples, seed=seed, epochs=epochs)

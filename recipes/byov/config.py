@@ -193,9 +193,9 @@ class BYOVConfig:
     def from_json(cls, data: Mapping[str, Any]) -> BYOVConfig:
         """The config that :meth:`to_json` gave."""
         known = {f.name for f in fields(cls)}
-        strangers = sorted(set(data) - known)
-        if strangers:
-            raise ArgumentError(f"BYOVConfig has no field {', '.join(strangers)}.")
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ArgumentError(f"BYOVConfig has no field {', '.join(unknown)}.")
         return cls(**data)
 
 

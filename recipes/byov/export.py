@@ -17,12 +17,12 @@ from bayesify import GaussianPrior, set_prior_, to_deterministic
 from bayesify.storage import replacing
 
 from .config import BYOVConfig, RunConfig
-from .data import Source
-from .knn import knn_accuracy
-from .measure import Reading, encoded, features
+from .data.batches import Source
+from .evaluation.features import Reading, encoded, features
+from .evaluation.knn import knn_accuracy
 from .model import Student, build_student, encoder_spec
-from .parallel import World
-from .probe import OnlineProbe
+from .runtime.distributed import World
+from .runtime.online_probe import OnlineProbe
 from .teacher import Teacher
 
 
@@ -34,7 +34,7 @@ class Results:
         encoder: Bayesian student encoder, with the online probe as its classifier; None without a
             posterior.
         student: Means of the student encoder, as timm loads them.
-        teacher: The teacher's encoder likewise; None of the supervised twin.
+        teacher: The teacher's encoder likewise; None of the supervised baseline.
         numbers: kNN accuracies on the test images.
     """
 

@@ -156,7 +156,7 @@ def build_encoder(config: BYOVConfig, num_classes: int | None) -> nn.Module:
 
 
 def build_student(config: BYOVConfig, num_classes: int | None) -> nn.Module:
-    """The network to train, deterministic: a :class:`Student`, or the classifier of the twin.
+    """The network to train, deterministic: a :class:`Student`, or the supervised classifier.
 
     Random numbers come from torch's global generator. Under ``torch.device("meta")`` nothing is
     computed.

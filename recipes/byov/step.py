@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from bayesify import ArgumentError, kl_divergence, kl_scale, noise_budget, one_draw
 from bayesify.posterior import full_tensor
 
-from .checkpoint import copy_into
 from .config import BYOVConfig, RunConfig
-from .data import Views
-from .health import initial_logvars
+from .data.batches import Views
 from .model import Student, batch_optimal, build_student, convert_
 from .objective import byol_loss, negatives_loss
 from .optimizer import make_optimizer
-from .parallel import World
-from .probe import OnlineProbe
-from .sharding import gathered_state, placed_state, shard_
+from .runtime.checkpoint import copy_into
+from .runtime.distributed import World
+from .runtime.fsdp import gathered_state, placed_state, shard_
+from .runtime.monitors import initial_logvars
+from .runtime.online_probe import OnlineProbe
 from .teacher import Teacher, set_prior_of
 
 
@@ -129,7 +129,7 @@ class Stepper:
         if self.probe is not None:
             self.probe.load_state_dict(saved["probe"])
 
-    def whole(self) -> tuple[nn.Module, Teacher | None]:
+    def full_models(self) -> tuple[nn.Module, Teacher | None]:
         """Student and teacher as one process can use them alone; every process must call it.
 
         Sharded ones are put together in the first process, which then holds them as well; the

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bayesify import GaussianPrior, LivePrior, set_prior_
 
 from .config import BYOVConfig, PriorName
-from .parallel import World
-from .sharding import shard_
+from .runtime.distributed import World
+from .runtime.fsdp import shard_
 
 
 class TauSchedule:

@@ -1,0 +1,1 @@
+"""Models of other libraries, tiny and with random weights; `zoo_others.py` checks them."""

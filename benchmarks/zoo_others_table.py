@@ -1,0 +1,155 @@
+"""From the result file of `zoo_others.py`: its section in `docs/zoo.md`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from zoo_libraries import rule
+
+RESULT = Path(__file__).parent / "results" / "zoo_others.jsonl"
+Row = dict[str, Any]
+
+REASONS: dict[str, str] = {}
+"""Why a model does not pass, in words, where its problem does not say it."""
+
+
+def read() -> dict[str, Row]:
+    if not RESULT.exists():
+        return {}
+    rows = (json.loads(line) for line in RESULT.read_text().splitlines())
+    return {row["name"]: row for row in rows}
+
+
+def library(name: str) -> str:
+    return name.partition(":")[0]
+
+
+def outcome(row: Row | None) -> str:
+    if row is None:
+        return "not run"
+    return "failed" if row["problems"] else "ok"
+
+
+def passing(rows: dict[str, Row], names: list[str]) -> int:
+    return sum(outcome(rows.get(name)) == "ok" for name in names)
+
+
+def section(rows: dict[str, Row]) -> list[str]:
+    """The lines of the section."""
+    listed = rule.keys()
+    by_hand = sorted(set(rows) - set(listed))
+    tables = rule.read()
+    libraries = list(dict.fromkeys(map(library, listed)))
+    ok, ok_by_hand = passing(rows, listed), passing(rows, by_hand)
+    checked = [row for row in rows.values() if row.get("all_owners")]
+    owners, swapped = (sum(row[k] for row in checked) for k in ("all_owners", "all_swapped"))
+    own, own_swapped = (sum(row[k] for row in checked) for k in ("owners", "swap"))
+    first = [row["first_call_s"] for row in checked]
+    commits = sorted({row["commit"] for row in rows.values()})
+    versions = sorted({f"{k} {v}" for row in rows.values() for k, v in row["versions"].items()})
+    return [
+        "## Other libraries\n",
+        f"**{ok} of {len(listed)} models of {len(libraries)} other libraries pass the numeric "
+        f"check** ({100 * ok / max(len(listed), 1):.1f} %); of {len(by_hand)} more that were "
+        f"chosen by hand, {ok_by_hand}. The list was fixed before anything ran: of each library's "
+        "own table of models (for transformers, of each of its tables by task) the names are "
+        "sorted, shuffled by a seed that is the table's name, and the first few taken. A name "
+        "that the library cannot run here by itself, or that has no parameter, is passed over and "
+        "named below. Every model is built at a tiny configuration with random weights and "
+        "checked in a process of its own: values at the means and under a draw, gradients of all "
+        "means and log variances against `torch.func.functional_call`, in eval and train mode, "
+        "back-conversion, and a state dict and a file into a model built anew, which gives the "
+        "same draw.\n",
+        f"{owners - swapped:,} of {owners:,} owners that were called became torch.fx graphs "
+        f"({100 * (owners - swapped) / max(owners, 1):.1f} %), of those that hold parameters "
+        f"themselves {own - own_swapped:,} of {own:,} "
+        f"({100 * (own - own_swapped) / max(own, 1):.1f} %); the others take the fallback, with "
+        f"the same result. The first drawing call took "
+        f"{statistics.median(first) if first else 0:.2f} s in the median and "
+        f"{max(first, default=0):.0f} s at most, on a busy machine.\n",
+        f"Checked with {', '.join(versions)} at {', '.join(f'`{c}`' for c in commits)}; "
+        "`make zoo-others` does it again and writes this section.\n",
+        "| library | version | names | by the rule: ok | by hand: ok | owners | fallback |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        *(_library(name, tables, rows, listed, by_hand) for name in libraries),
+        "",
+        *_failures(rows, listed, by_hand),
+        *_fallback(rows),
+        *_passed_over(tables),
+        "### All of them\n",
+        "| model | parameters | Bayesian tensors | graphs, % | first call, s | numeric |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+        *(_model(name, rows.get(name)) for name in listed),
+        *(_model(name, rows.get(name), " (by hand)") for name in by_hand),
+        "",
+    ]
+
+
+def _library(
+    name: str, tables: dict[str, Any], rows: dict[str, Row], listed: list[str], by_hand: list[str]
+) -> str:
+    own = {key: table for key, table in tables.items() if library(key) == name}
+    chosen = [n for n in listed if library(n) == name]
+    more = [n for n in by_hand if library(n) == name]
+    checked = [rows[n] for n in (*chosen, *more) if rows.get(n, {}).get("all_owners")]
+    version = next(iter(own.values()))["version"]
+    return (
+        f"| {name} | {version} | {sum(t['names'] for t in own.values())} | "
+        f"{passing(rows, chosen)} of {len(chosen)} | "
+        f"{f'{passing(rows, more)} of {len(more)}' if more else ''} | "
+        f"{sum(r['all_owners'] for r in checked)} | {sum(r['all_swapped'] for r in checked)} |"
+    )
+
+
+def _failures(rows: dict[str, Row], listed: list[str], by_hand: list[str]) -> list[str]:
+    failed = [n for n in (*listed, *by_hand) if outcome(rows.get(n)) == "failed"]
+    missing = [n for n in listed if n not in rows]
+    lines = ["### What does not pass\n"]
+    if not failed:
+        lines.append("Nothing that was run fails.\n")
+    else:
+        lines += ["| model | problem | why |", "| --- | --- | --- |"]
+        for name in failed:
+            problem = str(rows[name]["problems"][0]).replace("|", "/")
+            lines.append(f"| `{name}` | {problem} | {REASONS.get(name, '')} |")
+        lines.append("")
+    if missing:
+        lines.append(f"{len(missing)} of the list were not run yet.\n")
+    return lines
+
+
+def _fallback(rows: dict[str, Row]) -> list[str]:
+    why: dict[str, list[str]] = defaultdict(list)
+    for name, row in sorted(rows.items()):
+        for reason in row.get("fallback", ()):
+            why[reason.partition(": ")[2]].append(name)
+    kinds = Counter({reason: len(set(names)) for reason, names in why.items()})
+    lines = ["### Who takes the fallback\n", "| reason | models |", "| --- | --- |"]
+    for reason, _ in sorted(kinds.items(), key=lambda item: (-item[1], item[0])):
+        names = sorted(set(why[reason]))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        shown = ", ".join(f"`{n}`" for n in names[:3])
+        lines.append(f"| {reason.replace('|', '/')} | {shown}{more} |")
+    return [*lines, ""]
+
+
+def _passed_over(tables: dict[str, Any]) -> list[str]:
+    lines = ["### Passed over by the rule\n", "| name | why |", "| --- | --- |"]
+    for table, row in tables.items():
+        lines += [f"| `{table}:{name}` | {why} |" for name, why in row["passed_over"].items()]
+    return [*lines, ""]
+
+
+def _model(name: str, row: Row | None, note: str = "") -> str:
+    if row is None or "parameters" not in row:
+        return f"| `{name}`{note} | | | | | {outcome(row)} |"
+    owners = row.get("all_owners", 0)
+    graphs = f"{100 * (1 - row['all_swapped'] / owners):.4g}" if owners else ""
+    return (
+        f"| `{name}`{note} | {row['parameters']:,} | {row.get('tensors', '')} | {graphs} | "
+        f"{row.get('first_call_s', '')} | {outcome(row)} |"
+    )

@@ -1,0 +1,1 @@
+"""What a trained encoder is worth: classifiers on features, draws, pruning, OOD."""

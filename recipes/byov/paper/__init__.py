@@ -1,0 +1,1 @@
+"""Runs beside the paper: results, figures, tables, claims and the page of all."""

@@ -1,0 +1,567 @@
+"""The numbers of each figure and table, from the results of the runs at hand; pure functions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation.protocol import AVERAGE, MEANS, SCALED, TEACHER
+from ..evaluation.uncertainty import PARTS
+from .results import (
+    Estimate,
+    RunRecord,
+    against,
+    baselines,
+    estimate,
+    families,
+    paper_like,
+    select,
+    stamp,
+    stamp_of_all,
+)
+
+METRICS = ("top1", "top5", "ece", "brier", "reliability", "resolution")
+PRIORS = {"zero": "N(0, I)", "teacher-mean": "N(mu_T, I)", "teacher": "N(mu_T, Sigma_T)"}
+Numbers = dict[str, Any]
+
+
+def correlations(x: Sequence[float], y: Sequence[float]) -> dict[str, float | None]:
+    """Pearson, Spearman, and how normal y is around its regression on x.
+
+    ``ks`` is the largest distance of the residual's distribution from the normal one of its own
+    mean and variance, ``ks_limit`` what 5 % of normal samples exceed (Lilliefors, large n).
+    """
+    a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    n = len(a)
+    pearson = _pearson(a, b)
+    if n < 3 or pearson is None:
+        return {"pearson": pearson, "spearman": None, "n": n}
+    away = a - a.mean()
+    residual = b - b.mean() - (away * b).sum() / away.square().sum() * away
+    scale = residual.std(correction=0)
+    z = residual / scale if scale > 0 else residual
+    ordered = z.sort().values
+    cdf = 0.5 * (1 + torch.erf(ordered / math.sqrt(2)))
+    ranks = torch.arange(n, dtype=torch.float64)
+    ks = torch.maximum((cdf - ranks / n).abs(), (cdf - (ranks + 1) / n).abs()).max()
+    return {
+        "pearson": pearson,
+        "spearman": _pearson(rank(a), rank(b)),
+        "residual_skew": float(z.pow(3).mean()),
+        "residual_excess_kurtosis": float(z.pow(4).mean() - 3),
+        "ks": float(ks),
+        "ks_limit": 0.895 / (math.sqrt(n) - 0.01 + 0.85 / math.sqrt(n)),
+        "n": n,
+    }
+
+
+def rank(values: Tensor) -> Tensor:
+    """Ranks from 1, the mean of their places for equal values."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    ranks: Tensor = (ends - (counts.double() - 1) / 2)[inverse]
+    return ranks
+
+
+def _pearson(a: Tensor, b: Tensor) -> float | None:
+    x, y = a - a.mean(), b - b.mean()
+    size = x.norm() * y.norm()
+    return float((x * y).sum() / size) if size > 0 else None
+
+
+def fig1b(records: Sequence[RunRecord], **wanted: Any) -> Numbers | None:
+    """Predictive std of BYOV against that of the supervised baseline, image by image."""
+    supervised = [c for c in select(records, objective="supervised") if c.config.bayesian]
+    supervised_of = {c.seed: c for c in supervised if c.numbers("spread")}
+    pairs = [
+        (c, supervised_of[c.seed])
+        for c in paper_like(records, **wanted)
+        if c.numbers("spread") and c.seed in supervised_of
+    ]
+    if not pairs:
+        return None
+    found = []
+    for mine, other in pairs:
+        y, x = mine.results["spread"]["numbers"]["std"], other.results["spread"]["numbers"]["std"]
+        found.append({"seed": mine.seed, **correlations(x, y)})
+    mine, other = pairs[0]
+    xs = torch.tensor(other.results["spread"]["numbers"]["std"], dtype=torch.float64)
+    ys = torch.tensor(mine.results["spread"]["numbers"]["std"], dtype=torch.float64)
+    return {
+        "supervised_std": xs.tolist(),
+        "byov_std": ys.tolist(),
+        "gaussian": {
+            "mean": [float(xs.mean()), float(ys.mean())],
+            "covariance": torch.stack([xs, ys]).cov().tolist(),
+        },
+        "pairs": found,
+        "draws": mine.results["spread"]["settings"]["draws"],
+        "pearson": estimate(p["pearson"] for p in found),
+        "spearman": estimate(p["spearman"] for p in found),
+        "stamp": stamp([mine, other]),
+    }
+
+
+def _metric(prediction: str, metric: str) -> Callable[[RunRecord], float | None]:
+    def read(record: RunRecord) -> float | None:
+        row = record.row(prediction)
+        return None if row is None else row[metric]
+
+    return read
+
+
+def fig2(records: Sequence[RunRecord]) -> Numbers | None:
+    """Each metric against BYOL over beta_end, for three priors and three ways to predict."""
+    base = baselines(records)["BYOL"]
+    grid = []
+    for prior in PRIORS:
+        betas = sorted({c.config.beta_end for c in select(records, prior=prior, conversion="full")})
+        for beta in betas:
+            group = paper_like(records, prior=prior, beta_end=beta)
+            for prediction in (MEANS, AVERAGE, SCALED, TEACHER):
+                for metric in METRICS:
+                    value = estimate(_metric(prediction, metric)(c) for c in group)
+                    if value is not None:
+                        grid.append(
+                            {"prior": prior, "beta_end": beta, "prediction": prediction,
+                             "metric": metric, "value": value,
+                             "delta": against(group, base, _metric(prediction, metric),
+                                              _metric(MEANS, metric), metric)}
+                        )  # fmt: skip
+    controls = []
+    for name, group in baselines(records).items():
+        for prediction in (MEANS, SCALED, TEACHER):
+            for metric in METRICS:
+                value = estimate(_metric(prediction, metric)(c) for c in group)
+                if value is not None:
+                    delta = against(group, base, _metric(prediction, metric),
+                                    _metric(MEANS, metric), metric)  # fmt: skip
+                    controls.append({"name": name, "prediction": prediction, "metric": metric,
+                                     "value": value, "delta": delta})  # fmt: skip
+    if not grid:
+        return None
+    return {"grid": grid, "controls": controls, "stamp": stamp(records)}
+
+
+def stability(records: Sequence[RunRecord]) -> Numbers | None:
+    """Loss and gradient norm over the steps, by prior: the spikes of N(mu_T, Sigma_T)."""
+    shown: list[tuple[str, list[RunRecord]]] = [("BYOL", baselines(records)["BYOL"])]
+    shown += [(f"BYOV {PRIORS[p]}", paper_like(records, prior=p)) for p in PRIORS]
+    curves = []
+    for name, group in shown:
+        for record in group:
+            steps = [line for line in record.log if line["kind"] == "step"]
+            norms = [s["grad_norm"] for s in steps if s.get("grad_norm")]
+            if len(steps) < 4 or not norms:
+                continue
+            losses = [s["loss"] for s in steps]
+            jumps = [abs(b - a) for a, b in itertools.pairwise(losses)]
+            curves.append(
+                {
+                    "run": name, "seed": record.seed, "step": [s["step"] for s in steps],
+                    "loss": losses, "grad_norm": [s.get("grad_norm") for s in steps],
+                    "spikes": spikes(record),
+                    "roughness": statistics.median(jumps),
+                }
+            )  # fmt: skip
+    return {"curves": curves, "stamp": None} if curves else None
+
+
+def spikes(record: RunRecord) -> float | None:
+    """Share of the logged steps whose gradient norm is above three times the run's median."""
+    steps = [line for line in record.log if line["kind"] == "step"]
+    norms: list[float] = [s["grad_norm"] for s in steps if s.get("grad_norm")]
+    if not norms:
+        return None
+    limit = 3 * statistics.median(norms)
+    return sum(n > limit for n in norms) / len(norms)
+
+
+def _layers(record: RunRecord) -> dict[str, Any] | None:
+    epochs = [line for line in record.log if line["kind"] == "epoch" and line.get("layers")]
+    if not epochs:
+        return None
+    names = list(epochs[0]["layers"])
+    keys = ("mean_std", "max_std", "mean_snr", "max_snr")
+    return {
+        "epochs": [e["epoch"] for e in epochs],
+        "tensors": [
+            {
+                "name": n, "part": part_of(n), "kind": kind_of(n),
+                **{k: [e["layers"][n][k] for e in epochs] for k in keys},
+            }
+            for n in names
+        ],
+    }  # fmt: skip
+
+
+def part_of(name: str) -> str:
+    """Encoder, projector or predictor, by a parameter's name."""
+    head = name.partition(".")[0]
+    return head if head in PARTS else "encoder"
+
+
+def kind_of(name: str) -> str:
+    """Matrix, or vector: biases, norms and tokens, whose SNR is of another size."""
+    last = name.rpartition(".")[2]
+    small = last != "weight" or "norm" in name or name.startswith(("projector.1.", "predictor.1."))
+    return "vector" if small else "matrix"
+
+
+def trajectories(columns: dict[str, list[RunRecord]]) -> Numbers | None:
+    """Sigma and SNR of every tensor over the epochs, one column of the figure each.
+
+    Of one seed: the first at which every column has a posterior that moved, else the first.
+    """
+    known = {
+        name: {
+            record.seed: (stamp([record]), layers)
+            for record in sorted(group, key=lambda c: c.seed)
+            if (layers := _layers(record)) is not None
+        }
+        for name, group in columns.items()
+    }
+    known = {name: by_seed for name, by_seed in known.items() if by_seed}
+    if not known:
+        return None
+    shared = sorted(set.intersection(*map(set, known.values())))
+    moved = [seed for seed in shared if not any(each[seed][0] for each in known.values())]
+    shown = {}
+    for name, by_seed in known.items():
+        seed = (moved or shared or list(by_seed))[0]
+        stamped, layers = by_seed[seed]
+        shown[name] = {"seed": seed, **layers, "heads_low": heads_low(layers), "stamp": stamped}
+    return {"columns": shown, "apart": apart(shown), "stamp": stamp_of_all(shown.values())}
+
+
+def fig3(records: Sequence[RunRecord]) -> Numbers | None:
+    """By prior."""
+    return trajectories({PRIORS[p]: paper_like(records, prior=p) for p in PRIORS})
+
+
+def fig6(records: Sequence[RunRecord]) -> Numbers | None:
+    """By beta_end, prior N(0, I)."""
+    betas = sorted({c.config.beta_end for c in records if c.config.bayesian})
+    groups = {f"beta 0 -> {b:g}": paper_like(records, beta_end=b) for b in betas}
+    return trajectories({name: group for name, group in groups.items() if group})
+
+
+def apart(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """How far two columns are apart at the end: median over the matrices of |log ratio|."""
+    names, found = list(columns), []
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            theirs = {t["name"]: t for t in columns[other]["tensors"] if t["kind"] == "matrix"}
+            mine = [t for t in columns[one]["tensors"] if t["name"] in theirs]
+
+            def middle(key: str, mine: Any = mine, theirs: Any = theirs) -> float | None:
+                ratios = [
+                    abs(math.log(t[key][-1] / theirs[t["name"]][key][-1]))
+                    for t in mine
+                    if t[key][-1] > 0 and theirs[t["name"]][key][-1] > 0
+                ]
+                return statistics.median(ratios) if ratios else None
+
+            found.append({"pair": [one, other], "sigma": middle("mean_std"),
+                          "snr": middle("mean_snr")})  # fmt: skip
+    return found
+
+
+def heads_low(layers: dict[str, Any]) -> dict[str, float | None]:
+    """Who is in the low bundle: median final SNR of matrices in the encoder and in the heads."""
+    ends: dict[str, list[float]] = {part: [] for part in PARTS}
+    for tensor in layers["tensors"]:
+        if tensor["kind"] == "matrix":
+            ends[tensor["part"]].append(tensor["mean_snr"][-1])
+    return {part: statistics.median(v) if v else None for part, v in ends.items()}
+
+
+def ordered(records: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
+    """Families: BYOL, then BYOV by prior, then all else."""
+    first = [id(c) for group in baselines(records).values() for c in group]
+    first += [id(c) for prior in PRIORS for c in paper_like(records, prior=prior)]
+
+    def place(item: tuple[str, list[RunRecord]]) -> int:
+        here = id(item[1][0])
+        return first.index(here) if here in first else len(first)
+
+    return sorted(families(records).items(), key=place)
+
+
+def fig4(records: Sequence[RunRecord]) -> Numbers | None:
+    """Top-1 over sparsity: criteria side by side, one panel a prior, BYOL's magnitude in each."""
+    panels = []
+    for name, group in ordered(records):
+        members = [c for c in group if c.numbers("prune") and c.config.bayesian]
+        if members and members[0].config.objective == "byol":
+            byol = _same_encoder(records, members[0])
+            panels.append(
+                {
+                    "run": name, "curves": _mean_curves(members), "gaps": _mean_gaps(members),
+                    "byol": _mean_curves(byol), "byol_seeds": len(byol),
+                    "logvar_spread": estimate(c.facts["logvar_spread"] for c in members),
+                    "stamp": stamp(members),
+                }
+            )  # fmt: skip
+    if not panels:
+        return None
+    return {"panels": panels, "stamp": stamp_of_all(panels)}
+
+
+def _same_encoder(records: Sequence[RunRecord], like: RunRecord) -> list[RunRecord]:
+    """Pruned runs of BYOL with the same encoder: the baseline, where that has it."""
+    found = [c for c in baselines(records)["BYOL"] if c.config.encoder == like.config.encoder]
+    found = found or select(
+        records, conversion="none", objective="byol", encoder=like.config.encoder
+    )
+    return [c for c in found if c.numbers("prune")]
+
+
+def _mean_curves(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    if not records:
+        return found
+    for shape in records[0].results["prune"]["numbers"]["curves"]:
+        same = [
+            c["points"]
+            for record in records
+            for c in record.results["prune"]["numbers"]["curves"]
+            if (c["criterion"], c["scope"]) == (shape["criterion"], shape["scope"])
+            and len(c["points"]) == len(shape["points"])
+        ]
+        found.append(
+            {
+                "criterion": shape["criterion"],
+                "scope": shape["scope"],
+                "n": len(same),
+                "points": [
+                    {
+                        "sparsity": rows[0]["sparsity"],
+                        "top1": statistics.fmean(r["top1"] for r in rows),
+                        "low": min(r["top1"] for r in rows),
+                        "high": max(r["top1"] for r in rows),
+                    }
+                    for rows in zip(*same, strict=True)
+                ],
+            }
+        )
+    return found
+
+
+def _mean_gaps(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    found = []
+    for shape in records[0].results["prune"]["numbers"]["gaps"]:
+        same = [
+            g
+            for record in records
+            for g in record.results["prune"]["numbers"]["gaps"]
+            if (g["over"], g["scope"]) == (shape["over"], shape["scope"])
+        ]
+        found.append(
+            {"over": shape["over"], "scope": shape["scope"],
+             **{k: estimate(g[k] for g in same) for k in ("points", "middle", "area", "sparser")}}
+        )  # fmt: skip
+    return found
+
+
+def fig4shift(records: Sequence[RunRecord]) -> Numbers | None:
+    """ECE and reliability against BYOL under each augmentation, plus being better."""
+    base = [c for c in baselines(records)["BYOL"] if c.numbers("corrupted")]
+    mine = [c for c in paper_like(records) if c.numbers("corrupted")]
+    if not base or not mine:
+        return None
+    kinds: dict[str, None] = {}
+    for row in mine[0].results["corrupted"]["numbers"]["rows"]:
+        kinds.setdefault(row["kind"])
+    found = []
+    for kind in kinds:
+        for metric in ("ece", "reliability", "top1"):
+
+            def mean_of(record: RunRecord, kind: str = kind, metric: str = metric) -> float | None:
+                rows = record.results["corrupted"]["numbers"]["rows"]
+                values = [r["means"][metric] for r in rows if r["kind"] == kind]
+                return statistics.fmean(values) if values else None
+
+            by_severity = []
+            for severity in range(1, 6):
+
+                def one(
+                    record: RunRecord,
+                    kind: str = kind,
+                    metric: str = metric,
+                    severity: int = severity,
+                ) -> float | None:
+                    rows = record.results["corrupted"]["numbers"]["rows"]
+                    return next(
+                        (r["means"][metric] for r in rows
+                         if (r["kind"], r["severity"]) == (kind, severity)), None,
+                    )  # fmt: skip
+
+                if kind != "none":
+                    by_severity.append(against(mine, base, one, one, metric))
+            found.append({"kind": kind, "metric": metric, "severities": by_severity,
+                          "delta": against(mine, base, mean_of, mean_of, metric)})  # fmt: skip
+    return {"rows": found, "stamp": stamp(mine)}
+
+
+def fig5(records: Sequence[RunRecord]) -> Numbers | None:
+    """Mean and spread of the average over draws, by K and augmentation."""
+    known = [c for c in paper_like(records) if c.numbers("draws")]
+    if not known:
+        return None
+    first = known[0].results["draws"]
+    slopes = [
+        {"seed": c.seed, "kind": curve["kind"], "slope": curve["slope"],
+         "disjoint_slope": curve["disjoint_slope"]}
+        for c in known for curve in c.results["draws"]["numbers"]["curves"]
+    ]  # fmt: skip
+    return {
+        "curves": first["numbers"]["curves"], "seed": known[0].seed,
+        "pool": first["settings"]["pool"], "bootstraps": first["settings"]["bootstraps"],
+        "images": first["numbers"]["images"], "slopes": slopes,
+        "slope": estimate(s["disjoint_slope"] for s in slopes), "stamp": None,
+    }  # fmt: skip
+
+
+def fig7(records: Sequence[RunRecord], **wanted: Any) -> Numbers | None:
+    """Variances behind the three parts, by noise, and how they go together."""
+    known = [c for c in paper_like(records, **wanted) if c.numbers("latents")]
+    if not known:
+        return None
+    summary: list[dict[str, Any]] = []
+    for record in known:
+        levels = record.results["latents"]["numbers"]["levels"]
+        for form in ("raw", "unit"):
+            together = {p: [v for lev in levels for v in lev[form][p]] for p in PARTS}
+            for part in PARTS:
+                means = [statistics.fmean(lev[form][part]) for lev in levels]
+                widths = [
+                    statistics.pstdev(lev[form][part]) / m if m else None
+                    for lev, m in zip(levels, means, strict=True)
+                ]
+                summary.append({"seed": record.seed, "form": form, "part": part, "mean": means,
+                                "relative_spread": widths})  # fmt: skip
+            for i, one in enumerate(PARTS):
+                for other in PARTS[i + 1 :]:
+                    x, y = (torch.tensor(together[p], dtype=torch.float64) for p in (one, other))
+                    summary.append({"seed": record.seed, "form": form, "pair": [one, other],
+                                    "spearman": _pearson(rank(x), rank(y))})  # fmt: skip
+    settings = known[0].results["latents"]["settings"]
+    curves = []
+    for part in PARTS:
+        runs = [r["mean"] for r in summary if (r["form"], r.get("part")) == ("unit", part)]
+        over_none = zip(*([m / run[0] for m in run] for run in runs if run[0]), strict=True)
+        curves.append({"part": part, "over_none": [estimate(at) for at in over_none]})
+    levels = known[0].results["latents"]["numbers"]["levels"]
+    return {"levels": levels, "summary": summary, "curves": curves, "draws": settings["draws"],
+            "noises": [level["noise"] for level in levels], "stamp": None}  # fmt: skip
+
+
+def app_b(records: Sequence[RunRecord]) -> Numbers | None:
+    """Relative variance of the gradient, by estimator and batch size, mean over the seeds."""
+    known = [c for c in paper_like(records) if c.numbers("gradients")]
+    if not known:
+        return None
+    rows = []
+    for shape in known[0].results["gradients"]["numbers"]["rows"]:
+        same = [
+            r["relative"]
+            for c in known
+            for r in c.results["gradients"]["numbers"]["rows"]
+            if (r["estimator"], r["batch"]) == (shape["estimator"], shape["batch"])
+        ]
+        rows.append({"estimator": shape["estimator"], "batch": shape["batch"],
+                     "relative": estimate(same)})  # fmt: skip
+    settings = known[0].results["gradients"]["settings"]
+    return {"rows": rows, "draws": settings["draws"], "stamp": stamp(known)}
+
+
+# The paper's table 1: conversion, prior, beta_start, top-1, top-5.
+TABLE1 = (
+    ("no-conv", "zero", 0.0, 73.68, 91.43),
+    ("no-conv", "teacher-mean", 0.0, 73.97, 91.52),
+    ("no-conv", "teacher", 0.0, 69.73, 88.74),
+    ("linear-only", "zero", 0.0, 73.62, 91.12),
+    ("linear-only", "teacher-mean", 0.0, 74.23, 91.48),
+    ("linear-only", "zero", 1.0, 72.60, 90.92),
+    ("linear-only", "teacher-mean", 1.0, 72.69, 91.03),
+    ("none", "zero", 0.0, 75.97, 92.40),
+    ("full", "zero", 0.0, 75.57, 92.18),  # BYOL's less the -0.4 and -0.22 of figure 2
+    ("no-layernorm", "zero", 0.0, None, None),
+)
+
+
+def table1(records: Sequence[RunRecord]) -> Numbers:
+    """Top-1 and top-5 at the means, beside the paper's; None where nothing was run."""
+    rows = []
+    for conversion, prior, start, top1, top5 in TABLE1:
+        if conversion == "none":
+            group = baselines(records)["BYOL"]
+        else:
+            group = paper_like(records, conversion=conversion, prior=prior, beta_start=start)
+        found: dict[str, Estimate | None] = {}
+        for metric in ("top1", "top5"):
+            values = [_metric(MEANS, metric)(c) for c in group]
+            found[metric] = estimate(None if v is None else 100 * v for v in values)
+        rows.append(
+            {
+                "conversion": conversion,
+                "prior": None if conversion == "none" else PRIORS[prior],
+                "beta": None if conversion == "none" else f"{start:g} -> 1",
+                "paper_top1": top1, "paper_top5": top5, **found,
+            }
+        )  # fmt: skip
+    return {"rows": rows, "stamp": stamp(records)}
+
+
+# What appendix C of the paper changed, each undone alone.
+APPENDIX_C: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("as in the paper", {}),
+    ("weight decay 0.05", {"weight_decay": 0.05}),
+    ("beta 1 from the start", {"beta_start": 1.0}),
+    ("softplus", {"parameterization": "softplus"}),
+    ("log variances from -6", {"logvar_init": -6.0}),
+    ("sigma from 1 % of each tensor's RMS", {"relative_std": 0.01}),
+)
+
+
+def app_c(records: Sequence[RunRecord]) -> Numbers:
+    """Top-1, ECE and spikes of the gradient with one change of appendix C undone at a time."""
+    base, rows = paper_like(records), []
+    for change, wanted in APPENDIX_C:
+        group = paper_like(records, **wanted)
+        row: dict[str, Any] = {"change": change}
+        for metric in ("top1", "ece"):
+            read = _metric(MEANS, metric)
+            values = [read(c) for c in group]
+            row[metric] = estimate(None if v is None else 100 * v for v in values)
+            row[f"{metric}_delta"] = against(group, base, read, read, metric) if wanted else None
+        shares = [spikes(c) for c in group]
+        row["spikes"] = estimate(None if v is None else 100 * v for v in shares)
+        row["logvar_spread"] = estimate(c.facts["logvar_spread"] for c in group)
+        rows.append(row)
+    return {"rows": rows, "stamp": stamp(base)}
+
+
+def overview(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Every family with its metrics in percent at the means, by the MC average, and controls."""
+    rows = []
+    for name, group in ordered(records):
+        for prediction in (MEANS, AVERAGE, SCALED, TEACHER):
+            values: dict[str, Any] = {
+                metric: estimate(
+                    None if v is None else 100 * v
+                    for v in (_metric(prediction, metric)(c) for c in group)
+                )
+                for metric in METRICS
+            }
+            values["nll"] = estimate(_metric(prediction, "nll")(c) for c in group)
+            if values["top1"] is not None:
+                rows.append({"run": name, "prediction": prediction, **values})
+    return rows

@@ -1,0 +1,1 @@
+"""What keeps a run going: processes, checkpoints, logs, alarms."""
