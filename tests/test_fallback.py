@@ -9,7 +9,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -145,7 +145,9 @@ class AsksRecurrent(nn.LSTM):
         super().__init__(4, 4)
 
     def forward(self, x: Any, hx: Any = None) -> Any:
-        return asked(super().forward(x[:, None], hx)[0])
+        y = super().forward(x[:, None], hx)[0]
+        self.kinds = [type(w) for w in self._flat_weights]
+        return asked(y)
 
 
 class Tied(Asks):
@@ -404,15 +406,48 @@ def _of_layer(model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
     return drawn["layer.weight"], drawn["layer.bias"]
 
 
-def test_no_draw_stays_in_the_list_of_an_rnn() -> None:
+class Signals(nn.Module):
+    """Its first forward, which is its trace, does what it is told."""
+
+    todo: ClassVar[list[Callable[[], object]]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.todo:
+            self.todo.pop()()
+        return self.layer(x)
+
+
+def test_a_trace_puts_back_no_exchanged_parameters() -> None:
+    model = Waits()
+    model.inner = Signals()
+    converted: Any = bayesify.to_bbb_(model, logvar=-3.0)
+    x = rows(2)[0][0]
+    converted.inside = inside = threading.Event()
+    thread = threading.Thread(target=converted, args=(x,))
+    thread.start()
+    assert inside.wait(20)
+
+    def end_the_fallback() -> None:
+        converted.go_on.set()
+        thread.join()
+
+    Signals.todo.append(end_the_fallback)
+    with one_draw(converted, seed=1):
+        converted.inner(x)
+    assert not thread.is_alive()
+    assert all(type(m._parameters) is dict for m in converted.modules())
+
+
+def test_no_draw_is_put_into_the_list_of_an_rnn() -> None:
     converted: Any = bayesify.to_bbb(AsksRecurrent(), logvar=-3.0)
-    x = rows(3)[0][0]
-    seen = []
-    converted.register_forward_hook(lambda *_: seen.append([*converted._flat_weights]))
     for _ in range(2):
-        converted(x)
-        for weights in (seen.pop(), converted._flat_weights):
-            assert all(isinstance(w, nn.Parameter) for w in weights)
+        converted(rows(3)[0][0])
+        assert set(converted.kinds) == {nn.Parameter}
+        assert all(isinstance(w, nn.Parameter) for w in converted._flat_weights)
 
 
 # -- what is left behind ---------------------------------------------------------------------

@@ -84,6 +84,19 @@ class Keys(Attention):
         return memory.update(self.key(x), self.index)
 
 
+class Recalls(Attention):
+    """Reads what another layer has put there."""
+
+    def forward(self, x: Tensor, memory: Memory) -> Any:
+        return self.query(x) @ memory.seen[0].transpose(1, 2) @ memory.seen[0]
+
+
+class Shares(Hands):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1].attention = Recalls(1)
+
+
 class AsksSize(Hands):
     """How long the result is depends on what the object holds."""
 
@@ -120,8 +133,8 @@ class Remembers(Hands):
 @pytest.mark.parametrize(
     ("make", "rung"),
     [
-        (Hands, "plain"), (Outer, "plain"), (UsesSize, "plain"), (AsksSize, "swap"),
-        (ReadsFlag, "swap"), (Remembers, "swap"),
+        (Hands, "plain"), (Shares, "plain"), (Outer, "plain"), (UsesSize, "plain"),
+        (AsksSize, "swap"), (ReadsFlag, "swap"), (Remembers, "swap"),
     ],
 )  # fmt: skip
 def test_an_object_is_handed_on_live(

@@ -766,3 +766,50 @@ def test_a_slice_of_a_shape_goes_from_layer_to_layer() -> None:
     report = check(PassesShapes(), lambda batch: ((torch.randn(batch, 3, 4),), {}))
     assert report.problems == []
     assert report.swapped == []
+
+
+# -- what a forward makes --------------------------------------------------------------------
+
+
+class MakesLoss(Model):
+    """As many models of transformers do."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.layer(x) * self.scale
+        loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+        return loss(y, torch.arange(len(x))) + nn.GELU()(y).sum()
+
+
+class MakesWeightedLoss(Model):
+    def forward(self, x: Tensor) -> Any:
+        loss = nn.CrossEntropyLoss(weight=self.scale.detach().square())
+        return loss(self.layer(x), torch.arange(len(x))) * self.scale
+
+
+class MakesLayer(Model):
+    def forward(self, x: Tensor) -> Any:
+        made = nn.Linear(4, 4)
+        nn.init.ones_(made.weight)
+        return made(self.layer(x)) * self.scale
+
+
+class MultipliesGroups(Model):
+    """Rows of experts, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 4, 8))
+
+    def forward(self, x: Tensor) -> Any:
+        ends = torch.tensor([1, len(x)], dtype=torch.int32)
+        return F.grouped_mm(self.layer(x), self.experts, offs=ends).view(-1, 2, 4) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("make", "swapped"),
+    [(MakesLoss, 0), (MakesWeightedLoss, 1), (MakesLayer, 1), (MultipliesGroups, 0)],
+)
+def test_what_a_forward_makes(make: type[Model], swapped: int) -> None:
+    report = check(make(), randn(4))
+    assert report.problems == []
+    assert len({s.partition(":")[0] for s in report.swapped}) == swapped

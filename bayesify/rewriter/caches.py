@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .assignments import Assigned, assigned_by, members
-from .guards import MISSING, holds_tensor
+from .guards import MISSING
 
 INTERNAL = {
     "_parameters", "_buffers", "_modules", "_bayesify", "__dict__", "__class__",
@@ -221,7 +221,7 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
                 continue
             if type(value) is dict:
                 before.append((module, name, value, dict(value)))
-            elif value is None or value is MISSING or holds_tensor(value):
+            elif value is None or value is MISSING or _is_cache(value):
                 before.append((module, name, value, None))
     found = [entry for entry in entries(modules, method) if entry.certain]
     for entry in found:
