@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer and make; everything else is installed into .venv.
+# Needs Python 3.10 or newer and make; everything else is installed into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -6,20 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+UV := $(VENV)/.uv
 OTHERS := $(VENV)/.others
 # Several workers with a thread pool each would fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv browser demo test test-all lint types format bench zoo zoo-others clean distclean
+.PHONY: help venv browser demo test test-all test-oldest test-newest test-python lint types format bench zoo zoo-others clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(INSTALLED) ## make .venv with bayesify and its tools
 
 $(INSTALLED): pyproject.toml bayesify/kernels/native.c
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"bayesify needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}: give another one with make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"bayesify needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: give another one with make PYTHON=...")'
 	@echo "Installing bayesify and PyTorch into $(VENV): several GB and a few minutes, only this once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
@@ -39,6 +40,19 @@ test: lint types ## lint, types and the tests
 
 test-all: venv ## every test that needs no GPU, also the slow ones
 	$(PYTEST) -m "not gpu"
+
+$(UV): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check uv
+	@touch $@
+
+test-oldest: $(UV) ## the tests with the oldest versions, in an environment of their own
+	$(BIN)/python benchmarks/versions.py oldest --workers $(WORKERS)
+
+test-newest: $(UV) ## the tests with the newest versions
+	$(BIN)/python benchmarks/versions.py newest --workers $(WORKERS)
+
+test-python: $(UV) ## the tests on another Python: make test-python PYTHON=python3.12
+	$(BIN)/python benchmarks/versions.py $(PYTHON) --workers $(WORKERS)
 
 lint: venv ## ruff: rules and format
 	$(BIN)/ruff check
@@ -79,4 +93,4 @@ clean: ## remove caches and build outputs
 	find bayesify recipes tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## clean, and remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) .corners

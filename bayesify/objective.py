@@ -397,10 +397,12 @@ def _beside(value: Tensor | float, mean: Tensor) -> Tensor | float:
         return full_tensor(value)  # FSDP2 leaves the root's parameters whole after a forward
     if hasattr(value, "placements") or value.dim() == 0:
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     # every rank holds the whole value, so that nothing is sent
-    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    mesh = sharded.device_mesh
+    here: Any = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return here.redistribute(placements=sharded.placements)  # type: ignore[no-any-return]
 
 
 def _checked_weight(value: float, what: str = "kl_weight") -> float:

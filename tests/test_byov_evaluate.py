@@ -99,7 +99,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         open_run(tmp_path)
 
 
-def test_the_twins_classifier_is_not_measured_on_other_classes(
+def test_the_supervised_classifier_is_not_measured_on_other_classes(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     for split in ("train", "test"):
@@ -109,7 +109,7 @@ def test_the_twins_classifier_is_not_measured_on_other_classes(
                 image = Image.new("L", (28, 28), 40 + 130 * index + number)
                 image.save(tmp_path / split / name / f"{number}.png")
     with pytest.raises(ArgumentError, match=r"has the classes 0, 1, and .* has golf ball, tench"):
-        open_run(folders["twin"], data=str(tmp_path), device="cpu")
+        open_run(folders["supervised"], data=str(tmp_path), device="cpu")
     run = open_run(folders["byov"], data=str(tmp_path), device="cpu")  # its probe learns them
     assert run.source.classes == ("golf ball", "tench")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -49,6 +50,16 @@ def test_a_library_that_cannot_be_loaded_is_named(
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     with pytest.warns(RuntimeWarning, match="C library cannot be loaded .*made by plain torch"):
         assert native._library.__wrapped__() is None
+
+
+def test_a_library_that_is_not_there_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
+    with pytest.warns(RuntimeWarning, match="pip install -e . compiles it"):
+        assert not native.there()
+    assert not native.there()  # a second warning would be an error
 
 
 # -- noise -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from . import convert, evaluate, export, fit, inspect, models, predict, prune, report
+from . import convert, doctor, evaluate, export, fit, inspect, models, predict, prune, report
 
 RECIPES = "bayesify.recipes"
 """Entry points of this group are typer apps, each a sub-command of ``bayesify recipe``."""
@@ -50,6 +50,7 @@ app.command("prune")(prune.prune)
 app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("models")(models.models)
+app.command("doctor")(doctor.doctor)
 
 
 class _Recipes(TyperGroup):

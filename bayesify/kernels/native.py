@@ -1,7 +1,7 @@
 """The C library of native.c: noise, draws and KL divergences on the CPU, in one pass each.
 
 It is compiled when bayesify is installed, where there is a compiler. Without it plain torch does
-the same work (:mod:`.cpu_draw`), with the noise of torch's generators.
+the same work (:mod:`.cpu_draw`), with the noise of torch's generators, and one warning says so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ from ..gaussian import HELD
 
 Prior = tuple[Tensor | float, Tensor | float]
 """Mean and variance, each a number or a tensor of the parameter's shape."""
+
+MISSING = (
+    "bayesify's C library is not there: draws on the CPU are made by plain torch, several times "
+    "slower and with other numbers for a seed. In a checkout, pip install -e . compiles it, with "
+    "a C compiler such as gcc."
+)
 
 _MASK = (1 << 64) - 1
 
@@ -156,6 +162,7 @@ def _library() -> Any:
     names = (f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
+        warnings.warn(MISSING, RuntimeWarning, stacklevel=2)
         return None
     try:
         library: Any = ctypes.CDLL(str(path))

@@ -1,0 +1,143 @@
+"""The test suite in corners of the supported range: oldest and newest versions, another Python.
+
+    python benchmarks/versions.py oldest            the lower bounds of pyproject.toml
+    python benchmarks/versions.py newest            whatever is newest in the bounds
+    python benchmarks/versions.py python3.12        the same on another Python
+    python benchmarks/versions.py oldest --only tests/test_scope.py     a part of it, not recorded
+
+Each corner has an environment of its own, made by uv in `.corners/`, several GB each. What ran,
+with counts, goes to `results/versions.json` and, as a table, to `docs/versions.md`. `make
+test-oldest`, `make test-newest` and `make test-python PYTHON=...` call it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
+PAGE = ROOT / "docs" / "versions.md"
+OLDEST_PYTHON = "3.10"
+SHOWN = ("torch", "torchvision", "timm", "numpy", "safetensors", "rich", "typer", "transformers")
+# old versions of other libraries use what newer ones of their own dependencies deprecate
+OLD_WARNINGS = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
+
+_FACTS = """
+import json, platform
+from importlib.metadata import version, PackageNotFoundError
+from bayesify.kernels import native
+found = {"python": platform.python_version(), "c_library": native.there(), "versions": {}}
+for name in %r:
+    try:
+        found["versions"][name] = version(name)
+    except PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("corner", help="oldest, newest, or a Python such as python3.12")
+    parser.add_argument("--workers", default="2")
+    parser.add_argument("--only", nargs="*", default=[], help="test files; nothing is recorded")
+    options = parser.parse_args()
+    python = environment(options.corner)
+    record = run(options.corner, python, options.workers, options.only)
+    if not options.only:
+        write(record)
+    sys.exit(record["failed"] > 0)
+
+
+def environment(corner: str) -> Path:
+    """Make or renew the environment of a corner; gives its Python."""
+    folder = ROOT / ".corners" / corner
+    python = folder / "bin" / "python"
+    uv = [sys.executable, "-m", "uv"]
+    wanted = {"oldest": OLDEST_PYTHON, "newest": sys.executable}.get(corner, corner)
+    if not python.exists():
+        subprocess.run([*uv, "venv", "--python", wanted, folder], check=True)
+    resolution = "lowest-direct" if corner == "oldest" else "highest"
+    subprocess.run(
+        [*uv, "pip", "install", "--python", python, "--resolution", resolution,
+         "--editable", f"{ROOT}[test]"],
+        check=True,
+    )  # fmt: skip
+    return python
+
+
+def run(corner: str, python: Path, workers: str, only: list[str]) -> dict[str, Any]:
+    """Run the suite; gives versions, counts and the names of what failed."""
+    report = ROOT / ".corners" / f"{corner}.xml"
+    quiet = OLD_WARNINGS if corner == "oldest" else ()
+    subprocess.run(
+        [python, "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal", *quiet,
+         f"--junitxml={report}", *only],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    facts = subprocess.run(
+        [python, "-P" if sys.version_info >= (3, 11) and corner != "oldest" else "-s", "-c",
+         _FACTS % (SHOWN,)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    bad = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skipped: dict[str, int] = {}
+    for case in suite.iter("skipped"):
+        reason = (case.get("message") or "").strip()
+        if case.get("type") != "pytest.xfail":
+            skipped[reason] = skipped.get(reason, 0) + 1
+    total = int(suite.get("tests", 0))
+    not_run = int(suite.get("skipped", 0))
+    sys.path.insert(0, str(ROOT))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    ).stdout.strip()  # fmt: skip
+    return {
+        "corner": corner, **json.loads(facts.stdout), "commit": commit,
+        "passed": total - not_run - len(bad), "failed": len(bad), "failures": bad,
+        "expected_failures": not_run - sum(skipped.values()), "skipped": skipped,
+    }  # fmt: skip
+
+
+def write(record: dict[str, Any]) -> None:
+    """Keep a result, and the table of all."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known[record["corner"]] = record
+    RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    lines = [
+        "# Versions that the tests ran with", "",
+        "Written by `python benchmarks/versions.py CORNER`. `make test-oldest` takes the lower",
+        "bounds of pyproject.toml, `make test-newest` the newest versions that they allow.", "",
+        "| corner | Python | torch | torchvision | timm | numpy | others | passed | failed "
+        "| skipped |",
+        "|---|---|---|---|---|---|---|---:|---:|---:|",
+    ]  # fmt: skip
+    for name, row in sorted(known.items()):
+        versions = row["versions"]
+        others = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in SHOWN[:4])
+        cells = [name, row["python"], *(versions.get(k, "") for k in SHOWN[:4]), others,
+                 row["passed"], row["failed"], sum(row["skipped"].values())]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for name, row in sorted(known.items()):
+        lines += ["", f"## {name}", "", f"At commit {row['commit']}.", ""]
+        lines += [f"- failed: `{failure}`" for failure in row["failures"]]
+        lines += [f"- skipped {count}: {reason}" for reason, count in row["skipped"].items()]
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
