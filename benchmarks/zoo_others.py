@@ -131,7 +131,7 @@ def stored(entry: Entry, converted: Any, call: Any) -> list[str]:
     import torch
 
     import bayesify
-    from reference import same, values
+    from reference import same, seed_all, values
 
     problems = []
     converted.eval()
@@ -141,7 +141,7 @@ def stored(entry: Entry, converted: Any, call: Any) -> list[str]:
 
     def drawn(model: Any) -> Any:
         args, kwargs = call(entry.batches[0])
-        torch.manual_seed(7)
+        seed_all(7)
         with torch.no_grad(), bayesify.one_draw(model.eval(), seed=3):
             return values(model(*args, **kwargs))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.stateless import _reparametrize_module
@@ -154,6 +156,13 @@ def functional_call(model: nn.Module, draws: dict[str, Tensor], args: Any, kwarg
         return model(*args, **kwargs)
 
 
+def seed_all(seed: int) -> None:
+    """Also of what some models draw masks with."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.named_buffers() if "_prior_mean" not in k}
 
@@ -230,10 +239,10 @@ def check(
             clear_original()
             clear_converted()
             state_a, state_b = state_of(original), state_of(converted)
-            torch.manual_seed(7)
+            seed_all(7)
             expected = values(original(*args, **kwargs))
             rng = torch.get_rng_state()
-            torch.manual_seed(7)
+            seed_all(7)
             with bayesify.at_mean(converted):
                 found = values(converted(*args, **kwargs))
             if not same(found, expected):
@@ -245,17 +254,17 @@ def check(
             # 1b, with a cache filled at the means standing in the way
             draws = bayesify.draws(converted, seed=11)
             clear_original()
-            torch.manual_seed(7)
+            seed_all(7)
             expected = values(functional_call(original, draws, args, kwargs))
             rng = torch.get_rng_state()
             expected_state = state_of(original)
-            torch.manual_seed(7)
+            seed_all(7)
             with bayesify.one_draw(converted, seed=11):
                 # traced here, so that the probe sees only what runs; unwatched, memory is reused
                 unwatched = values(converted(*args, **kwargs))
             _restore(converted, state_b)
             probe = Probe(converted)
-            torch.manual_seed(7)
+            seed_all(7)
             with probe.watching(), bayesify.one_draw(converted, seed=11):
                 found = values(converted(*args, **kwargs))
             if not same(unwatched, found):
@@ -334,7 +343,7 @@ def _gradients(
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
     draws = {k: v.detach().requires_grad_() for k, v in bayesify.draws(converted, seed=5).items()}
-    torch.manual_seed(7)
+    seed_all(7)
     names = list(draws)
     with exchanged(original, draws):  # also in backward, where some functions call modules again
         loss = _loss(original(*args, **kwargs))
@@ -343,7 +352,7 @@ def _gradients(
             found = torch.autograd.grad(loss, list(draws.values()), allow_unused=True)
     grads = dict(zip(names, found, strict=True))
     converted.zero_grad()
-    torch.manual_seed(7)
+    seed_all(7)
     with bayesify.one_draw(converted, seed=5):
         loss = _loss(converted(*args, **kwargs))
     if loss.requires_grad:

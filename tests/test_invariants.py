@@ -897,14 +897,13 @@ EFFECTS = [
     counts_calls, scales_by_calls, draws_with_torch, skips_with_torch, sets_itself_up,
     appends_a_number, appends_a_tensor, changes_a_list, changes_a_dict, draws_with_python,
     draws_with_numpy, guesses_with_try, seeds_torch, keeps_the_state_of_torch,
-    seeds_the_generator_of_torch, draws_with_its_own,
+    seeds_the_generator_of_torch, draws_with_its_own, sums_its_parameters,
     *(
         pytest.param(body, marks=pytest.mark.xfail(reason=reason))
         for body, reason in {
             uses_its_functional_call: "a parameter that functional_call replaced inside a scope "
             "is not read: the slot's draw of before is",
             gives_an_iterator: "a generator that runs after the scope has closed reads the means",
-            sums_its_parameters: "Module.parameters() inside a forward gives log variances too",
         }.items()
     ),
 ]  # fmt: skip
