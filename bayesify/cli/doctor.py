@@ -14,7 +14,7 @@ import typer
 from .guard import guard
 from .options import Debug, Json
 
-NEWEST_TORCH = "2.14"
+NEWEST_TORCH = "2.15"
 """The newest minor version of torch that the tests ran with."""
 
 
