@@ -159,7 +159,8 @@ def test_the_folder_of_a_recipe(command: str, tmp_path: Path) -> None:
         arguments = [command, *folders, "--data", "there/images", "--out", out]
         result = CliRunner().invoke(byov, arguments)
         assert result.exit_code == code, (result.output, result.exception)
-        assert message in words(result)
+        shown = words(result).replace(" ", "")  # a panel breaks a long path anywhere
+        assert message.replace(" ", "") in shown
         assert sorted(tmp_path.rglob("*")) == before
 
     refused("images", "--out is --data, images: give a folder of its own")
