@@ -183,7 +183,7 @@ def run(only: str, again: bool, minutes: float) -> None:
     if not again:
         queue = [n for n in queue if rows.get(n, {"problems": ["not run"]})["problems"]]
         # the slow ones come last, what never ran before what failed
-        queue.sort(key=lambda n: (n.startswith("torchvision"), n in rows))
+        queue.sort(key=lambda n: (n.startswith(("torchvision", "transformers")), n in rows))
     for number, name in enumerate(queue, 1):
         if time.monotonic() > stop:
             print(f"{len(queue) - number + 1} more to do", flush=True)
