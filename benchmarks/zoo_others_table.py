@@ -14,8 +14,8 @@ RESULT = Path(__file__).parent / "results" / "zoo_others.jsonl"
 Row = dict[str, Any]
 
 _METADATA = (
-    "its state dict holds a dict `_metadata` of how it was built; `save` refuses by name what is no "
-    "tensor, since it would need a pickle; all else holds"
+    "its state dict holds a dict `_metadata` of how it was built; `save` refuses by name what is "
+    "no tensor, since it would need a pickle; all else holds"
 )
 REASONS: dict[str, str] = {
     "kornia:DeDoDe": "`copy.deepcopy` of the original raises the same: it holds a view of a dict",
