@@ -82,7 +82,8 @@ zoo: venv ## check every model of timm and torchvision (hours; goes on where it 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --jobs $(WORKERS)
 
 $(OTHERS): $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[zoo]'
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["zoo"], sep="\n")' > $(VENV)/zoo.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --requirement $(VENV)/zoo.txt
 	@touch $@
 
 zoo-others: $(OTHERS) ## check models of other libraries, which it installs (an hour; goes on where it ended)

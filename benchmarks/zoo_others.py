@@ -102,10 +102,12 @@ def check(entry: Entry) -> Row:
         return {"problems": [f"the original itself: {said(error)}"], "own_fault": True}
     model, call = built(entry)
     found: Row = {"parameters": sum(p.numel() for p in model.parameters())}
-    report = numeric(model, call, batches=entry.batches)
+    report = numeric(model, call, batches=entry.batches, prepare=entry.prepare)
 
     model, call = built(entry)
     perturb_(model)
+    if entry.prepare is not None:
+        entry.prepare(model)
     converted = bayesify.to_bbb(model)
     found["tensors"] = sum(1 for _ in bayesify.posteriors(converted))
     args, kwargs = call(entry.batches[0])
@@ -180,8 +182,8 @@ def run(only: str, again: bool, minutes: float) -> None:
     queue = [n for n in names() if fnmatch.fnmatchcase(n, only)]
     if not again:
         queue = [n for n in queue if rows.get(n, {"problems": ["not run"]})["problems"]]
-        # what never ran comes first, the quick ones of that before the others
-        queue.sort(key=lambda n: (n in rows, n.startswith(("transformers", "torchvision"))))
+        # the slow ones come last, what never ran before what failed
+        queue.sort(key=lambda n: (n.startswith(("torchvision", "transformers")), n in rows))
     for number, name in enumerate(queue, 1):
         if time.monotonic() > stop:
             print(f"{len(queue) - number + 1} more to do", flush=True)
@@ -190,7 +192,8 @@ def run(only: str, again: bool, minutes: float) -> None:
         while (found := job.result()) is None:
             wait([job.pipe], timeout=1.0)
         rows[name] = {"name": name, "by_hand": name not in listed} | found | source
-        rows = read() | {name: rows[name]}  # another run may write too
+        known = set(names())
+        rows = {n: r for n, r in (read() | {name: rows[name]}).items() if n in known}
         write(rows)
         said_ = "; ".join(found["problems"][:2]) or "ok"
         print(f"{number}/{len(queue)} {name}: {said_} ({found.get('seconds')} s)", flush=True)

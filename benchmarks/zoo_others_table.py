@@ -13,7 +13,19 @@ from zoo_libraries import rule
 RESULT = Path(__file__).parent / "results" / "zoo_others.jsonl"
 Row = dict[str, Any]
 
-REASONS: dict[str, str] = {}
+_METADATA = (
+    "its state dict holds a dict `_metadata` of how it was built; `save` refuses by name what is "
+    "no tensor, since it would need a pickle; all else holds"
+)
+REASONS: dict[str, str] = {
+    "kornia:DeDoDe": "`copy.deepcopy` of the original raises the same: it holds a view of a dict",
+    "neuralop:FNO": _METADATA,
+    "neuralop:FNOGNO": _METADATA,
+    "neuralop:TFNO": _METADATA,
+    "neuralop:UQNO": _METADATA,
+    "gpytorch:a variational process": "it keeps objects that hold tensors made of parameters "
+    "between calls in eval mode; only tensors are known as caches",
+}
 """Why a model does not pass, in words, where its problem does not say it."""
 
 

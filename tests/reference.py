@@ -323,9 +323,14 @@ def check(
 
 def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in state:
-                buffer.copy_(state[name])
+        for prefix, module in model.named_modules():
+            for name, buffer in module._buffers.items():
+                kept = state.get(f"{prefix}.{name}" if prefix else name)
+                if buffer is not None and kept is not None:
+                    if buffer.shape == kept.shape:
+                        buffer.copy_(kept)
+                    else:  # a state that took the shape of the batch
+                        module._buffers[name] = kept.clone()
 
 
 def _loss(value: Any) -> Tensor:

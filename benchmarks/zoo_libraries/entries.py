@@ -25,12 +25,14 @@ class Entry:
         name: Its name there.
         make: Builds it.
         batches: The batch sizes of the check.
+        prepare: Called with the perturbed model before it is converted.
     """
 
     library: str
     name: str
     make: Callable[[], Built]
     batches: tuple[int, ...] = (3,)
+    prepare: Callable[[nn.Module], object] | None = None
 
     @property
     def key(self) -> str:

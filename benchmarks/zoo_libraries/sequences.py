@@ -318,7 +318,7 @@ def _() -> Built:
     neuron = s.Leaky(0.9, learn_beta=True, spike_grad=s.surrogate.fast_sigmoid(), init_hidden=True)
 
     def run(model: nn.Module, x: Tensor) -> Tensor:
-        neuron.reset_mem()
+        model.get_submodule("1").reset_mem()  # type: ignore[operator]
         return torch.stack([model(step) for step in x])
 
     return Calls(nn.Sequential(nn.Linear(3, 4), neuron), run), _over_time

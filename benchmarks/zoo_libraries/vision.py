@@ -32,14 +32,16 @@ _smp("dpt", encoder_name="tu-vit_tiny_patch16_224", dynamic_img_size=True)
 
 
 def _detector(name: str) -> None:
-    @entry("torchvision", name, batches=(2,))
-    def make() -> Built:
-        import zoo_checks
+    key = f"torchvision:{name}"
 
-        key = f"torchvision:{name}"
-        model = zoo_checks.build(key)
-        zoo_checks._find_boxes(key, model, 64)
-        return model, lambda b: zoo_checks.inputs(key, model, b, 64, "cpu")
+    def prepare(model: nn.Module) -> None:
+        lib("zoo_checks")._find_boxes(key, model, 64)
+
+    @entry("torchvision", name, batches=(2,), prepare=prepare)
+    def make() -> Built:
+        checks = lib("zoo_checks")
+        model = checks.build(key)
+        return model, lambda b: checks.inputs(key, model, b, 64, "cpu")
 
 
 for _name in ("fasterrcnn_mobilenet_v3_large_fpn", "ssd300_vgg16", "maskrcnn_resnet50_fpn",
@@ -173,13 +175,20 @@ def _() -> Built:
 # -- kornia ----------------------------------------------------------------------------------
 
 
-def _kornia(name: str, call: Callable[[int], Call], *args: Any, **options: Any) -> None:
-    @entry("kornia", name)
+def _above_zero(model: Any) -> None:
+    """Random weights give no response at all behind its last ReLU."""
+    nn.init.constant_(model.last_conv[0].bias, 1.0)
+
+
+def _kornia(
+    name: str, call: Callable[[int], Call], *args: Any, prepare: Any = None, **options: Any
+) -> None:
+    @entry("kornia", name, prepare=prepare)
     def make() -> Built:
         return getattr(lib("kornia.feature"), name)(*args, **options), call
 
 
-_kornia("KeyNet", takes(1, 32, 32), pretrained=False)
+_kornia("KeyNet", takes(1, 32, 32), prepare=_above_zero, pretrained=False)
 _kornia("XFeatModel", takes(1, 64, 64))
 _kornia("FilterResponseNorm2d", takes(4, 8, 8), 4, is_eps_leanable=True)
 
