@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from bayesify import torch_support
 from bayesify.kernels import native
 
 # The first call of a torch op can take longer than hypothesis' deadline; derandomize gives the same
@@ -44,15 +43,6 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries that use the global state must be fixed as well
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _compile_begins_later(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Skip what compiles a Bayesian model where torch is too old for that."""
-    first = torch_support.FIRST["torch.compile"]
-    if torch_support.installed() < first and "too_old" not in request.node.name:
-        reason = f"torch.compile of a Bayesian model needs torch {first[0]}.{first[1]}"
-        monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.skip(reason))
 
 
 @pytest.fixture(params=[1, 2])

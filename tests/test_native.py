@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import math
+import shutil
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -49,6 +51,19 @@ def test_a_library_that_cannot_be_loaded_is_named(
     (tmp_path / f"_native{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     with pytest.warns(RuntimeWarning, match="C library cannot be loaded .*made by plain torch"):
+        assert native._library.__wrapped__() is None
+
+
+def test_a_library_of_another_version_is_not_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any library does for one from before there was a number."""
+    other = importlib.util.find_spec("_ctypes")
+    assert other is not None
+    assert other.origin is not None
+    shutil.copy(other.origin, tmp_path / f"_native{EXTENSION_SUFFIXES[0]}")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    with pytest.warns(RuntimeWarning, match=r"another version .*interface 1, wanted .*pip install"):
         assert native._library.__wrapped__() is None
 
 

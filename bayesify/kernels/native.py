@@ -31,6 +31,9 @@ MISSING = (
     "a C compiler such as gcc."
 )
 
+INTERFACE = 2
+"""Of native.c: a library with other arguments would crash, or be wrong."""
+
 _MASK = (1 << 64) - 1
 
 
@@ -171,6 +174,16 @@ def _library() -> Any:
             f"bayesify's C library cannot be loaded ({error}): draws on the CPU are made by plain "
             "torch, slower and with other numbers for a seed. Installing bayesify anew compiles it "
             "for this machine.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    made = getattr(library, "bayesify_interface", lambda: 1)()
+    if made != INTERFACE:
+        warnings.warn(
+            f"bayesify's C library is of another version (interface {made}, wanted "
+            f"{INTERFACE}): draws on the CPU are made by plain torch, slower and with other "
+            "numbers for a seed. Compile it anew: pip install -e . in a checkout.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import scope as scopes
-from .. import torch_support
 from ..errors import UnsupportedModuleError
 from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
@@ -256,7 +255,6 @@ def find(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(handle: int, method: str, key: Any, shapes: Any) -> int:
     """Make the variant of a call that torch.compile is tracing; gives its number."""
-    torch_support.check("torch.compile")
     owner = _OWNERS.get(handle)
     if owner is None:
         raise UnsupportedModuleError(
