@@ -66,14 +66,15 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The dtypes of what is drawn together from now on."""
     seen: list[torch.dtype] = []
-    original = grouped.draw
+    original = grouped.prepare
 
     def spy(items: Any, seed: Tensor) -> Any:
         drawn = original(items, seed)
-        seen.extend(value.dtype for value, _ in drawn)
+        values = (v.read() if isinstance(v, grouped.Later) else v for v in drawn)
+        seen.extend(value.dtype for value in values)
         return drawn
 
-    monkeypatch.setattr(grouped, "draw", spy)
+    monkeypatch.setattr(grouped, "prepare", spy)
     return seen
 
 

@@ -125,7 +125,7 @@ def test_reads_in_one_call_share_the_draw_and_two_calls_do_not() -> None:
 
 def test_each_parameter_is_drawn_once_in_a_scope() -> None:
     model = bayesify.to_bbb(Reads(), logvar=LOGVAR).train()
-    with mock.patch.object(grouped, "draw", wraps=grouped.draw) as draw:
+    with mock.patch.object(grouped, "prepare", wraps=grouped.prepare) as draw:
         model(X)
         assert [len(call.args[0]) for call in draw.mock_calls] == [len(list(sites(model)))] == [3]
         with one_draw(model):
@@ -662,7 +662,7 @@ class Mixture(nn.Module):
 def drawn_in(call: Callable[[], Any]) -> set[str]:
     """Names of the slots that are drawn during a call, together or one by one."""
     names: set[str] = set()
-    together, alone = grouped.draw, bayesify.scope.drawing.realise
+    together, alone = grouped.prepare, bayesify.scope.drawing.realise
     keys = {key_of(f"{n}.{k}"): n for n in [*MIXTURE, "router"] for k in ("weight", "bias")}
 
     def draw(items: Any, seed: Tensor) -> Any:
@@ -674,7 +674,7 @@ def drawn_in(call: Callable[[], Any]) -> set[str]:
         return alone(module, attribute, slot, *rest)
 
     patch = mock.patch.object
-    with patch(grouped, "draw", draw), patch(bayesify.scope.drawing, "realise", realise):
+    with patch(grouped, "prepare", draw), patch(bayesify.scope.drawing, "realise", realise):
         call()
     return names
 

@@ -6,13 +6,17 @@ same up to the rounding of exponentials, logarithms and angles.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from ..gaussian import HELD
 from . import cpu_draw
@@ -38,10 +42,14 @@ class Item(NamedTuple):
 def possible() -> bool:
     """Whether nothing watches or transforms tensors now, so that memory may be used anew."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or _get_current_dispatch_mode_stack()
+        torch.compiler.is_compiling() or transformed() or _get_current_dispatch_mode_stack()
+    )
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward differentiation transforms what is computed now."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
 
 
@@ -84,18 +92,20 @@ def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]
         Each draw and, where it has a gradient, where :func:`gaussian_kl` may hang the KL divergence
         of the same tensor.
     """
+    made = prepare(items, seed)
+    return [(v.read(), v.hook) if isinstance(v, Later) else (v, None) for v in made]
+
+
+def prepare(items: Sequence[Item], seed: Tensor) -> list[Tensor | Later]:
+    """As :func:`draw`; a draw that has a gradient gets its node when it is first read."""
     gradient = torch.is_grad_enabled()
     found: list[Any] = [None] * len(items)
     for way, members in _by_way(items):
         drawn = way.draw([items[i] for i in members], int(seed), gradient)
         for index, (value, half) in zip(members, drawn, strict=True):
             item = items[index]
-            if gradient and (item.mean.requires_grad or item.logvar.requires_grad):
-                node = Draw(item, half, seed)
-                drawn_value, token = _apply_draw(item.mean, item.logvar, [value], node)
-                found[index] = drawn_value, Hook(node, token)
-            else:
-                found[index] = value, None
+            differentiable = gradient and (item.mean.requires_grad or item.logvar.requires_grad)
+            found[index] = Later(value, Draw(item, half, seed)) if differentiable else value
     return found
 
 
@@ -206,6 +216,34 @@ class Draw:
             excess = torch.expm1(logvar - cpu_draw.log(prior_var)).masked_fill(held, 0.0)
             by_logvar = by_logvar + 0.5 * kl * excess
         return by_mean, by_logvar
+
+
+class Later:
+    """A draw whose node in the autograd graph is made when it is first read.
+
+    Autograd runs the youngest node first. Were all nodes made before the forward, their backward
+    would run after that of the whole model: each weight's upstream gradient would be kept until
+    then, and no all-reduce of DDP could begin before.
+    """
+
+    __slots__ = ("_node", "_value", "hook")
+
+    def __init__(self, value: Tensor, node: Draw) -> None:
+        self._value, self._node = value, node
+        self.hook: Hook | None = None  # where the KL divergence of the same tensor may hang
+
+    def read(self) -> Tensor:
+        """The draw, with its node. Not inside a transform of torch.func (:func:`transformed`)."""
+        if self.hook is None:
+            item = self._node.item
+            watched = _get_current_dispatch_mode_stack()
+            with (
+                torch._C.DisableTorchFunction(),
+                _disable_current_modes() if watched else contextlib.nullcontext(),
+            ):
+                self._value, token = _apply_draw(item.mean, item.logvar, [self._value], self._node)
+            self.hook = Hook(self._node, token)
+        return self._value
 
 
 class Hook(NamedTuple):

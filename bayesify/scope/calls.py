@@ -75,7 +75,8 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     """Draw every weight below ``module`` now, except those that are sharded or seldom read.
 
     Made here, a draw lies outside every checkpointed region and every compiled sub-graph; a
-    sharded parameter is drawn by the module that reads it, after its own all-gather.
+    sharded parameter is drawn by the module that reads it, after its own all-gather. Where draws
+    are made together, the node of each comes at its first read (:class:`~.grouped.Later`).
 
     Returns:
         The slots that were drawn; none while torch.compile traces, which drops what is not read,
@@ -94,7 +95,9 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     together = grouped.possible()
     items: dict[tuple[Any, ...], grouped.Item] = {}
     slots: list[Slot] = []
+    compiled = False
     for child in module.modules():
+        compiled = compiled or _is_compiled(child)
         state = owner_state(child)
         if state is None:
             continue
@@ -109,7 +112,7 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 index = (*index, dtype)
             else:
                 dtype = None
-            if type(mean) is not nn.Parameter or index in scope.realised:
+            if type(mean) is not nn.Parameter or index in scope.realised or index in scope.later:
                 continue
             if slot.estimator != "weight" or slot.uid in seldom:
                 continue  # most of its reads need no draw, or there is none
@@ -130,10 +133,20 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
         assert scope.seed is not None
         # as in realise
         with torch._C.DisableTorchFunction():
-            made = grouped.draw(list(items.values()), scope.seed)
-        for index, slot, (value, hook) in zip(items, slots, made, strict=True):
-            scope.realised[index], slot.drawn = value, hook
+            made = grouped.prepare(list(items.values()), scope.seed)
+        for index, slot, value in zip(items, slots, made, strict=True):
+            if not isinstance(value, grouped.Later):
+                scope.realised[index] = value
+            elif compiled:
+                scope.realised[index], slot.drawn = value.read(), value.hook
+            else:
+                scope.later[index] = value
     return drawn
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile runs this part of a model: its inputs must be there as it begins."""
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _note_unread(module: nn.Module, method: str, scope: Scope, drawn: list[Slot]) -> None:

@@ -23,13 +23,16 @@ class Scope:
     needs gradients. One in autocast's dtype stands beside that in the mean's.
     """
 
-    __slots__ = ("compiled", "drawing", "filled", "keys", "lowered", "reads", "realised", "seed")
+    __slots__ = (
+        "compiled", "drawing", "filled", "keys", "later", "lowered", "reads", "realised", "seed",
+    )  # fmt: skip
 
     def __init__(self, seed: Tensor | None, keys: dict[int, int] | None = None) -> None:
         self.seed = seed
         self.drawing = seed is not None
         self.keys = {} if keys is None else keys
         self.realised: dict[tuple[Any, ...], Tensor] = {}
+        self.later: dict[tuple[Any, ...], grouped.Later] = {}  # drawn, and not read yet
         self.filled: set[tuple[int, int]] = set()  # what needs no look again: (module, grad mode)
         self.reads: set[tuple[int, int]] = set()
         self.lowered: set[tuple[int, int, torch.dtype]] = set()  # reads in autocast's dtype
@@ -38,6 +41,7 @@ class Scope:
     def clear(self) -> None:
         """Let go of what is realised."""
         self.realised.clear()
+        self.later.clear()
         self.filled.clear()
 
     def of(self, module: nn.Module) -> Scope:
@@ -53,6 +57,7 @@ class Scope:
         child = self.empty()
         if keep:
             child.realised = dict(self.realised)
+            child.later = dict(self.later)
             child.filled = set(self.filled)
         return child
 
@@ -79,7 +84,12 @@ class Scope:
         self.lowered.add(index)
         tensor = self.realised.get(index)
         if tensor is None:
-            tensor = self.realised[index] = self.draw(module, attribute, slot).to(dtype)
+            tensor = self._first_read(index, slot)
+            if tensor is None:
+                tensor = self.draw(module, attribute, slot).to(dtype)
+                if index in self.later:
+                    return tensor  # it belongs to the transform around this read
+            self.realised[index] = tensor
         return tensor
 
     def draw(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
@@ -87,8 +97,23 @@ class Scope:
         index = (slot.uid, grad_mode())
         tensor = self.realised.get(index)
         if tensor is None:
-            tensor = realise(module, attribute, slot, self.seed, self.key_of(slot))
+            tensor = self._first_read(index, slot)
+            if tensor is None:
+                tensor = realise(module, attribute, slot, self.seed, self.key_of(slot))
+                if not torch.compiler.is_compiling() and index in self.later:
+                    return tensor  # it belongs to the transform around this read
             self.realised[index] = tensor
+        return tensor
+
+    def _first_read(self, index: tuple[Any, ...], slot: Slot) -> Tensor | None:
+        """The draw that was made when the scope opened, where one was and it can be read here."""
+        if torch.compiler.is_compiling():
+            return None
+        later = self.later.get(index)
+        if later is None or grouped.transformed():
+            return None
+        tensor = later.read()
+        slot.drawn = later.hook
         return tensor
 
     def deviation(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
