@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ import bayesify
 from bayesify import draws, kl_divergence, one_draw, posteriors, to_bbb
 from bayesify.posterior import sites
 from bayesify.scope import LOCAL
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -58,6 +69,7 @@ def order(model: nn.Module, loss: Any) -> list[str]:
     return events
 
 
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_each_gradient_comes_before_the_next_layer_begins(kl: bool, checkpointed: bool) -> None:
@@ -70,6 +82,7 @@ def test_each_gradient_comes_before_the_next_layer_begins(kl: bool, checkpointed
     assert expected.index("layers.2.weight") < expected.index("[1]")
 
 
+@pytest.mark.usefixtures("group")
 def test_two_views_of_one_draw_end_with_the_first_of_them() -> None:
     plain = Stack()
     model = to_bbb(plain).train()
@@ -89,6 +102,7 @@ def gradients_of(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, parameters))
 
 
+@pytest.mark.usefixtures("group")
 def test_the_kl_hangs_on_draws_that_were_read_and_on_no_others() -> None:
     model = to_bbb(Stack()).train()
     model(X)
@@ -129,6 +143,7 @@ class Watched(Mapped):
         return total
 
 
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("kind", [Mapped, Watched])
 def test_a_first_read_inside_a_transform_or_a_mode(kind: type[nn.Module]) -> None:
     model = to_bbb(kind()).train()
@@ -142,6 +157,7 @@ def test_a_first_read_inside_a_transform_or_a_mode(kind: type[nn.Module]) -> Non
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile asks for it
 def test_a_compiled_part_finds_its_draws_made() -> None:
     model = to_bbb(Stack()).train()

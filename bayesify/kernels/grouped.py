@@ -221,9 +221,8 @@ class Draw:
 class Later:
     """A draw whose node in the autograd graph is made when it is first read.
 
-    Autograd runs the youngest node first. Were all nodes made before the forward, their backward
-    would run after that of the whole model: each weight's upstream gradient would be kept until
-    then, and no all-reduce of DDP could begin before.
+    Autograd runs the youngest node first. Where all nodes are made before the forward, their
+    backward runs after that of the whole model, and no all-reduce of DDP can begin before.
     """
 
     __slots__ = ("_node", "_value", "hook")

@@ -76,7 +76,9 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
 
     Made here, a draw lies outside every checkpointed region and every compiled sub-graph; a
     sharded parameter is drawn by the module that reads it, after its own all-gather. Where draws
-    are made together, the node of each comes at its first read (:class:`~.grouped.Later`).
+    are made together in a process group, the node of each comes at its first read
+    (:class:`~.grouped.Later`). Elsewhere that gains nothing, and nodes made one after the other are
+    cheaper: by a tenth of the step of a small network.
 
     Returns:
         The slots that were drawn; none while torch.compile traces, which drops what is not read,
@@ -95,9 +97,9 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     together = grouped.possible()
     items: dict[tuple[Any, ...], grouped.Item] = {}
     slots: list[Slot] = []
-    compiled = False
+    at_once = not _in_process_group()
     for child in module.modules():
-        compiled = compiled or _is_compiled(child)
+        at_once = at_once or _is_compiled(child)
         state = owner_state(child)
         if state is None:
             continue
@@ -137,11 +139,16 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
         for index, slot, value in zip(items, slots, made, strict=True):
             if not isinstance(value, grouped.Later):
                 scope.realised[index] = value
-            elif compiled:
+            elif at_once:
                 scope.realised[index], slot.drawn = value.read(), value.hook
             else:
                 scope.later[index] = value
     return drawn
+
+
+def _in_process_group() -> bool:
+    """Whether gradients may be sent while the backward goes on, as DDP does."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_compiled(module: nn.Module) -> bool:
