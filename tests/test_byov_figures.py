@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,8 @@ from recipes.byov.config import UNSEEN_SHIFTS
 from recipes.byov.evaluation.protocol import EvalSettings
 from recipes.byov.evaluation.runs import open_run
 from recipes.byov.evaluation.uncertainty import UncertaintySettings
+from recipes.byov.iterative import IterativeSettings, iterative_pruning
 from recipes.byov.paper import figures, plots, tables
-from recipes.byov.paper.iterative import IterativeSettings, iterative_pruning
 from recipes.byov.paper.page import number
 from recipes.byov.paper.results import Estimate, RunRecord, distinct, read_record
 from recipes.byov.train import train
@@ -241,6 +242,29 @@ def test_an_unknown_figure_is_refused(folders: dict[str, Path], tmp_path: Path) 
 
 def _run(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
+
+
+def test_without_the_papers_room_figures_say_what_is_missing(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "recipes.byov.paper", None)  # as in a wheel
+    found = _run("figures", str(folders["byol"]), "--out", str(tmp_path / "figures"))
+    assert found.exit_code == 2
+    assert "clone it" in " ".join(found.stderr.split())
+    assert not (tmp_path / "figures").exists()
+
+
+def test_without_the_papers_room_pruning_goes_on(
+    folders: dict[str, Path], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "recipes.byov.paper", None)
+    options = ("--sparsity", "0", "--sparsity", "0.5", "--epochs", "4", "--device", "cpu")
+    out = tmp_path / "figures"
+    found = _run("prune", str(folders["byol"]), *options, "--out", str(out), "--scope", "tensor")
+    assert found.exit_code == 0, found.output
+    assert "top-1 in %, pruned per tensor" in found.stdout
+    assert "No figure was drawn" in found.stderr
+    assert not out.exists()
 
 
 def test_eval_prints_a_table_of_80_columns(folders: dict[str, Path], made: Path) -> None:

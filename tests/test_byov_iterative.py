@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import bayesify as bb
 from bayesify import ArgumentError
 from byov_small import CONFIG, small_run, stop_at
+from recipes.byov import iterative
 from recipes.byov.evaluation import linear, protocol, pruning
 from recipes.byov.evaluation.runs import Run, open_run
+from recipes.byov.iterative import DENSE, LONGER, ONCE, ROUNDS, THEN, IterativeSettings
 from recipes.byov.optimizer import lr_factor
-from recipes.byov.paper import iterative
-from recipes.byov.paper.iterative import DENSE, LONGER, ONCE, ROUNDS, THEN, IterativeSettings
 from recipes.byov.paper.pruning_rounds import fig4rounds
 from recipes.byov.paper.results import RunRecord
 from recipes.byov.train import train

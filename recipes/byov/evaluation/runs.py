@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..model import Student, build_student, convert_
 from ..runtime import checkpoint
 from ..runtime.log import read_log
 from ..runtime.monitors import initial_logvars, posterior_health
+from ..runtime.provenance import commit, device_name
 from ..trust import check_data, check_encoder
 from .features import Reading, Rows, refresh_batchnorm_
 
@@ -288,27 +288,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, overwrite=True) as temporary:
         temporary.write_text(json.dumps(_plain(value), allow_nan=False) + "\n", "utf-8")
-
-
-def commit() -> str | None:
-    """The commit of this code, with a plus where files differ from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-            check=True,
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../../bayesify")
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or ``cpu``."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _plain(value: Any) -> Any:

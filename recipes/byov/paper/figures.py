@@ -22,9 +22,9 @@ from ..evaluation.uncertainty import (
     latent_variance,
     spread,
 )
+from ..iterative import IterativeSettings, iterative_pruning
 from . import claims, plots, pruning_rounds, tables
 from .gradients import gradient_noise
-from .iterative import IterativeSettings, iterative_pruning
 from .page import Section, page
 from .results import RunRecord, distinct, read_record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .iterative import ONCE, ROUNDS, THEN
+from ..iterative import ONCE, ROUNDS, THEN
 from .results import RunRecord, estimate, stamp, stamp_of_all
 from .tables import Numbers, ordered
 

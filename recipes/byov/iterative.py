@@ -25,20 +25,20 @@ from bayesify import (
     to_bbb_,
 )
 
-from ..config import RunConfig
-from ..data.batches import Views
-from ..data.training import batches_of
-from ..evaluation.features import Reading, refresh_batchnorm_
-from ..evaluation.linear import frozen_head, probe_of
-from ..evaluation.monte_carlo import classify, labels_of, outputs
-from ..evaluation.protocol import EvalSettings, metrics_of
-from ..evaluation.pruning import matrices
-from ..evaluation.runs import Run, limited, logvar_spread, stored
-from ..model import Student
-from ..optimizer import lr_factor, set_lr
-from ..runtime import checkpoint
-from ..runtime.distributed import World
-from ..step import Stepper
+from .config import RunConfig
+from .data.batches import Views
+from .data.training import batches_of
+from .evaluation.features import Reading, refresh_batchnorm_
+from .evaluation.linear import frozen_head, probe_of
+from .evaluation.monte_carlo import classify, labels_of, outputs
+from .evaluation.protocol import EvalSettings, metrics_of
+from .evaluation.pruning import matrices
+from .evaluation.runs import Run, limited, logvar_spread, stored
+from .model import Student
+from .optimizer import lr_factor, set_lr
+from .runtime import checkpoint
+from .runtime.distributed import World
+from .step import Stepper
 
 CRITERIA: dict[str, Literal["snr", "magnitude"]] = {"SNR": "snr", "magnitude": "magnitude"}
 """Names of the scores of :func:`bayesify.prune_`."""
