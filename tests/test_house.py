@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("convert",),
     ("objective", "optim", "inference", "pruning", "metrics"),
     ("models", "classes", "zoo"),
-    ("data", "storage"),
+    ("data", "storage", "corruptions"),
     ("training", "export"),
     ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`
     ("report",),

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesify import ArgumentError
+from bayesify.corruptions import SEVERITIES, corrupt, gaussian_noise, kinds
 
-from ..data.corruptions import SEVERITIES, corrupt, gaussian_noise, kinds
 from ..model import Student
 from .features import features_of
 from .linear import frozen_head
