@@ -177,7 +177,7 @@ def test_files_and_memory_give_the_same_batches(folder: Path) -> None:
         ({"batch_size": 0}, "batch_size = 0: expected 1 or more"),
         ({"micro_batches": -1}, "micro_batches = -1"),
         ({"workers": -1}, "workers must be 0 or more"),
-        ({"seed": -1}, "seed and epoch must be 0 or more"),
+        ({"seed": -1}, "seed, epoch and step must be 0 or more"),
     ],
 )
 def test_numbers_that_cannot_work_are_refused_at_once(changes: Any, message: str) -> None:

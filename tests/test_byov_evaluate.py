@@ -33,7 +33,6 @@ from recipes.byov.evaluation.monte_carlo import (
     drawn_probs,
     labels_of,
     outputs,
-    seed_of,
 )
 from recipes.byov.evaluation.runs import Run, open_run
 from recipes.byov.model import Student
@@ -42,6 +41,7 @@ from recipes.byov.paper import gradients, tables
 from recipes.byov.paper.claims import CLAIMS, by_beta, judge
 from recipes.byov.paper.page import noise_levels, rises
 from recipes.byov.paper.results import RunRecord, against, estimate, families, paper_like
+from recipes.byov.runtime.seeds import seed_of
 from recipes.byov.train import train
 
 HEAD = protocol.EvalSettings(num_samples=3, epochs=5)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +17,7 @@ from bayesify import ArgumentError, DataError
 from bayesify.data import InMemory, resize_and_crop
 from bayesify.models import InputConfig
 
+from ..runtime.seeds import seed_of
 from .image_ops import normalise
 from .sources import Images, open_images
 from .views import IMAGENET_VIEWS, TwoViews, WorkerViews
@@ -288,17 +288,17 @@ def train_views(
         )
     if workers < 0:
         raise ArgumentError(f"workers must be 0 or more, not {workers}.")
-    generator = torch.Generator().manual_seed(_derived(seed, epoch))
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     order = torch.randperm(source.num_images, generator=generator)
     parts = world_size * micro_batches
     order = order[: steps * parts * batch_size].view(steps, micro_batches, world_size, batch_size)
     todo = [
-        _Batch(order[step, micro, rank], _derived(seed, epoch, step, micro * world_size + rank))
+        _Batch(order[step, micro, rank], seed_of(seed, epoch, step, micro * world_size + rank))
         for step in range(start_step, steps)
         for micro in range(micro_batches)
     ]
     if isinstance(views, WorkerViews):
-        return _worker_views(source, todo, views, _derived(seed, epoch), device, workers)
+        return _worker_views(source, todo, views, seed_of(seed, epoch), device, workers)
     return _device_views(source, todo, views, device, workers)
 
 
@@ -330,14 +330,6 @@ class _Batch(NamedTuple):
 
     rows: Tensor
     seed: int
-
-
-def _derived(*numbers: int) -> int:
-    """A seed from several numbers; a neighbour in any of them gives an unrelated one."""
-    try:
-        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    except ValueError as error:
-        raise ArgumentError(f"seed and epoch must be 0 or more, not {numbers}.") from error
 
 
 def _device_views(
@@ -442,7 +434,7 @@ class _Viewed(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, list[int]]:
         image, label, broken = self.source.stored("train", index)
         image = as_channels(image, self.source.channels)
-        return *self.views(image, _derived(self.seed, index)), label, broken
+        return *self.views(image, seed_of(self.seed, index)), label, broken
 
 
 def as_channels(images: Tensor, channels: int) -> Tensor:

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from bayesify import ArgumentError, one_draw
 
 from ..data.batches import eval_batches
 from ..data.image_ops import normalise
+from ..runtime.seeds import seed_of
 from .features import Split, features_of
 from .runs import Run
 
@@ -22,11 +22,6 @@ Change = Callable[[Tensor, int], Tensor]
 """Of pixels (B, C, H, W) in [0, 1], and the number of their batch: what a corruption does."""
 
 _BATCH = 256
-
-
-def seed_of(seed: int, draw: int) -> int:
-    """The seed of one of many draws, for :func:`bayesify.one_draw`."""
-    return int(np.random.SeedSequence((seed, draw)).generate_state(1, np.uint64)[0] >> 1)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from bayesify import ArgumentError
 from bayesify.corruptions import SEVERITIES, corrupt, gaussian_noise, kinds
 
 from ..model import Student
+from ..runtime.seeds import seed_of
 from .features import features_of
 from .linear import frozen_head
 from .monte_carlo import (
@@ -25,7 +26,6 @@ from .monte_carlo import (
     labels_of,
     moments,
     outputs,
-    seed_of,
 )
 from .protocol import EvalSettings, metrics_of
 from .runs import Run, limited, stored

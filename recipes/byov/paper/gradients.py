@@ -14,10 +14,11 @@ from bayesify import ArgumentError, one_draw, posteriors
 from ..data.batches import Views, train_views
 from ..data.training import configs_of
 from ..data.views import TwoViews
-from ..evaluation.monte_carlo import Moments, seed_of
+from ..evaluation.monte_carlo import Moments
 from ..evaluation.runs import Run, stored
 from ..model import Student, build_student, convert_
 from ..objective import byol_loss
+from ..runtime.seeds import seed_of
 
 ESTIMATORS = ("weight", "local", "flipout")
 
