@@ -24,6 +24,7 @@ from bayesify import (
     sparsity_schedule,
     to_bbb_,
 )
+from bayesify.optim import warmup_cosine
 
 from .config import RunConfig
 from .data.batches import Views
@@ -35,7 +36,7 @@ from .evaluation.protocol import EvalSettings, metrics_of
 from .evaluation.pruning import matrices
 from .evaluation.runs import Run, limited, logvar_spread, stored
 from .model import Student
-from .optimizer import lr_factor, set_lr
+from .optimizer import set_lr
 from .runtime import checkpoint
 from .runtime.distributed import World
 from .step import Stepper
@@ -169,7 +170,7 @@ def gone_on(
             if criterion is not None:
                 prune_(model.encoder, sparsity, score=CRITERIA[criterion], only=only)
             for step in range(steps):
-                set_lr(stepper.optimizer, lr_ratio * lr_factor(step, steps // 10, steps))
+                set_lr(stepper.optimizer, lr_ratio * warmup_cosine(step, steps // 10, steps))
                 with nullcontext() if config.bayesian else at_mean(model):
                     stepper.backward(number, next(batches), config.beta_end, norm_wanted=False)
                 stepper.advance(config.tau_end)
