@@ -28,10 +28,10 @@ from recipes.byov.data.views import TwoViews
 from recipes.byov.evaluation import evaluate, linear, ood, protocol, pruning, runs, uncertainty
 from recipes.byov.evaluation.features import features_of
 from recipes.byov.evaluation.monte_carlo import (
-    Moments,
     classify,
     drawn_probs,
     labels_of,
+    moments,
     outputs,
 )
 from recipes.byov.evaluation.runs import Run, open_run
@@ -243,11 +243,9 @@ def test_all_batches_of_a_draw_have_the_same_weights(
 
 def test_moments_are_those_of_the_stack() -> None:
     values = torch.randn(7, 3, 2)
-    found = Moments()
-    for value in values:
-        found.add(value)
+    found = moments(values)
     assert torch.allclose(found.mean, values.double().mean(0))
-    assert torch.allclose(found.std, values.double().std(0))
+    assert torch.allclose(found.std(1), values.double().std(0))
 
 
 def test_every_protocol_gives_metrics(folders: dict[str, Path]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesify import ArgumentError, one_draw
+from bayesify.welford import Welford
 
 from ..data.batches import eval_batches
 from ..data.image_ops import normalise
@@ -100,31 +100,12 @@ def drawn_probs(
         yield outputs(run, classify(run, head), split, change=change, draw=seed_of(seed, draw))
 
 
-@dataclass
-class Moments:
-    """Mean and variance over draws of tensors of one shape, kept as they come (Welford)."""
-
-    count: int = 0
-    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add(self, value: Tensor) -> None:
-        """Take one more draw."""
-        value = value.double()
-        self.count += 1
-        away = value - self.mean
-        self.mean = self.mean + away / self.count
-        self.squares = self.squares + away * (value - self.mean)
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation over the draws, divisor K - 1."""
-        return (self.squares / max(1, self.count - 1)).sqrt()
-
-
-def moments(draws: Iterator[Tensor]) -> Moments:
-    """Mean and spread over all draws."""
-    found = Moments()
+def moments(draws: Iterable[Tensor]) -> Welford:
+    """Mean and spread over all draws, which are one or more."""
+    draws = iter(draws)
+    first = next(draws)
+    found = Welford(first)
+    found.add(first)
     for value in draws:
         found.add(value)
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,6 +15,8 @@ from torch import nn
 
 from bayesify import ArgumentError, posteriors
 from bayesify.data import InMemory
+from bayesify.devices import resolve_device
+from bayesify.json_numbers import finite
 from bayesify.storage import replacing
 
 from ..config import BYOVConfig, RunConfig
@@ -139,7 +140,7 @@ def open_run(
     if spec is None:
         spec = str(identity["data"]["name"])
         check_data(newest, spec)
-    here = _device(device)
+    here = resolve_device(device)  # one, also where torchrun started more processes
     with torch.random.fork_rng(devices=[]):
         source = open_images(config, RunConfig(data=spec, device=device)).to(here)
         if source.test is None or not source.num_classes:
@@ -193,19 +194,6 @@ def open_run(
         log,
         initial_logvar,
     )
-
-
-def _device(name: str) -> torch.device:
-    """One device; measurements are made by one process, also where torchrun started more."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except Exception as error:  # no driver, no such index: each another kind
-        raise ArgumentError(f"device {name!r} cannot be used here: {error}") from error
-    return device
 
 
 def limited(run: Run, count: int) -> Run:
@@ -287,7 +275,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a result whole or not at all; what is not finite, which JSON lacks, becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(_plain(value), allow_nan=False) + "\n", "utf-8")
+        temporary.write_text(json.dumps(finite(_plain(value)), allow_nan=False) + "\n", "utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -300,5 +288,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return _plain(value.tolist())
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.6g}")
     return value
