@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import xml.etree.ElementTree as ET
@@ -88,6 +89,7 @@ def test_the_page_holds_every_figure_and_claim_and_is_alone(made: Path) -> None:
     assert "+2.83" in text  # the paper's
     assert "n &lt; 3" in text  # one seed is no claim
     assert "<script" not in text
+    assert "default-src 'none'" in text
 
 
 def test_what_was_not_run_is_said(folders: dict[str, Path], tmp_path: Path, made: Path) -> None:
@@ -265,6 +267,18 @@ def test_without_the_papers_room_pruning_goes_on(
     assert "top-1 in %, pruned per tensor" in found.stdout
     assert "No figure was drawn" in found.stderr
     assert not out.exists()
+
+
+def test_what_draws_is_asked_for_before_anything_is_measured(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
+    monkeypatch.setattr(figures, "open_run", pytest.fail)
+    with pytest.raises(ArgumentError, match=r"matplotlib: pip install 'bayesify\[report\]'"):
+        figures.make([folders["byol"]], tmp_path)
 
 
 def test_eval_prints_a_table_of_80_columns(folders: dict[str, Path], made: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bayesify import ArgumentError
+from bayesify.report import check_installed
 
 from ..config import UNSEEN_SHIFTS
 from ..evaluation.evaluate import evaluate
@@ -170,11 +171,13 @@ def make(
         The page.
 
     Raises:
-        ArgumentError: There is no such figure, a folder holds no run, or matplotlib is missing.
+        ArgumentError: There is no such figure, a folder holds no run, or jinja2 or matplotlib is
+            missing.
     """
     unknown = sorted(set(only) - set(NAMES))
     if unknown:
         raise ArgumentError(f"There is no figure {unknown[0]!r}: it must be of {', '.join(NAMES)}.")
+    check_installed()
     wanted = [f for f in FIGURES if not only or f.name in only]
     needs = list(dict.fromkeys(need for f in wanted for need in f.needs)) or ["eval"]
     if not measured:
