@@ -39,6 +39,7 @@ from recipes.byov.model import Student
 from recipes.byov.optimizer import make_optimizer
 from recipes.byov.paper import gradients, tables
 from recipes.byov.paper.claims import CLAIMS, by_beta, judge
+from recipes.byov.paper.correlations import correlations, spearman
 from recipes.byov.paper.page import noise_levels, rises
 from recipes.byov.paper.results import RunRecord, against, estimate, families, paper_like
 from recipes.byov.runtime.seeds import seed_of
@@ -700,13 +701,19 @@ def test_a_resnet_is_compared_with_its_own_optimizer_and_no_ablation() -> None:
     }
 
 
-def test_correlations_are_scipys() -> None:
+def test_correlations_are_their_definitions() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.rand(300, generator=generator).round(decimals=1)  # with ties
     y = x + torch.randn(300, generator=generator)
-    found = tables.correlations(x.tolist(), y.tolist())
-    assert found["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
-    assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    found = correlations(x.tolist(), y.tolist())
+    assert found["pearson"] == pytest.approx(np.corrcoef(x.numpy(), y.numpy())[0, 1], abs=1e-6)
+    ranks = [
+        [sum(b < a for b in v) + (sum(b == a for b in v) + 1) / 2 for a in v]
+        for v in (x.tolist(), y.tolist())
+    ]
+    assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert correlations([1.0, 1.0], [1.0, 2.0])["pearson"] is None
+    assert spearman([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]) is None
     fit = stats.linregress(x, y)
     residual = (y - fit.slope * x - fit.intercept).double()
     assert found["residual_skew"] == pytest.approx(stats.skew(residual), abs=1e-4)

@@ -10,13 +10,17 @@ from .. import __version__
 from ..errors import ArgumentError
 
 
-def check_installed() -> None:
+def check_installed(*further: str) -> None:
     """Whether what draws and fills a page is there, asked before long work.
 
+    Args:
+        *further: Packages that are needed beside jinja2 and matplotlib.
+
     Raises:
-        ArgumentError: jinja2 or matplotlib is not installed.
+        ArgumentError: One is not installed.
     """
-    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+    needed = ("jinja2", "matplotlib", *further)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ArgumentError(
             f"A report needs {' and '.join(missing)}: pip install 'bayesify[report]'."

@@ -16,6 +16,7 @@ from ..config import UNSEEN_SHIFTS
 from ..evaluation.protocol import MEANS
 from .cells import CELLS, RESULTS, SCALES, Scale, records_of
 from .claims import by_beta, comparison
+from .correlations import spearman
 from .figures import FIGURES, publish
 from .page import (
     APP_C,
@@ -32,7 +33,7 @@ from .page import (
     width,
 )
 from .results import ENOUGH, Estimate, RunRecord, distinct, estimate
-from .tables import app_c, correlations, fig7, overview
+from .tables import app_c, fig7, overview
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "byov.md"
@@ -264,7 +265,7 @@ def _rank_correlation(
     mine = record.numbers("spread")
     if not supervised or mine is None or supervised[0] is record:
         return None
-    return correlations(supervised[0].results["spread"]["numbers"]["std"], mine["std"])["spearman"]
+    return spearman(supervised[0].results["spread"]["numbers"]["std"], mine["std"])
 
 
 def _variances(records: Sequence[RunRecord]) -> list[str]:

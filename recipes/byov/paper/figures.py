@@ -171,13 +171,13 @@ def make(
         The page.
 
     Raises:
-        ArgumentError: There is no such figure, a folder holds no run, or jinja2 or matplotlib is
-            missing.
+        ArgumentError: There is no such figure, a folder holds no run, or jinja2, matplotlib or
+            scipy is missing.
     """
     unknown = sorted(set(only) - set(NAMES))
     if unknown:
         raise ArgumentError(f"There is no figure {unknown[0]!r}: it must be of {', '.join(NAMES)}.")
-    check_installed()
+    check_installed("scipy")
     wanted = [f for f in FIGURES if not only or f.name in only]
     needs = list(dict.fromkeys(need for f in wanted for need in f.needs)) or ["eval"]
     if not measured:

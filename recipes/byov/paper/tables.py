@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..evaluation.protocol import AVERAGE, MEANS, SCALED, TEACHER
 from ..evaluation.uncertainty import PARTS
+from .correlations import correlations, spearman
 from .results import (
     Estimate,
     RunRecord,
@@ -29,50 +29,6 @@ from .results import (
 METRICS = ("top1", "top5", "ece", "brier", "reliability", "resolution")
 PRIORS = {"zero": "N(0, I)", "teacher-mean": "N(mu_T, I)", "teacher": "N(mu_T, Sigma_T)"}
 Numbers = dict[str, Any]
-
-
-def correlations(x: Sequence[float], y: Sequence[float]) -> dict[str, float | None]:
-    """Pearson, Spearman, and how normal y is around its regression on x.
-
-    ``ks`` is the largest distance of the residual's distribution from the normal one of its own
-    mean and variance, ``ks_limit`` what 5 % of normal samples exceed (Lilliefors, large n).
-    """
-    a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    n = len(a)
-    pearson = _pearson(a, b)
-    if n < 3 or pearson is None:
-        return {"pearson": pearson, "spearman": None, "n": n}
-    away = a - a.mean()
-    residual = b - b.mean() - (away * b).sum() / away.square().sum() * away
-    scale = residual.std(correction=0)
-    z = residual / scale if scale > 0 else residual
-    ordered = z.sort().values
-    cdf = 0.5 * (1 + torch.erf(ordered / math.sqrt(2)))
-    ranks = torch.arange(n, dtype=torch.float64)
-    ks = torch.maximum((cdf - ranks / n).abs(), (cdf - (ranks + 1) / n).abs()).max()
-    return {
-        "pearson": pearson,
-        "spearman": _pearson(rank(a), rank(b)),
-        "residual_skew": float(z.pow(3).mean()),
-        "residual_excess_kurtosis": float(z.pow(4).mean() - 3),
-        "ks": float(ks),
-        "ks_limit": 0.895 / (math.sqrt(n) - 0.01 + 0.85 / math.sqrt(n)),
-        "n": n,
-    }
-
-
-def rank(values: Tensor) -> Tensor:
-    """Ranks from 1, the mean of their places for equal values."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    ranks: Tensor = (ends - (counts.double() - 1) / 2)[inverse]
-    return ranks
-
-
-def _pearson(a: Tensor, b: Tensor) -> float | None:
-    x, y = a - a.mean(), b - b.mean()
-    size = x.norm() * y.norm()
-    return float((x * y).sum() / size) if size > 0 else None
 
 
 def fig1b(records: Sequence[RunRecord], **wanted: Any) -> Numbers | None:
@@ -449,9 +405,9 @@ def fig7(records: Sequence[RunRecord], **wanted: Any) -> Numbers | None:
                                 "relative_spread": widths})  # fmt: skip
             for i, one in enumerate(PARTS):
                 for other in PARTS[i + 1 :]:
-                    x, y = (torch.tensor(together[p], dtype=torch.float64) for p in (one, other))
+                    rank = spearman(together[one], together[other])
                     summary.append({"seed": record.seed, "form": form, "pair": [one, other],
-                                    "spearman": _pearson(rank(x), rank(y))})  # fmt: skip
+                                    "spearman": rank})  # fmt: skip
     settings = known[0].results["latents"]["settings"]
     curves = []
     for part in PARTS:
