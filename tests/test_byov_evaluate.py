@@ -21,7 +21,7 @@ import bayesify as bb
 from bayesify import ArgumentError, corruptions
 from bayesify.metrics import classification_metrics, entropy
 from byov_small import CONFIG, small_run
-from recipes.byov.config import PRESETS, UNSEEN_SHIFTS, BYOVConfig
+from recipes.byov.config import UNSEEN_SHIFTS, BYOVConfig
 from recipes.byov.data.batches import eval_batches, train_views
 from recipes.byov.data.training import configs_of
 from recipes.byov.data.views import TwoViews
@@ -42,6 +42,7 @@ from recipes.byov.paper.claims import CLAIMS, by_beta, judge
 from recipes.byov.paper.correlations import correlations, spearman
 from recipes.byov.paper.page import noise_levels, rises
 from recipes.byov.paper.results import RunRecord, against, estimate, families, paper_like
+from recipes.byov.presets import PRESETS
 from recipes.byov.runtime.seeds import seed_of
 from recipes.byov.train import train
 
@@ -711,7 +712,7 @@ def test_correlations_are_their_definitions() -> None:
         [sum(b < a for b in v) + (sum(b == a for b in v) + 1) / 2 for a in v]
         for v in (x.tolist(), y.tolist())
     ]
-    assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert found["spearman"] == pytest.approx(np.corrcoef(np.array(ranks))[0, 1])
     assert correlations([1.0, 1.0], [1.0, 2.0])["pearson"] is None
     assert spearman([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]) is None
     fit = stats.linregress(x, y)

@@ -41,6 +41,7 @@ FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # The same of the recipe, which uses public names of bayesify alone.
 RECIPE_FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "resnet"),
+    ("presets",),
     ("model", "objective", "optimizer", "trust"),
     ("runtime",),
     ("data", "teacher"),

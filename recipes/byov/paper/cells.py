@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import PRESETS, UNSEEN_SHIFTS, BYOVConfig, RunConfig
+from ..config import UNSEEN_SHIFTS, BYOVConfig, RunConfig
 from ..evaluation.evaluate import evaluate
 from ..evaluation.ood import ood_detection, open_ood
 from ..evaluation.protocol import EvalSettings
@@ -22,6 +22,7 @@ from ..evaluation.pruning import SCOPES, Scope
 from ..evaluation.runs import open_run, write_json
 from ..evaluation.uncertainty import UncertaintySettings
 from ..iterative import IterativeSettings
+from ..presets import PRESETS
 from ..runtime.monitors import collapse_alarms
 from ..runtime.provenance import provenance
 from ..train import train

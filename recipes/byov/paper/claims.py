@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..config import PRESETS, UNSEEN_SHIFTS
+from ..config import UNSEEN_SHIFTS
 from ..evaluation.protocol import AVERAGE, MEANS, SCALED
 from ..evaluation.uncertainty import PARTS
+from ..presets import PRESETS
 from .results import (
     ENOUGH,
     Estimate,

@@ -27,10 +27,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import PRESETS
 from ..evaluation.protocol import EvalSettings
 from ..evaluation.pruning import SCOPES
 from ..evaluation.uncertainty import UncertaintySettings
+from ..presets import PRESETS
 from .cells import CELLS, Scale, result_of, run_cell
 
 _CHAIN = ("byol", "byov-zero", "supervised-bbb")
