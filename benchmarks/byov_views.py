@@ -26,7 +26,8 @@ from torch import Tensor
 
 from bayesify.data import InMemory
 from bayesify.storage import replacing
-from recipes.byov.data.batches import Source, train_views
+from recipes.byov.data.batches import train_views
+from recipes.byov.data.dataset import Source
 from recipes.byov.data.views import CIFAR_VIEWS, IMAGENET_VIEWS, TwoViews, ViewConfig, WorkerViews
 
 RESULT = Path(__file__).parent / "results" / "byov_views.json"

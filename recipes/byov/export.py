@@ -18,7 +18,7 @@ from bayesify.metrics import knn_accuracy
 from bayesify.storage import replacing
 
 from .config import BYOVConfig, RunConfig
-from .data.batches import Source
+from .data.dataset import Source
 from .evaluation.features import Reading, encoded, features
 from .model import Student, build_student, encoder_spec
 from .runtime.distributed import World

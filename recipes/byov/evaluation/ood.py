@@ -12,7 +12,7 @@ from torch import Tensor
 from bayesify.metrics import entropy, fit_temperature, ood_metrics
 from bayesify.welford import Welford
 
-from ..data.batches import Source, open_source
+from ..data.dataset import Source, open_source
 from .features import Split
 from .linear import frozen_head
 from .monte_carlo import classify, drawn_probs, labels_of, outputs

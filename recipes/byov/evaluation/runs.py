@@ -20,7 +20,7 @@ from bayesify.json_numbers import finite
 from bayesify.storage import replacing
 
 from ..config import BYOVConfig, RunConfig
-from ..data.batches import Source, in_memory
+from ..data.dataset import Source, in_memory
 from ..data.sources import Images
 from ..data.training import open_images
 from ..model import Student, build_student, convert_

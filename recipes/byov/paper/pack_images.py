@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bayesify.storage import replacing
 
-from ..data.batches import in_memory, open_source
+from ..data.dataset import in_memory, open_source
 
 
 def main() -> None:
