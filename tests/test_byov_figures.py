@@ -22,7 +22,7 @@ from recipes.byov.evaluation.protocol import EvalSettings
 from recipes.byov.evaluation.runs import open_run
 from recipes.byov.evaluation.uncertainty import UncertaintySettings
 from recipes.byov.iterative import IterativeSettings, iterative_pruning
-from recipes.byov.paper import figures, plots, tables
+from recipes.byov.paper import figures, plots, pruning_tables, tables, trajectories
 from recipes.byov.paper.page import number
 from recipes.byov.paper.results import Estimate, RunRecord, distinct, read_record
 from recipes.byov.train import train
@@ -135,7 +135,7 @@ def test_a_posterior_that_stands_still_is_stamped(folders: dict[str, Path], made
     records = [read_record(folder) for folder in folders.values()]
     still = [replace(c, facts={**c.facts, "converged": False}) for c in records]
     moved = [replace(c, facts={**c.facts, "converged": True}) for c in records]
-    for build in (tables.fig4, tables.fig3, tables.fig1b):
+    for build in (pruning_tables.fig4, trajectories.fig3, tables.fig1b):
         found, clean = build(still), build(moved)
         assert found is not None
         assert clean is not None
@@ -148,7 +148,7 @@ def test_a_panel_is_stamped_for_its_own_posterior_only(
 ) -> None:
     records = {name: read_record(folder) for name, folder in folders.items()}
     one = [replace(c, facts={**c.facts, "converged": n != "sigma"}) for n, c in records.items()]
-    found = tables.fig4(one)
+    found = pruning_tables.fig4(one)
     assert found is not None
     assert found["stamp"] is None
     stamps = {panel["run"]: panel["stamp"] for panel in found["panels"]}
@@ -170,7 +170,7 @@ def test_the_stamp_is_in_the_picture(folders: dict[str, Path], tmp_path: Path, m
 
 def test_trajectories_are_those_of_the_log(folders: dict[str, Path], made: Path) -> None:
     record = read_record(folders["zero"])
-    numbers = tables.fig3([record])
+    numbers = trajectories.fig3([record])
     assert numbers is not None
     column = numbers["columns"]["N(0, I)"]
     epochs = [line for line in record.log if line["kind"] == "epoch"]
@@ -196,14 +196,14 @@ def test_trajectories_are_of_a_seed_whose_posteriors_moved(
              record("zero", 2, moved=True), record("sigma", 2, moved=True)]  # fmt: skip
 
     def seeds(given: list[RunRecord]) -> list[tuple[int, str | None]]:
-        found = tables.fig3(given)
+        found = trajectories.fig3(given)
         assert found is not None
         return [(column["seed"], column["stamp"]) for column in found["columns"].values()]
 
     assert seeds(records) == [(2, None), (2, None)]
     assert seeds(records[:4]) == [(0, None), (0, "posterior not converged")]
     assert seeds(records[1:3]) == [(1, "posterior not converged"), (0, "posterior not converged")]
-    one = tables.fig3(records[:4])
+    one = trajectories.fig3(records[:4])
     assert one is not None
     assert one["stamp"] is None
     plots.draw("fig3", one, tmp_path)

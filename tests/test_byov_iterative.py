@@ -20,7 +20,7 @@ from recipes.byov import iterative
 from recipes.byov.evaluation import linear, protocol, pruning
 from recipes.byov.evaluation.runs import Run, open_run
 from recipes.byov.iterative import DENSE, LONGER, ONCE, ROUNDS, THEN, IterativeSettings
-from recipes.byov.paper.pruning_rounds import fig4rounds
+from recipes.byov.paper.pruning_tables import fig4rounds
 from recipes.byov.paper.results import RunRecord
 from recipes.byov.train import train
 

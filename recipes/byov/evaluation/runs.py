@@ -35,7 +35,7 @@ CONVERGED = 0.3
 """Below this median standard deviation of logvar within a tensor, SNR ranks as magnitude does."""
 
 _MEMORY = 8 * 2**30  # bytes
-_PRIORS = {"zero": "N(0, I)", "teacher-mean": "N(mu_T, I)", "teacher": "N(mu_T, Sigma_T)"}
+PRIORS = {"zero": "N(0, I)", "teacher-mean": "N(mu_T, I)", "teacher": "N(mu_T, Sigma_T)"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +225,7 @@ def label(config: BYOVConfig) -> str:
     if c.objective == "supervised":
         name = "supervised BBB" if c.bayesian else "supervised"
     else:
-        name = f"BYOV {_PRIORS[c.prior]}" if c.bayesian else "BYOL"
+        name = f"BYOV {PRIORS[c.prior]}" if c.bayesian else "BYOL"
     if c.bayesian:
         if c.conversion != "full":
             name += f", {c.conversion}"

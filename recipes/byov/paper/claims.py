@@ -18,6 +18,7 @@ from ..evaluation.uncertainty import PARTS
 from ..presets import PRESETS
 from .results import (
     ENOUGH,
+    PRIORS,
     Estimate,
     RunRecord,
     against,
@@ -25,7 +26,8 @@ from .results import (
     estimate,
     paper_like,
 )
-from .tables import PRIORS, fig1b, fig3, fig4shift, fig5, fig7, spikes
+from .tables import fig1b, fig4shift, fig5, fig7, spikes
+from .trajectories import fig3
 
 Verdict = Literal["agrees", "disagrees", "undecided", "n < 3", "not converged", "not run"]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .results import ENOUGH
-
-Numbers = dict[str, Any]
+from .results import ENOUGH, Numbers
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (

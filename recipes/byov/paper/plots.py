@@ -24,12 +24,12 @@ from .look import (
     RED,
     SKY,
     STYLE,
-    Numbers,
     half_of,
     pretty,
     stamp_on,
 )
 from .pruning_plots import fig4, fig4rounds
+from .results import Numbers
 
 
 def draw(name: str, numbers: Numbers, folder: Path) -> list[Path]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .look import BLACK, BLUE, GREY, ORANGE, PURPLE, RED, SKY, Numbers, half_of, pretty, stamp_on
+from .look import BLACK, BLUE, GREY, ORANGE, PURPLE, RED, SKY, half_of, pretty, stamp_on
+from .results import Numbers
 
 _PRUNE_LOOK = {
     "SNR": (BLUE, "-", "o"),
