@@ -94,6 +94,22 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
+def warmup_cosine(step: int, warmup_steps: int, steps: int) -> float:
+    """The factor of a learning rate: it rises over the warm-up to 1, then falls as a cosine to 0.
+
+    Args:
+        step: From 0.
+        warmup_steps: Steps of the linear rise; 0 starts at 1.
+        steps: Of the whole run.
+
+    >>> [warmup_cosine(step, 2, 4) for step in range(4)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Find what would ruin the posterior of ``model`` in training with ``optimizer``.
 

@@ -25,7 +25,8 @@ from paired import keep_memory, paired
 from provenance import machine, provenance
 
 from bayesify.storage import replacing
-from recipes.byov.config import PRESETS, RunConfig
+from recipes.byov.config import RunConfig
+from recipes.byov.presets import PRESETS
 from recipes.byov.runtime.distributed import World
 from recipes.byov.step import Stepper
 

@@ -36,9 +36,9 @@ from torch.optim.lr_scheduler import LambdaLR
 import bayesify
 from bayesify.data import ImageData, InMemory
 from bayesify.models import input_config
+from bayesify.optim import warmup_cosine
 from bayesify.storage import replacing
 from bayesify.training.batches import shuffled_batches
-from bayesify.training.settings import warmup_cosine
 
 RESULTS = Path(__file__).parent / "results"
 LR = 1e-4
@@ -84,7 +84,8 @@ def looped(model: nn.Module, data: ImageData, batch: int, augment: Any) -> list[
         model_config=input_config(model), workers=0, seed=SEED, pin=False,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    schedule = LambdaLR(optimizer, lambda step: warmup_cosine(0.05, step, len(batches)))
+    rising = max(1, round(0.05 * len(batches)))
+    schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, rising, len(batches)))
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

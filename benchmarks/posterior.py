@@ -28,12 +28,12 @@ import posterior_table
 import torch
 from cifar_proxy import HOLDOUT
 from cifar_resnet20 import ood_images, pretrained
-from corruptions import KINDS, SEVERITIES, corrupt
 from paired import keep_memory
 from posterior_methods import LAYOUT, METHODS, Predictor, Setup
 from provenance import machine, provenance
 from torch import Tensor
 
+from bayesify.corruptions import CIFAR10_C, SEVERITIES, corrupt
 from bayesify.data import InMemory, load_dataset, prepare
 from bayesify.metrics import ClassificationMetrics, cross_fitted_temperature, ood_metrics
 from bayesify.models import input_config
@@ -81,8 +81,8 @@ def predictions(predictor: Predictor, images: Images, setup: Setup) -> Predictio
 
     corrupted = {}
     chosen = images.stored[images.subset]
-    for kind in KINDS if len(chosen) else ():
-        changed = (corrupt(chosen, kind, severity) for severity in SEVERITIES)
+    for kind in CIFAR10_C if len(chosen) else ():
+        changed = (corrupt(chosen, kind, severity, table=CIFAR10_C) for severity in SEVERITIES)
         corrupted[kind] = [of(prepare(x, images.config)) for x in changed]
     return Predictions(
         of(prepare(images.stored, images.config)),

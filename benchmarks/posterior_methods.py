@@ -21,11 +21,11 @@ from torch.optim.swa_utils import update_bn
 import bayesify
 from bayesify.data import ImageData
 from bayesify.models import input_config
+from bayesify.optim import warmup_cosine
 from bayesify.planning import BBBConfig
 from bayesify.training.averaging import TailAverage
 from bayesify.training.batches import Order, shuffled_batches
 from bayesify.training.randomness import seeded
-from bayesify.training.settings import warmup_cosine
 
 Predictor = Callable[[Tensor], Tensor]
 """From images as the network takes them to class probabilities, both on the device."""
@@ -222,7 +222,7 @@ def steps(
         for epoch in range(setup.epochs):
             order.epoch = epoch
             for x, y in batches:
-                factor = warmup_cosine(0.05, step, total)
+                factor = warmup_cosine(step, max(1, round(0.05 * total)), total)
                 for group, lr in zip(optimizer.param_groups, highest, strict=True):
                     group["lr"] = factor * lr
                 yield x.to(setup.device, **LAYOUT), y.to(setup.device)

@@ -1,4 +1,4 @@
-"""The grid of benchmarks: every cell can be trained, is kept once, and says what was not run."""
+"""The grid of cells: every cell can be trained, is kept once, and says what was not run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import byov_cells
-import byov_table
-import cifar10_byov
 import pytest
-from byov_cells import CELLS, SCALES, Scale, config_of, run_cell, subsample, wanted
 
 from byov_small import CONFIG, small_run
 from recipes.byov.evaluation.protocol import EvalSettings
 from recipes.byov.evaluation.uncertainty import UncertaintySettings
+from recipes.byov.paper import cells, cifar10, docs
+from recipes.byov.paper.cells import CELLS, SCALES, Scale, config_of, run_cell, subsample, wanted
 
 
 def test_every_cell_of_every_scale_is_a_config_of_its_own() -> None:
@@ -49,18 +47,18 @@ def test_a_thinned_log_keeps_the_epochs_and_few_steps() -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scale:
-    monkeypatch.setattr(byov_cells, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(byov_table, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(byov_table, "ROOT", tmp_path)
-    monkeypatch.setattr(byov_table, "PAGE", tmp_path / "docs" / "byov.md")
-    monkeypatch.setattr(byov_table, "IMAGES", tmp_path / "docs" / "images")
+    monkeypatch.setattr(cells, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(docs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    monkeypatch.setattr(docs, "PAGE", tmp_path / "docs" / "byov.md")
+    monkeypatch.setattr(docs, "IMAGES", tmp_path / "docs" / "images")
     uncertainty = UncertaintySettings(
         spread_draws=3, pool=8, most=3, latent_draws=3, images=8, shifted=()
     )
     scale = Scale("cpu", "Tiny.", replace(CONFIG, logvar_lr_ratio=40.0),
                   small_run(tmp_path, eval_every=0), EvalSettings(num_samples=2, epochs=3),
                   uncertainty)  # fmt: skip
-    monkeypatch.setitem(byov_cells.SCALES, "cpu", scale)
+    monkeypatch.setitem(cells.SCALES, "cpu", scale)
     return scale
 
 
@@ -72,7 +70,7 @@ def test_a_cell_is_trained_measured_and_in_the_docs(
     for cell in (byol, zero):
         cell = replace(cell, needs=("eval", "prune"))
         assert run_cell(tiny, cell, 0, work=tmp_path / "work", on_progress=lines.append)
-    byov_table.main()
+    docs.main()
     text = (tmp_path / "docs" / "byov.md").read_text()
     assert "| core | byov-zero | 1 |" in text
     assert "| table 1 | no-conv-zero | not run |" in text
@@ -93,8 +91,8 @@ def test_one_job_after_the_other_runs_every_cell(monkeypatch: pytest.MonkeyPatch
         started.append((cell.name, seed))
         return subprocess.Popen([sys.executable, "-c", ""])
 
-    monkeypatch.setattr(cifar10_byov, "_start", start)
-    cells = wanted(["byol", "byov-zero"], seeds=2)
+    monkeypatch.setattr(cifar10, "_start", start)
+    order = wanted(["byol", "byov-zero"], seeds=2)
     asked = argparse.Namespace(minutes=5.0, jobs=1)
-    cifar10_byov.run_all(SCALES["cpu"], cells, asked)
-    assert started == [(cell.name, seed) for cell, seed in cells]
+    cifar10.run_all(SCALES["cpu"], order, asked)
+    assert started == [(cell.name, seed) for cell, seed in order]

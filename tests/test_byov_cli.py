@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from bayesify import ArgumentError
 from byov_small import CONFIG, small_data
 from recipes.byov import cli
-from recipes.byov.config import PRESETS, BYOVConfig, RunConfig
+from recipes.byov.config import BYOVConfig, RunConfig
+from recipes.byov.presets import PRESETS
 from recipes.byov.runtime.log import read_log
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,9 @@ import torch
 
 from bayesify import ArgumentError
 from byov_small import CONFIG
-from recipes.byov.config import PRESETS, BYOVConfig, RunConfig, described, differences
+from recipes.byov.config import BYOVConfig, RunConfig, described, differences
 from recipes.byov.model import Student, build_student, convert_
+from recipes.byov.presets import PRESETS
 
 
 @pytest.mark.parametrize(

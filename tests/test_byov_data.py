@@ -18,16 +18,8 @@ from torch import Tensor
 from bayesify.data import InMemory, load_dataset, prepare
 from bayesify.errors import ArgumentError, DataError
 from bayesify.models import InputConfig
-from recipes.byov.data.batches import (
-    Source,
-    Views,
-    as_channels,
-    eval_batches,
-    mean_and_std,
-    open_source,
-    steps_per_epoch,
-    train_views,
-)
+from recipes.byov.data.batches import Views, eval_batches, steps_per_epoch, train_views
+from recipes.byov.data.dataset import Source, as_channels, mean_and_std, open_source
 from recipes.byov.data.views import CIFAR_VIEWS, TwoViews, WorkerViews, view_configs
 
 CONFIGS = view_configs("cifar", size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -177,7 +169,7 @@ def test_files_and_memory_give_the_same_batches(folder: Path) -> None:
         ({"batch_size": 0}, "batch_size = 0: expected 1 or more"),
         ({"micro_batches": -1}, "micro_batches = -1"),
         ({"workers": -1}, "workers must be 0 or more"),
-        ({"seed": -1}, "seed and epoch must be 0 or more"),
+        ({"seed": -1}, "seed, epoch and step must be 0 or more"),
     ],
 )
 def test_numbers_that_cannot_work_are_refused_at_once(changes: Any, message: str) -> None:

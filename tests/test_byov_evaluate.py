@@ -16,34 +16,34 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 import bayesify as bb
-from bayesify import ArgumentError
+from bayesify import ArgumentError, corruptions
 from bayesify.metrics import classification_metrics, entropy
 from byov_small import CONFIG, small_run
-from recipes.byov.config import PRESETS, UNSEEN_SHIFTS, BYOVConfig
-from recipes.byov.data import corruptions
+from recipes.byov.config import UNSEEN_SHIFTS, BYOVConfig
 from recipes.byov.data.batches import eval_batches, train_views
 from recipes.byov.data.training import configs_of
 from recipes.byov.data.views import TwoViews
 from recipes.byov.evaluation import evaluate, linear, ood, protocol, pruning, runs, uncertainty
 from recipes.byov.evaluation.features import features_of
 from recipes.byov.evaluation.monte_carlo import (
-    Moments,
     classify,
     drawn_probs,
     labels_of,
+    moments,
     outputs,
-    seed_of,
 )
 from recipes.byov.evaluation.runs import Run, open_run
 from recipes.byov.model import Student
 from recipes.byov.optimizer import make_optimizer
 from recipes.byov.paper import gradients, tables
 from recipes.byov.paper.claims import CLAIMS, by_beta, judge
+from recipes.byov.paper.correlations import correlations, spearman
 from recipes.byov.paper.page import noise_levels, rises
 from recipes.byov.paper.results import RunRecord, against, estimate, families, paper_like
+from recipes.byov.presets import PRESETS
+from recipes.byov.runtime.seeds import seed_of
 from recipes.byov.train import train
 
 HEAD = protocol.EvalSettings(num_samples=3, epochs=5)
@@ -245,11 +245,9 @@ def test_all_batches_of_a_draw_have_the_same_weights(
 
 def test_moments_are_those_of_the_stack() -> None:
     values = torch.randn(7, 3, 2)
-    found = Moments()
-    for value in values:
-        found.add(value)
+    found = moments(values)
     assert torch.allclose(found.mean, values.double().mean(0))
-    assert torch.allclose(found.std, values.double().std(0))
+    assert torch.allclose(found.std(1), values.double().std(0))
 
 
 def test_every_protocol_gives_metrics(folders: dict[str, Path]) -> None:
@@ -517,98 +515,6 @@ def test_limited_takes_images_from_all_over(byov: Run) -> None:
     assert runs.limited(byov, 0) is byov
 
 
-# -- corruptions ---------------------------------------------------------------------------------
-
-PIXELS = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize(
-    ("kind", "own"),
-    [
-        ("rotate", lambda x: v2.functional.rotate(
-            x, 24.0, interpolation=v2.InterpolationMode.BILINEAR)),
-        ("brightness", lambda x: v2.functional.adjust_brightness(x, 1.7)),
-        ("contrast", lambda x: v2.functional.adjust_contrast(x, 0.4)),
-        ("hue", lambda x: v2.functional.adjust_hue(x, 0.2)),
-        ("saturation", lambda x: v2.functional.adjust_saturation(x, 3.0)),
-        ("solarise", lambda x: v2.functional.solarize(x, 0.7)),
-        ("posterise", lambda x: v2.functional.posterize(_bytes(x), 3).float() / 255),
-    ],
-)  # fmt: skip
-def test_augmentations_are_torchvisions(kind: str, own: Any) -> None:
-    found = corruptions.corrupt(PIXELS, kind, 3)
-    # rotate turns the other way round than affine
-    expected = own(PIXELS) if kind != "rotate" else own(PIXELS.flip(-1)).flip(-1)
-    assert torch.allclose(found, expected.clamp(0, 1), atol=1e-5)
-
-
-def _bytes(pixels: Tensor) -> Tensor:
-    return (pixels * 255).round().to(torch.uint8)
-
-
-def test_jpeg_is_the_codecs_and_coarser_at_low_quality() -> None:
-    import io
-
-    from PIL import Image
-
-    flat = torch.full((1, 1, 16, 16), 100 / 255)
-    assert torch.allclose(corruptions.corrupt(flat, "jpeg", 5), flat, atol=2 / 255)
-    with io.BytesIO() as file:
-        image = v2.functional.to_pil_image(PIXELS[1])
-        image.save(file, "JPEG", quality=25)
-        expected = v2.functional.pil_to_tensor(Image.open(file)).float() / 255
-    # to_pil_image rounds down where we round to the nearest
-    assert (corruptions.corrupt(PIXELS, "jpeg", 4)[1] - expected).abs().mean() < 0.02
-
-
-def test_blur_is_scipys() -> None:
-    from scipy.ndimage import gaussian_filter
-
-    found = corruptions.corrupt(PIXELS, "blur", 5)
-    sigma = 1.4 * 24 / 32
-    expected = gaussian_filter(PIXELS.numpy(), (0, 0, sigma, sigma), mode="mirror", truncate=4)
-    assert torch.allclose(found, torch.from_numpy(expected), atol=2e-4)
-
-
-def test_noises_have_their_strength_and_seed() -> None:
-    grey = torch.full((8, 3, 64, 64), 0.5)
-    noisy = corruptions.corrupt(grey, "gaussian noise", 2, seed=4)
-    assert float((noisy - grey).std()) == pytest.approx(0.08, rel=0.02)
-    assert torch.equal(noisy, corruptions.corrupt(grey, "gaussian noise", 2, seed=4))
-    assert not torch.equal(noisy, corruptions.corrupt(grey, "gaussian noise", 2, seed=5))
-    spots = corruptions.corrupt(grey, "salt and pepper", 5, seed=4)
-    changed = spots != grey
-    assert float(changed.float().mean()) == pytest.approx(0.12, abs=0.01)
-    assert set(spots[changed].unique().tolist()) == {0.0, 1.0}
-    assert bool((changed.all(1) == changed.any(1)).all())  # all channels of a pixel
-
-
-def test_translation_moves_by_whole_pixels() -> None:
-    found = corruptions.corrupt(PIXELS, "translate", 5)
-    assert torch.allclose(found[..., 6:, 6:], PIXELS[..., :-6, :-6], atol=1e-5)
-    assert float(found[..., :5, :].abs().max()) == 0
-
-
-@pytest.mark.parametrize("kind", corruptions.STRENGTHS)
-def test_every_severity_changes_more(kind: str) -> None:
-    ramp = torch.linspace(0.05, 0.95, 24).repeat(2, 3, 24, 1)
-    ramp[:, 1] = ramp[:, 1].mT
-    ramp[:, 2] = 0.3
-    away = [
-        float((corruptions.corrupt(ramp, kind, s) - ramp).abs().mean())
-        for s in corruptions.SEVERITIES
-    ]
-    assert away[0] > 0
-    assert away == sorted(away)
-
-
-def test_unknown_corruptions_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="salt and pepper"):
-        corruptions.corrupt(PIXELS, "fog", 1)
-    with pytest.raises(ArgumentError, match="severities 1 to 5"):
-        corruptions.corrupt(PIXELS, "blur", 6)
-
-
 # -- records and claims ----------------------------------------------------------------------------
 
 
@@ -796,13 +702,19 @@ def test_a_resnet_is_compared_with_its_own_optimizer_and_no_ablation() -> None:
     }
 
 
-def test_correlations_are_scipys() -> None:
+def test_correlations_are_their_definitions() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.rand(300, generator=generator).round(decimals=1)  # with ties
     y = x + torch.randn(300, generator=generator)
-    found = tables.correlations(x.tolist(), y.tolist())
-    assert found["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
-    assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    found = correlations(x.tolist(), y.tolist())
+    assert found["pearson"] == pytest.approx(np.corrcoef(x.numpy(), y.numpy())[0, 1], abs=1e-6)
+    ranks = [
+        [sum(b < a for b in v) + (sum(b == a for b in v) + 1) / 2 for a in v]
+        for v in (x.tolist(), y.tolist())
+    ]
+    assert found["spearman"] == pytest.approx(np.corrcoef(np.array(ranks))[0, 1])
+    assert correlations([1.0, 1.0], [1.0, 2.0])["pearson"] is None
+    assert spearman([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]) is None
     fit = stats.linregress(x, y)
     residual = (y - fit.slope * x - fit.intercept).double()
     assert found["residual_skew"] == pytest.approx(stats.skew(residual), abs=1e-4)

@@ -16,10 +16,11 @@ from bayesify.cli.app import app
 from bayesify.data import load_dataset
 from byov_small import CONFIG, small_data, small_run
 from recipes.byov import export, train
-from recipes.byov.config import PRESETS, BYOVConfig
+from recipes.byov.config import BYOVConfig
 from recipes.byov.data.batches import eval_batches
 from recipes.byov.data.training import open_images
 from recipes.byov.model import build_encoder, build_student
+from recipes.byov.presets import PRESETS
 
 IMAGES = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(3))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,8 @@ from recipes.byov.config import UNSEEN_SHIFTS
 from recipes.byov.evaluation.protocol import EvalSettings
 from recipes.byov.evaluation.runs import open_run
 from recipes.byov.evaluation.uncertainty import UncertaintySettings
-from recipes.byov.paper import figures, plots, tables
-from recipes.byov.paper.iterative import IterativeSettings, iterative_pruning
+from recipes.byov.iterative import IterativeSettings, iterative_pruning
+from recipes.byov.paper import figures, plots, pruning_tables, tables, trajectories
 from recipes.byov.paper.page import number
 from recipes.byov.paper.results import Estimate, RunRecord, distinct, read_record
 from recipes.byov.train import train
@@ -87,6 +89,7 @@ def test_the_page_holds_every_figure_and_claim_and_is_alone(made: Path) -> None:
     assert "+2.83" in text  # the paper's
     assert "n &lt; 3" in text  # one seed is no claim
     assert "<script" not in text
+    assert "default-src 'none'" in text
 
 
 def test_what_was_not_run_is_said(folders: dict[str, Path], tmp_path: Path, made: Path) -> None:
@@ -132,7 +135,7 @@ def test_a_posterior_that_stands_still_is_stamped(folders: dict[str, Path], made
     records = [read_record(folder) for folder in folders.values()]
     still = [replace(c, facts={**c.facts, "converged": False}) for c in records]
     moved = [replace(c, facts={**c.facts, "converged": True}) for c in records]
-    for build in (tables.fig4, tables.fig3, tables.fig1b):
+    for build in (pruning_tables.fig4, trajectories.fig3, tables.fig1b):
         found, clean = build(still), build(moved)
         assert found is not None
         assert clean is not None
@@ -145,7 +148,7 @@ def test_a_panel_is_stamped_for_its_own_posterior_only(
 ) -> None:
     records = {name: read_record(folder) for name, folder in folders.items()}
     one = [replace(c, facts={**c.facts, "converged": n != "sigma"}) for n, c in records.items()]
-    found = tables.fig4(one)
+    found = pruning_tables.fig4(one)
     assert found is not None
     assert found["stamp"] is None
     stamps = {panel["run"]: panel["stamp"] for panel in found["panels"]}
@@ -167,7 +170,7 @@ def test_the_stamp_is_in_the_picture(folders: dict[str, Path], tmp_path: Path, m
 
 def test_trajectories_are_those_of_the_log(folders: dict[str, Path], made: Path) -> None:
     record = read_record(folders["zero"])
-    numbers = tables.fig3([record])
+    numbers = trajectories.fig3([record])
     assert numbers is not None
     column = numbers["columns"]["N(0, I)"]
     epochs = [line for line in record.log if line["kind"] == "epoch"]
@@ -193,14 +196,14 @@ def test_trajectories_are_of_a_seed_whose_posteriors_moved(
              record("zero", 2, moved=True), record("sigma", 2, moved=True)]  # fmt: skip
 
     def seeds(given: list[RunRecord]) -> list[tuple[int, str | None]]:
-        found = tables.fig3(given)
+        found = trajectories.fig3(given)
         assert found is not None
         return [(column["seed"], column["stamp"]) for column in found["columns"].values()]
 
     assert seeds(records) == [(2, None), (2, None)]
     assert seeds(records[:4]) == [(0, None), (0, "posterior not converged")]
     assert seeds(records[1:3]) == [(1, "posterior not converged"), (0, "posterior not converged")]
-    one = tables.fig3(records[:4])
+    one = trajectories.fig3(records[:4])
     assert one is not None
     assert one["stamp"] is None
     plots.draw("fig3", one, tmp_path)
@@ -241,6 +244,41 @@ def test_an_unknown_figure_is_refused(folders: dict[str, Path], tmp_path: Path) 
 
 def _run(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
+
+
+def test_without_the_papers_room_figures_say_what_is_missing(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "recipes.byov.paper", None)  # as in a wheel
+    found = _run("figures", str(folders["byol"]), "--out", str(tmp_path / "figures"))
+    assert found.exit_code == 2
+    assert "clone it" in " ".join(found.stderr.split())
+    assert not (tmp_path / "figures").exists()
+
+
+def test_without_the_papers_room_pruning_goes_on(
+    folders: dict[str, Path], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "recipes.byov.paper", None)
+    options = ("--sparsity", "0", "--sparsity", "0.5", "--epochs", "4", "--device", "cpu")
+    out = tmp_path / "figures"
+    found = _run("prune", str(folders["byol"]), *options, "--out", str(out), "--scope", "tensor")
+    assert found.exit_code == 0, found.output
+    assert "top-1 in %, pruned per tensor" in found.stdout
+    assert "No figure was drawn" in found.stderr
+    assert not out.exists()
+
+
+def test_what_draws_is_asked_for_before_anything_is_measured(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
+    monkeypatch.setattr(figures, "open_run", pytest.fail)
+    with pytest.raises(ArgumentError, match=r"matplotlib: pip install 'bayesify\[report\]'"):
+        figures.make([folders["byol"]], tmp_path)
 
 
 def test_eval_prints_a_table_of_80_columns(folders: dict[str, Path], made: Path) -> None:

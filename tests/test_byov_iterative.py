@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import bayesify as bb
 from bayesify import ArgumentError
+from bayesify.optim import warmup_cosine
 from byov_small import CONFIG, small_run, stop_at
+from recipes.byov import iterative
 from recipes.byov.evaluation import linear, protocol, pruning
 from recipes.byov.evaluation.runs import Run, open_run
-from recipes.byov.optimizer import lr_factor
-from recipes.byov.paper import iterative
-from recipes.byov.paper.iterative import DENSE, LONGER, ONCE, ROUNDS, THEN, IterativeSettings
-from recipes.byov.paper.pruning_rounds import fig4rounds
+from recipes.byov.iterative import DENSE, LONGER, ONCE, ROUNDS, THEN, IterativeSettings
+from recipes.byov.paper.pruning_tables import fig4rounds
 from recipes.byov.paper.results import RunRecord
 from recipes.byov.train import train
 
@@ -49,8 +49,8 @@ def test_a_round_without_pruning_is_what_training_would_have_done(
     config = replace(CONFIG, epochs=4, **constant, **changes)  # type: ignore[arg-type]
     run = small_run(tmp_path, eval_every=0, accumulate=2)
     train(config, run, watcher=stop_at(9))
-    factors = [lr_factor(step, 3, 12) for step in range(9, 12)]
-    monkeypatch.setattr(iterative, "lr_factor", lambda i, *_: factors[i])
+    factors = [warmup_cosine(step, 3, 12) for step in range(9, 12)]
+    monkeypatch.setattr(iterative, "warmup_cosine", lambda i, *_: factors[i])
     mine = iterative.gone_on(open_run(run.out, device="cpu"), None, [0.0], 3, 1.0)
     train(config, run, resume=True)
     whole = dict(open_run(run.out, device="cpu").model.named_parameters())

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 import bayesify
+from bayesify.optim import warmup_cosine
 from byov_small import CONFIG
 from recipes.byov.model import build_student, convert_
-from recipes.byov.optimizer import lr_factor, make_optimizer, set_lr
+from recipes.byov.optimizer import make_optimizer, set_lr
 
 
 def rows(**changes: Any) -> tuple[dict[str, dict[str, Any]], Any]:
@@ -48,11 +49,11 @@ def test_weight_decay_of_byol_leaves_biases_and_norms_out() -> None:
 
 
 def test_rates_rise_linearly_and_fall_as_a_cosine() -> None:
-    assert [lr_factor(s, 4, 10) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [warmup_cosine(s, 4, 10) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
     for step in range(4, 10):
         expected = (1 + math.cos(math.pi * (step - 4) / 6)) / 2
-        assert lr_factor(step, 4, 10) == pytest.approx(expected)
-    assert lr_factor(0, 0, 10) == 1.0
+        assert warmup_cosine(step, 4, 10) == pytest.approx(expected)
+    assert warmup_cosine(0, 0, 10) == 1.0
     found, optimizer = rows(logvar_lr_ratio=5.0)
     set_lr(optimizer, 0.5)
     assert all(group["lr"] == 0.5 * group["peak_lr"] for group in found.values())

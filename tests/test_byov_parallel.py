@@ -12,6 +12,7 @@ from byov_small import CONFIG, small_run, started, stop_at
 from recipes.byov import step, train
 from recipes.byov.config import BYOVConfig, RunConfig
 from recipes.byov.runtime import checkpoint
+from recipes.byov.runtime.seeds import key_of
 
 
 def in_processes(count: int, config: BYOVConfig, run: RunConfig) -> None:
@@ -71,7 +72,7 @@ def test_the_draw_of_each_process_is_its_own(tmp_path: Path) -> None:
     run = small_run(tmp_path, out=tmp_path / "a", accumulate=2)
     train.train(config, run)
     first = final(run)
-    original = step.key_of
+    original = key_of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "key_of", lambda seed, at, index: original(seed, at, 0))
         run = small_run(tmp_path, out=tmp_path / "b", accumulate=2)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import bayesify
+from bayesify import kl_schedule
 from recipes.byov.model import Student
-from recipes.byov.teacher import TauSchedule, Teacher, live_prior
+from recipes.byov.teacher import Teacher, live_prior
 
 
 def moving(steps: int) -> tuple[Teacher, nn.Linear, list[torch.Tensor], list[float]]:
@@ -84,7 +85,7 @@ def test_means_are_read_and_not_draws() -> None:
 
 
 def test_tau_rises_as_a_cosine_to_its_end() -> None:
-    tau = TauSchedule(0.99, 1.0, 100)
+    tau = kl_schedule("cosine", 0.99, 1.0, 100)
     for step in (0, 13, 50, 99, 100, 250):
         expected = 1 - (1 - 0.99) * (math.cos(math.pi * min(step, 100) / 100) + 1) / 2
         assert tau(step) == pytest.approx(expected, abs=1e-15)

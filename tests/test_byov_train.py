@@ -22,7 +22,7 @@ from recipes.byov.model import build_student, convert_
 from recipes.byov.runtime import checkpoint
 from recipes.byov.runtime.failures import interruptible
 from recipes.byov.runtime.log import read_log
-from recipes.byov.step import key_of
+from recipes.byov.runtime.seeds import key_of, seed_of
 
 
 def steps_of(run: RunConfig) -> list[dict[str, Any]]:
@@ -312,6 +312,11 @@ def test_keys_differ_in_seed_step_and_index() -> None:
     keys = [key_of(s, t, i) for s in range(3) for t in range(20) for i in range(4)]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**63 for key in keys)
+
+
+def test_seeds_are_those_of_earlier_runs() -> None:
+    assert [seed_of(0, 0), seed_of(3, 1, 20, 2)] == [7896617691693857887, 1729708858118787290]
+    assert [key_of(0, 0, 0), key_of(3, 20, 2)] == [4808561972376111626, 6884490688545010477]
 
 
 def test_signals_are_put_back() -> None:

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from bayesify import ArgumentError, ModelError
 from byov_small import CONFIG, small_run
 from recipes.byov import cli
-from recipes.byov.config import PRESETS
 from recipes.byov.evaluation.runs import open_run
+from recipes.byov.presets import PRESETS
 from recipes.byov.runtime import checkpoint
 from recipes.byov.train import train
 

@@ -1,14 +1,22 @@
-"""benchmarks/corruptions.py: what each corruption does to pixels."""
+"""What each corruption does to pixels."""
 
 from __future__ import annotations
 
 import colorsys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from corruptions import KINDS, SEVERITIES, corrupt
 from torch import Tensor
+from torchvision.transforms import v2
+
+from bayesify import ArgumentError, corruptions
+from bayesify.corruptions import CIFAR10_C, SEVERITIES
+
+
+def corrupt(pixels: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
+    return corruptions.corrupt(pixels, kind, severity, table=CIFAR10_C, seed=seed)
 
 
 def images(n: int = 6) -> Tensor:
@@ -23,7 +31,7 @@ def images(n: int = 6) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CIFAR10_C)
 def test_a_corruption_grows_with_its_severity(kind: str) -> None:
     x = images()
     before = x.clone()
@@ -73,7 +81,99 @@ def test_blur_keeps_a_constant_and_spreads_a_point() -> None:
 
 
 def test_what_there_is_not() -> None:
-    with pytest.raises(ValueError, match="no corruption 'fog'"):
+    with pytest.raises(ArgumentError, match="no corruption 'fog'"):
         corrupt(images(), "fog", 1)
-    with pytest.raises(ValueError, match="from 1 to 5, not 6"):
+    with pytest.raises(ArgumentError, match="of severity 6: kinds are"):
         corrupt(images(), "jpeg", 6)
+
+
+# The augmentations of BYOV
+
+PIXELS = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("rotate", lambda x: v2.functional.rotate(
+            x, 24.0, interpolation=v2.InterpolationMode.BILINEAR)),
+        ("brightness", lambda x: v2.functional.adjust_brightness(x, 1.7)),
+        ("contrast", lambda x: v2.functional.adjust_contrast(x, 0.4)),
+        ("hue", lambda x: v2.functional.adjust_hue(x, 0.2)),
+        ("saturation", lambda x: v2.functional.adjust_saturation(x, 3.0)),
+        ("solarise", lambda x: v2.functional.solarize(x, 0.7)),
+        ("posterise", lambda x: v2.functional.posterize(_bytes(x), 3).float() / 255),
+    ],
+)  # fmt: skip
+def test_augmentations_are_torchvisions(kind: str, own: Any) -> None:
+    found = corruptions.corrupt(PIXELS, kind, 3)
+    # rotate turns the other way round than affine
+    expected = own(PIXELS) if kind != "rotate" else own(PIXELS.flip(-1)).flip(-1)
+    assert torch.allclose(found, expected.clamp(0, 1), atol=1e-5)
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    return (pixels * 255).round().to(torch.uint8)
+
+
+def test_jpeg_is_the_codecs_and_coarser_at_low_quality() -> None:
+    import io
+
+    from PIL import Image
+
+    flat = torch.full((1, 1, 16, 16), 100 / 255)
+    assert torch.allclose(corruptions.corrupt(flat, "jpeg", 5), flat, atol=2 / 255)
+    with io.BytesIO() as file:
+        image = v2.functional.to_pil_image(PIXELS[1])
+        image.save(file, "JPEG", quality=25)
+        expected = v2.functional.pil_to_tensor(Image.open(file)).float() / 255
+    # to_pil_image rounds down where we round to the nearest
+    assert (corruptions.corrupt(PIXELS, "jpeg", 4)[1] - expected).abs().mean() < 0.02
+
+
+def test_blur_is_scipys() -> None:
+    from scipy.ndimage import gaussian_filter
+
+    found = corruptions.corrupt(PIXELS, "blur", 5)
+    sigma = 1.4 * 24 / 32
+    expected = gaussian_filter(PIXELS.numpy(), (0, 0, sigma, sigma), mode="mirror", truncate=4)
+    assert torch.allclose(found, torch.from_numpy(expected), atol=2e-4)
+
+
+def test_noises_have_their_strength_and_seed() -> None:
+    grey = torch.full((8, 3, 64, 64), 0.5)
+    noisy = corruptions.corrupt(grey, "gaussian noise", 2, seed=4)
+    assert float((noisy - grey).std()) == pytest.approx(0.08, rel=0.02)
+    assert torch.equal(noisy, corruptions.corrupt(grey, "gaussian noise", 2, seed=4))
+    assert not torch.equal(noisy, corruptions.corrupt(grey, "gaussian noise", 2, seed=5))
+    spots = corruptions.corrupt(grey, "salt and pepper", 5, seed=4)
+    changed = spots != grey
+    assert float(changed.float().mean()) == pytest.approx(0.12, abs=0.01)
+    assert set(spots[changed].unique().tolist()) == {0.0, 1.0}
+    assert bool((changed.all(1) == changed.any(1)).all())  # all channels of a pixel
+
+
+def test_translation_moves_by_whole_pixels() -> None:
+    found = corruptions.corrupt(PIXELS, "translate", 5)
+    assert torch.allclose(found[..., 6:, 6:], PIXELS[..., :-6, :-6], atol=1e-5)
+    assert float(found[..., :5, :].abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", corruptions.AUGMENTATIONS)
+def test_every_severity_changes_more(kind: str) -> None:
+    ramp = torch.linspace(0.05, 0.95, 24).repeat(2, 3, 24, 1)
+    ramp[:, 1] = ramp[:, 1].mT
+    ramp[:, 2] = 0.3
+    away = [
+        float((corruptions.corrupt(ramp, kind, s) - ramp).abs().mean())
+        for s in corruptions.SEVERITIES
+    ]
+    assert away[0] > 0
+    assert away == sorted(away)
+
+
+def test_unknown_corruptions_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="salt and pepper"):
+        corruptions.corrupt(PIXELS, "fog", 1)
+    with pytest.raises(ArgumentError, match="severities 1 to 5"):
+        corruptions.corrupt(PIXELS, "blur", 6)

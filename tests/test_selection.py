@@ -1,4 +1,4 @@
-"""selection.py: what each kind of pattern takes, and what the user is told."""
+"""The package selection: what each kind of pattern takes, and what the user is told."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..json_numbers import finite
 from .guard import guard
 from .options import (
     Amp,
@@ -254,7 +254,7 @@ def fit(
         info = {
             **opened.header["info"],
             "classes": list(classes_of(opened.model) or ()),
-            "fit": _plain({"method": method, "data": train.name, **arguments, **numbers}),
+            "fit": finite({"method": method, "data": train.name, **arguments, **numbers}),
         }
         storage.save(opened.model, out, spec=opened.spec, info=info, overwrite=force)
         if method == "vi":
@@ -299,15 +299,6 @@ def _print_laplace(result: LaplaceResult) -> None:
         f"Fisher information of {result.examples:,} images for {result.num_data:,}. Prior "
         f"precision times {result.prior_precision:.4g}, mean sigma {result.mean_std:.3g}."
     )
-
-
-def _plain(value: Any) -> Any:
-    """The same without infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def _epochs(result: FitResult) -> tuple[tuple[str, ...], list[tuple[float | int | str, ...]]]:

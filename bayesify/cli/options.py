@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    import torch
+from ..devices import resolve_device as resolve_device
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A file that bayesify has written.")]
 ModelName = Annotated[
@@ -49,27 +48,3 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the file o
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a user named.
-
-    Raises:
-        ArgumentError: There is no such device here.
-    """
-    import torch
-
-    from ..errors import ArgumentError
-
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except Exception as error:  # an unknown name, no driver, no such index: each another kind
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArgumentError(
-            f"--device {name!r} cannot be used ({reason}). Try --device auto."
-        ) from error
-    return device

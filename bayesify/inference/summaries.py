@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError
+from ..welford import Welford
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -124,39 +125,17 @@ class Stack(_Structured):
         return pytree.tree_unflatten(self.leaves, self.structure)
 
 
-class _Welford:
-    """Running mean and standard deviation of a tensor (Welford, 1962)."""
-
-    def __init__(self, like: Tensor) -> None:
-        if like.is_complex():
-            raise ArgumentError("predict: complex outputs have no moments here; take reduce=None.")
-        wide = like.float() if like.device.type == "mps" else like.double()
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
-        self.count = 0
-        self.mean = torch.zeros_like(wide)
-        self.squares = torch.zeros_like(wide)
-
-    def add(self, value: Tensor) -> None:
-        value = value.to(self.mean.dtype)
-        self.count += 1
-        delta = value - self.mean
-        self.mean += delta / self.count
-        self.squares += delta * (value - self.mean)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        std = (self.squares / self.count).clamp_min(0.0).sqrt()
-        return self.mean.to(self.dtype), std.to(self.dtype)
-
-
 class RunningMoments(_Structured):
-    def first(self, leaf: Tensor) -> _Welford:
-        return _Welford(leaf)
+    def first(self, leaf: Tensor) -> Welford:
+        if leaf.is_complex():
+            raise ArgumentError("predict: complex outputs have no moments here; take reduce=None.")
+        return Welford(leaf)
 
-    def update(self, kept: _Welford, leaf: Tensor) -> None:
+    def update(self, kept: Welford, leaf: Tensor) -> None:
         kept.add(leaf)
 
     def result(self) -> Moments:
-        pairs = [v.moments() if isinstance(v, _Welford) else (v, v) for v in self.leaves]
+        pairs = [v.moments() if isinstance(v, Welford) else (v, v) for v in self.leaves]
         mean, std = (pytree.tree_unflatten([p[i] for p in pairs], self.structure) for i in (0, 1))
         return Moments(mean, std)
 
@@ -171,7 +150,7 @@ class Probabilities(Collector):
         entropy = torch.special.entr(probs).sum(-1)
         if self.count == 0:
             self.dtype = torch.promote_types(logits.dtype, torch.float32)
-            self.probs, self.entropy = _Welford(probs), torch.zeros_like(entropy)
+            self.probs, self.entropy = Welford(probs), torch.zeros_like(entropy)
         self.probs.add(probs)
         self.entropy += entropy
         self.count += 1

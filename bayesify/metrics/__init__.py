@@ -1,4 +1,5 @@
-"""Quality of predictions: accuracy, calibration, selective prediction, OOD detection.
+"""Quality of predictions: accuracy, calibration, selective prediction, OOD detection. And of
+frozen features: nearest neighbours, a linear probe.
 
 Every number is computed in float64 where the device has it, whatever the input's dtype: a bfloat16
 softmax often holds a confidence of exactly 1, and small sums of logs cancel in float32.
@@ -22,6 +23,8 @@ from .calibration import (
 )
 from .classification import ClassificationMetrics, Examples, classification_metrics
 from .detection import ood_metrics
+from .linear_probe import ProbeResult, linear_probe
+from .nearest_neighbours import knn_accuracy, knn_scores
 from .resampling import Interval, bootstrap_interval
 from .selective import (
     RiskCoverage,
@@ -39,6 +42,7 @@ __all__ = [
     "CrossFitted",
     "Examples",
     "Interval",
+    "ProbeResult",
     "ReliabilityBins",
     "RiskCoverage",
     "TopLabelParts",
@@ -53,6 +57,9 @@ __all__ = [
     "entropy",
     "expected_calibration_error",
     "fit_temperature",
+    "knn_accuracy",
+    "knn_scores",
+    "linear_probe",
     "maximum_calibration_error",
     "mutual_information",
     "ood_metrics",

@@ -6,5 +6,6 @@
 from .curve import pruning_curve as pruning_curve
 from .data import Report as Report
 from .data import gather as gather
-from .page import check_installed as check_installed
 from .page import render as render
+from .shell import check_installed as check_installed
+from .shell import html_page as html_page

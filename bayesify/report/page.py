@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import math
 from importlib import resources
 from typing import Any
 
-from .. import __version__
-from ..errors import ArgumentError
 from ..metrics import Interval
 from .data import Example, Report, Row
 from .plots import figures, row_colour
+from .shell import check_installed, filled, html_page
 
 _SIDE = 224  # of a picture in the page, in pixels
 _COLUMNS = (
@@ -35,19 +33,6 @@ _ABOUT = {
 }
 
 
-def check_installed() -> None:
-    """Whether what draws and fills a page is there, asked before long work.
-
-    Raises:
-        ArgumentError: jinja2 or matplotlib is not installed.
-    """
-    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ArgumentError(
-            f"A report needs {' and '.join(missing)}: pip install 'bayesify[report]'."
-        )
-
-
 def render(report: Report) -> str:
     """One self-contained HTML page: no script, no request, no font of its own.
 
@@ -61,18 +46,14 @@ def render(report: Report) -> str:
         ArgumentError: jinja2 or matplotlib is not installed.
     """
     check_installed()
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    assets = resources.files("bayesify") / "assets"
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((assets / "report.html.jinja").read_text("utf-8"))
     # what matplotlib and this package wrote; all else is escaped
     drawn = {name: Markup(svg) for name, svg in figures(report).items()}
-    css = Markup((assets / "report.css").read_text("utf-8"))
-    return template.render(svg=drawn, css=css, version=__version__, **_content(report))
+    body = filled("report.html.jinja", svg=drawn, **_content(report))
+    css = (resources.files("bayesify") / "assets" / "report.css").read_text("utf-8")
+    name = f"{report.title} on {report.data}"
+    return html_page(f"{name}: how far its uncertainty can be trusted", css, body)
 
 
 def _content(report: Report) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..errors import BayesifyError
 from ..inference import recompute_batchnorm_
 from ..models import InputConfig
 from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
-from ..optim import check_optimizer, param_groups
+from ..optim import check_optimizer, param_groups, warmup_cosine
 from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
@@ -48,7 +48,7 @@ from .resume import (
     check_same,
     write_state,
 )
-from .settings import Settings, warmup_cosine
+from .settings import Settings
 
 _SAVE_EVERY = 600.0
 """Seconds after which the state is written also within an epoch."""
@@ -190,7 +190,8 @@ class Run:
     def _take_step(self, group: list[tuple[Tensor, Tensor]]) -> None:
         settings, model = self.settings, self.model
         beta = self.beta(self.step)
-        factor = warmup_cosine(settings.warmup, self.step, self.steps)
+        rising = max(1, round(settings.warmup * self.steps))
+        factor = warmup_cosine(self.step, rising, self.steps)
         for held in self.optimizer.param_groups:
             held["lr"] = factor * self._highest(held)
         before = _torch_state(self.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -76,11 +75,3 @@ class Settings:
 
     def _take(self, name: str, value: float) -> None:
         object.__setattr__(self, name, value)
-
-
-def warmup_cosine(warmup: float, step: int, steps: int) -> float:
-    """The factor of a learning rate: it rises over a share of the run, then falls as a cosine."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

@@ -13,7 +13,8 @@ from bayesify.cli.guard import INTERRUPTED, guard
 from bayesify.cli.outputs import check_folder
 
 from .commands import mount
-from .config import PRESETS, BYOVConfig, Preset, RunConfig, described
+from .config import BYOVConfig, RunConfig, described
+from .presets import PRESETS, Preset
 from .trust import read_arguments
 
 if TYPE_CHECKING:

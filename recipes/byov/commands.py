@@ -190,9 +190,7 @@ def prune(
 
         from .evaluation.pruning import SCOPES, SPARSITIES, prune_curves
         from .evaluation.runs import open_run
-        from .paper.figures import FIGURES, publish
-        from .paper.iterative import IterativeSettings, iterative_pruning
-        from .paper.results import read_record
+        from .iterative import IterativeSettings, iterative_pruning
 
         scopes: Any = scope or SCOPES
         if not set(scopes) <= set(SCOPES):
@@ -227,13 +225,16 @@ def prune(
                     )  # fmt: skip
             if not json:
                 (_show_arms if iterative else _show_curves)(folder, made[-1])
-        name = "fig4rounds" if iterative else "fig4"
-        wanted = [f for f in FIGURES if f.name == name]
-        publish([read_record(folder) for folder in folders], out, wanted, lambda line: None)
         if json:
             render.as_json(made)
+        name = "fig4rounds" if iterative else "fig4"
+        try:
+            _paper().make(folders, out, only=[name], measured=True)
+        except ArgumentError as error:
+            render.note(f"No figure was drawn. {error}")
         else:
-            render.text(f"Figure: {out / name}.png")
+            if not json:
+                render.text(f"Figure: {out / name}.png")
 
 
 def _show_arms(folder: Path, made: dict[str, Any]) -> None:
@@ -316,7 +317,6 @@ def figures(
         from bayesify.cli import render
 
         from .evaluation.uncertainty import UncertaintySettings
-        from .paper.figures import make
 
         if everything and only:
             raise ArgumentError("--all and --only exclude each other.")
@@ -325,6 +325,7 @@ def figures(
             spread_draws=spread_draws, pool=pool, most=most, latent_draws=latent_draws,
             images=images, seed=seed,
         )  # fmt: skip
+        make = _paper().make
         with render.progress("Figures") as bar:
             page = make(
                 folders, out, only=only or (), head=_settings(num_samples, seed, epochs),
@@ -332,6 +333,27 @@ def figures(
                 **_where(data, encoder, encoder_args, device, workers),
             )  # fmt: skip
         render.text(f"{page}")
+
+
+def _paper() -> Any:
+    """What draws figures: a checkout has it, the package has not.
+
+    Raises:
+        ArgumentError: It is not there.
+    """
+    from bayesify import ArgumentError
+
+    try:
+        from .paper import figures
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.paper":
+            raise
+        raise ArgumentError(
+            "Figures are drawn by recipes/byov/paper, which compares runs with the paper and is in "
+            "bayesify's repository alone: clone it, and take `python -m recipes.byov` there in "
+            "place of `bayesify recipe byov`."
+        ) from error
+    return figures
 
 
 def _where(

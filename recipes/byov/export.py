@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import bayesify
 from bayesify import GaussianPrior, set_prior_, to_deterministic
+from bayesify.metrics import knn_accuracy
 from bayesify.storage import replacing
 
 from .config import BYOVConfig, RunConfig
-from .data.batches import Source
+from .data.dataset import Source
 from .evaluation.features import Reading, encoded, features
-from .evaluation.knn import knn_accuracy
 from .model import Student, build_student, encoder_spec
 from .runtime.distributed import World
 from .runtime.online_probe import OnlineProbe

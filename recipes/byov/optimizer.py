@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -49,13 +48,6 @@ def make_optimizer(model: nn.Module, config: BYOVConfig) -> torch.optim.Optimize
     if config.bayesian:
         check_optimizer(model, optimizer)
     return optimizer
-
-
-def lr_factor(step: int, warmup_steps: int, steps: int) -> float:
-    """Share of the highest rate at a step: linear from 0 to 1, then a cosine to 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

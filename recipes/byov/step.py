@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from .runtime.distributed import World
 from .runtime.fsdp import gathered_state, placed_state, shard_
 from .runtime.monitors import initial_logvars
 from .runtime.online_probe import OnlineProbe
+from .runtime.seeds import key_of
 from .teacher import Teacher, set_prior_of
 
 
@@ -228,12 +228,6 @@ class Stepper:
             grads = [p.grad for p in trained if p.grad is not None]
             return full_tensor(nn.utils.get_total_norm(grads))
         return torch.zeros((), device=self.world.device)
-
-
-def key_of(seed: int, step: int, index: int) -> int:
-    """The seed of all that is random in one micro-batch of one step, in [0, 2**63)."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _encoder(model: nn.Module) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -14,28 +13,6 @@ from bayesify import GaussianPrior, LivePrior, set_prior_
 from .config import BYOVConfig, PriorName
 from .runtime.distributed import World
 from .runtime.fsdp import shard_
-
-
-class TauSchedule:
-    r"""The EMA factor, from ``start`` to ``end`` over ``steps`` steps.
-
-    .. math:: \tau_t = \tau_1 - (\tau_1 - \tau_0) (\cos(\pi t / T) + 1) / 2
-
-    Args:
-        start: At step 0, in [0, 1].
-        end: From step ``steps`` on, in [0, 1].
-        steps: Length T of the run.
-
-    Reference:
-        Grill et al., 2020, arXiv:2006.07733, section 3.2.
-    """
-
-    def __init__(self, start: float, end: float, steps: int) -> None:
-        self.start, self.end, self.steps = start, end, steps
-
-    def __call__(self, step: int) -> float:
-        done = min(step / self.steps, 1.0)
-        return self.end - (self.end - self.start) * (math.cos(math.pi * done) + 1.0) / 2.0
 
 
 class Teacher(nn.Module):

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 
 from bayesify import kl_schedule
+from bayesify.optim import warmup_cosine
 
 from .config import BYOVConfig, RunConfig
 from .data.training import batches_of, open_images, steps_of_epoch
 from .evaluation.features import Reading, refresh_batchnorm_
 from .export import Results, export
-from .optimizer import lr_factor, set_lr
+from .optimizer import set_lr
 from .runtime.distributed import World, joined
 from .runtime.failures import interruptible
 from .step import Stepper
-from .teacher import TauSchedule
 from .train_log import TrainLog, Watcher, checkpoint_to_resume
 
 
@@ -89,8 +89,8 @@ def _train(
 
     # What changes from step to step, each a function of the step alone
     warmup = round(config.warmup_epochs * steps_per_epoch)
-    rates = [lr_factor(step, warmup, steps) for step in range(steps)]
-    tau = TauSchedule(config.tau_start, config.tau_end, steps)
+    rates = [warmup_cosine(step, warmup, steps) for step in range(steps)]
+    tau = kl_schedule("cosine", config.tau_start, config.tau_end, steps)  # of [BYOL], section 3.2
     beta = kl_schedule(config.beta_shape, config.beta_start, config.beta_end, steps)
 
     log = TrainLog(config, run, world, watcher, stepper, source, steps_per_epoch)

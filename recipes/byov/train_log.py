@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bayesify import ArgumentError, BayesifyError, posteriors
 
 from .config import BYOVConfig, RunConfig
-from .data.batches import Source
+from .data.dataset import Source
 from .evaluation.features import Reading, features, monitor_knn, subsample
 from .runtime import checkpoint
 from .runtime.distributed import World

@@ -15,7 +15,8 @@ from typing import Any
 
 from bayesify import ArgumentError
 
-from .config import PRESETS, BYOVConfig
+from .config import BYOVConfig
+from .presets import PRESETS
 
 
 def read_arguments(text: str) -> dict[str, Any]:

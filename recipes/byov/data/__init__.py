@@ -1,1 +1,1 @@
-"""Images for training and evaluation: where they are, batches, views, corruptions."""
+"""Images for training and evaluation: where they are, batches, views."""

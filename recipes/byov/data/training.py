@@ -12,7 +12,8 @@ from bayesify import ArgumentError, input_config
 from ..config import BYOVConfig, RunConfig
 from ..model import build_encoder
 from ..runtime.distributed import World
-from .batches import Source, Views, open_source, train_views
+from .batches import Views, train_views
+from .dataset import Source, open_source
 from .views import TwoViews, ViewConfig, WorkerViews, view_configs
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from bayesify import ArgumentError
+from bayesify.metrics import knn_scores
 
 from .finetune import finetune
-from .knn import knn_scores
 from .linear import features_and_labels, linear, semi
 from .protocol import DEFAULTS, MEANS, TEACHER, EvalSettings, Protocol, row_of
 from .runs import Run, stored

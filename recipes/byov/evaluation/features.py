@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from bayesify import recompute_batchnorm_
 from bayesify.data import InMemory
+from bayesify.metrics import knn_accuracy
 
 from ..config import BYOVConfig
-from ..data.batches import Source, eval_batches, train_views
+from ..data.batches import eval_batches, train_views
+from ..data.dataset import Source
 from ..data.sources import Images
 from ..data.training import configs_of
 from ..data.views import TwoViews
 from ..model import Student
-from .knn import knn_accuracy
 
 Split = Literal["train", "test"]
 _BATCH = 256

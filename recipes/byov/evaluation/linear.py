@@ -16,13 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bayesify.metrics import cross_fitted_temperature
+from bayesify.metrics import ProbeResult, cross_fitted_temperature, linear_probe
 from bayesify.storage import replacing
 
 from ..model import Student
 from .features import features_of
 from .monte_carlo import classify, drawn_probs, labels_of, moments, outputs
-from .probe import ProbeResult, linear_probe
 from .protocol import AVERAGE, DEFAULTS, MEANS, SCALED, TEACHER, EvalSettings, row_of
 from .runs import Run
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bayesify import ArgumentError, one_draw
+from bayesify.welford import Welford
 
 from ..data.batches import eval_batches
 from ..data.image_ops import normalise
+from ..runtime.seeds import seed_of
 from .features import Split, features_of
 from .runs import Run
 
@@ -22,11 +22,6 @@ Change = Callable[[Tensor, int], Tensor]
 """Of pixels (B, C, H, W) in [0, 1], and the number of their batch: what a corruption does."""
 
 _BATCH = 256
-
-
-def seed_of(seed: int, draw: int) -> int:
-    """The seed of one of many draws, for :func:`bayesify.one_draw`."""
-    return int(np.random.SeedSequence((seed, draw)).generate_state(1, np.uint64)[0] >> 1)
 
 
 @torch.no_grad()
@@ -105,31 +100,12 @@ def drawn_probs(
         yield outputs(run, classify(run, head), split, change=change, draw=seed_of(seed, draw))
 
 
-@dataclass
-class Moments:
-    """Mean and variance over draws of tensors of one shape, kept as they come (Welford)."""
-
-    count: int = 0
-    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add(self, value: Tensor) -> None:
-        """Take one more draw."""
-        value = value.double()
-        self.count += 1
-        away = value - self.mean
-        self.mean = self.mean + away / self.count
-        self.squares = self.squares + away * (value - self.mean)
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation over the draws, divisor K - 1."""
-        return (self.squares / max(1, self.count - 1)).sqrt()
-
-
-def moments(draws: Iterator[Tensor]) -> Moments:
-    """Mean and spread over all draws."""
-    found = Moments()
+def moments(draws: Iterable[Tensor]) -> Welford:
+    """Mean and spread over all draws, which are one or more."""
+    draws = iter(draws)
+    first = next(draws)
+    found = Welford(first)
+    found.add(first)
     for value in draws:
         found.add(value)
     return found

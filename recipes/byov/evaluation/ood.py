@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from bayesify.metrics import entropy, fit_temperature, ood_metrics
+from bayesify.welford import Welford
 
-from ..data.batches import Source, open_source
+from ..data.dataset import Source, open_source
 from .features import Split
 from .linear import frozen_head
-from .monte_carlo import Moments, classify, drawn_probs, labels_of, outputs
+from .monte_carlo import classify, drawn_probs, labels_of, outputs
 from .protocol import AVERAGE, MEANS, SCALED, EvalSettings
 from .runs import Run, stored
 
@@ -86,7 +87,7 @@ def _predictions(
         SCALED: {name: of(scaled) for name, of in _SCORES.items()},
     }
     if run.config.bayesian and settings.num_samples:
-        average, of_draws = Moments(), Moments()
+        average, of_draws = Welford(means), Welford(entropy(means))
         for probs in drawn_probs(run, head, settings.num_samples, seed=settings.seed, split=split):
             average.add(probs)
             of_draws.add(entropy(probs))

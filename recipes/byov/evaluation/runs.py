@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,16 +15,19 @@ from torch import nn
 
 from bayesify import ArgumentError, posteriors
 from bayesify.data import InMemory
+from bayesify.devices import resolve_device
+from bayesify.json_numbers import finite
 from bayesify.storage import replacing
 
 from ..config import BYOVConfig, RunConfig
-from ..data.batches import Source, in_memory
+from ..data.dataset import Source, in_memory
 from ..data.sources import Images
 from ..data.training import open_images
 from ..model import Student, build_student, convert_
 from ..runtime import checkpoint
 from ..runtime.log import read_log
 from ..runtime.monitors import initial_logvars, posterior_health
+from ..runtime.provenance import commit, device_name
 from ..trust import check_data, check_encoder
 from .features import Reading, Rows, refresh_batchnorm_
 
@@ -34,7 +35,7 @@ CONVERGED = 0.3
 """Below this median standard deviation of logvar within a tensor, SNR ranks as magnitude does."""
 
 _MEMORY = 8 * 2**30  # bytes
-_PRIORS = {"zero": "N(0, I)", "teacher-mean": "N(mu_T, I)", "teacher": "N(mu_T, Sigma_T)"}
+PRIORS = {"zero": "N(0, I)", "teacher-mean": "N(mu_T, I)", "teacher": "N(mu_T, Sigma_T)"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,7 @@ def open_run(
     if spec is None:
         spec = str(identity["data"]["name"])
         check_data(newest, spec)
-    here = _device(device)
+    here = resolve_device(device)  # one, also where torchrun started more processes
     with torch.random.fork_rng(devices=[]):
         source = open_images(config, RunConfig(data=spec, device=device)).to(here)
         if source.test is None or not source.num_classes:
@@ -195,19 +196,6 @@ def open_run(
     )
 
 
-def _device(name: str) -> torch.device:
-    """One device; measurements are made by one process, also where torchrun started more."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except Exception as error:  # no driver, no such index: each another kind
-        raise ArgumentError(f"device {name!r} cannot be used here: {error}") from error
-    return device
-
-
 def limited(run: Run, count: int) -> Run:
     """The run with ``count`` of its test images, evenly spread; all of them if it is 0."""
     images = run.source.part("test")
@@ -237,7 +225,7 @@ def label(config: BYOVConfig) -> str:
     if c.objective == "supervised":
         name = "supervised BBB" if c.bayesian else "supervised"
     else:
-        name = f"BYOV {_PRIORS[c.prior]}" if c.bayesian else "BYOL"
+        name = f"BYOV {PRIORS[c.prior]}" if c.bayesian else "BYOL"
     if c.bayesian:
         if c.conversion != "full":
             name += f", {c.conversion}"
@@ -287,28 +275,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a result whole or not at all; what is not finite, which JSON lacks, becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(_plain(value), allow_nan=False) + "\n", "utf-8")
-
-
-def commit() -> str | None:
-    """The commit of this code, with a plus where files differ from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-            check=True,
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../../bayesify")
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or ``cpu``."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        temporary.write_text(json.dumps(finite(_plain(value)), allow_nan=False) + "\n", "utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -321,5 +288,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return _plain(value.tolist())
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.6g}")
     return value

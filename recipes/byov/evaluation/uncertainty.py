@@ -12,20 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesify import ArgumentError
+from bayesify.corruptions import SEVERITIES, corrupt, gaussian_noise, kinds
 
-from ..data.corruptions import SEVERITIES, corrupt, gaussian_noise, kinds
 from ..model import Student
+from ..runtime.seeds import seed_of
 from .features import features_of
 from .linear import frozen_head
 from .monte_carlo import (
     Change,
-    Moments,
     classify,
     drawn_probs,
     labels_of,
     moments,
     outputs,
-    seed_of,
 )
 from .protocol import EvalSettings, metrics_of
 from .runs import Run, limited, stored
@@ -75,8 +74,8 @@ def spread(run: Run, settings: UncertaintySettings, head: EvalSettings) -> dict[
         found = moments(drawn_probs(run, classifier, settings.spread_draws, seed=settings.seed))
         confidence, predicted = found.mean.max(dim=1)
         return {
-            "std": found.std.gather(1, predicted[:, None])[:, 0],
-            "class_mean_std": found.std.mean(dim=1),
+            "std": found.std(1).gather(1, predicted[:, None])[:, 0],
+            "class_mean_std": found.std(1).mean(dim=1),
             "confidence": confidence,
             "right": (predicted == labels_of(run)).int(),
         }
@@ -172,15 +171,13 @@ def averages(pool: Tensor, settings: UncertaintySettings) -> dict[str, Any]:
     rows = []
     for k in range(1, settings.most + 1):
         picks = torch.randint(len(pool), (settings.bootstraps, k), generator=generator)
-        found = Moments()
-        for pick in picks:
-            found.add(pool[pick].mean(dim=0))
+        found = moments(pool[pick].mean(dim=0) for pick in picks)
         groups = pool[: len(pool) // k * k].view(-1, k, pool.shape[1]).mean(dim=1)
         rows.append(
             {
                 "k": k,
                 "mean": float(found.mean.mean()),
-                "std": float(found.std.square().mean().sqrt()),
+                "std": float(found.std(1).square().mean().sqrt()),
                 "disjoint": float(groups.var(dim=0).mean().sqrt()),
                 "groups": len(groups),
             }
@@ -240,7 +237,7 @@ def latent_variance(
                 )
                 for m in range(settings.latent_draws)
             )
-            each = moments(drawn).std.square().split(widths, dim=1)
+            each = moments(drawn).std(1).square().split(widths, dim=1)
             of_image = [part.mean(dim=1) for part in each]
             levels.append(
                 {

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..config import PRESETS, UNSEEN_SHIFTS
+from ..config import UNSEEN_SHIFTS
 from ..evaluation.protocol import AVERAGE, MEANS, SCALED
 from ..evaluation.uncertainty import PARTS
+from ..presets import PRESETS
 from .results import (
     ENOUGH,
+    PRIORS,
     Estimate,
     RunRecord,
     against,
@@ -24,7 +26,8 @@ from .results import (
     estimate,
     paper_like,
 )
-from .tables import PRIORS, fig1b, fig3, fig4shift, fig5, fig7, spikes
+from .tables import fig1b, fig4shift, fig5, fig7, spikes
+from .trajectories import fig3
 
 Verdict = Literal["agrees", "disagrees", "undecided", "n < 3", "not converged", "not run"]
 

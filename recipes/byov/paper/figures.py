@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bayesify import ArgumentError
+from bayesify.report import check_installed
 
 from ..config import UNSEEN_SHIFTS
 from ..evaluation.evaluate import evaluate
@@ -22,9 +23,9 @@ from ..evaluation.uncertainty import (
     latent_variance,
     spread,
 )
-from . import claims, plots, pruning_rounds, tables
+from ..iterative import IterativeSettings, iterative_pruning
+from . import claims, plots, pruning_tables, tables, trajectories
 from .gradients import gradient_noise
-from .iterative import IterativeSettings, iterative_pruning
 from .page import Section, page
 from .results import RunRecord, distinct, read_record
 
@@ -63,13 +64,14 @@ FIGURES: tuple[Figure, ...] = (
     Figure("stability", "Figure 2, text: stability of the priors",
            "N(mu_T, Sigma_T) leads to training instabilities.", (), tables.stability),
     Figure("fig3", "Figure 3: sigma and SNR by prior",
-           "Sigma differs from prior to prior; SNR follows a similar trend.", (), tables.fig3),
+           "Sigma differs from prior to prior; SNR follows a similar trend.", (),
+           trajectories.fig3),
     Figure("fig4", "Figure 4, left: pruning without retraining",
            "SNR pruning is up to 12 % better with a 25 % sparser model than magnitude pruning.",
-           ("prune",), tables.fig4),
+           ("prune",), pruning_tables.fig4),
     Figure("fig4rounds", "Figure 4, further: pruning in rounds of training",
            "It prunes at once and trains no more; all else here is ours.", (),
-           pruning_rounds.fig4rounds),
+           pruning_tables.fig4rounds),
     Figure("fig4shift", "Figure 4, centre and right: under augmentations",
            "Better than BYOL everywhere except under shear and Gaussian noise.", ("corrupted",),
            tables.fig4shift),
@@ -77,7 +79,7 @@ FIGURES: tuple[Figure, ...] = (
            "The std of the average vanishes and its mean is stable.", ("draws",), tables.fig5),
     Figure("fig6", "Figure 6: SNR by beta",
            "Alike for all three; the low bundle that grows with beta is projector and predictor.",
-           (), tables.fig6),
+           (), trajectories.fig6),
     Figure("fig7", "Figure 7: variance under noise",
            "It rises with noise, its spread shrinks, and the three parts go together.",
            ("latents",), tables.fig7),
@@ -170,11 +172,13 @@ def make(
         The page.
 
     Raises:
-        ArgumentError: There is no such figure, a folder holds no run, or matplotlib is missing.
+        ArgumentError: There is no such figure, a folder holds no run, or jinja2, matplotlib or
+            scipy is missing.
     """
     unknown = sorted(set(only) - set(NAMES))
     if unknown:
         raise ArgumentError(f"There is no figure {unknown[0]!r}: it must be of {', '.join(NAMES)}.")
+    check_installed("scipy")
     wanted = [f for f in FIGURES if not only or f.name in only]
     needs = list(dict.fromkeys(need for f in wanted for need in f.needs)) or ["eval"]
     if not measured:

@@ -14,10 +14,11 @@ from bayesify import ArgumentError, one_draw, posteriors
 from ..data.batches import Views, train_views
 from ..data.training import configs_of
 from ..data.views import TwoViews
-from ..evaluation.monte_carlo import Moments, seed_of
+from ..evaluation.monte_carlo import moments
 from ..evaluation.runs import Run, stored
 from ..model import Student, build_student, convert_
 from ..objective import byol_loss
+from ..runtime.seeds import seed_of
 
 ESTIMATORS = ("weight", "local", "flipout")
 
@@ -59,10 +60,10 @@ def gradient_noise(
             for size in kept:
                 on_progress(f"gradients by {estimator}, {size} images")
                 views = _views(run, size, seed)
-                found = Moments()
-                for draw in range(draws):
-                    found.add(_gradient(run, model, views, seed_of(seed, draw)))
-                variance = float(found.std.square().sum())
+                found = moments(
+                    _gradient(run, model, views, seed_of(seed, draw)) for draw in range(draws)
+                )
+                variance = float(found.std(1).square().sum())
                 signal = float(found.mean.square().sum()) - variance / draws
                 rows.append({"estimator": estimator, "batch": size, "variance": variance,
                              "relative": variance / signal if signal > 0 else None})  # fmt: skip

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bayesify.report import html_page
 from bayesify.storage import replacing
 
 from .results import ENOUGH, Estimate, RunRecord
@@ -68,12 +69,8 @@ def page(
     body = [_head(records), _claims(comparison), _overview(overview)]
     body += [_section(section, path.parent) for section in sections]
     body.append(_runs(records))
-    text = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Bootstrap Your Own Variance, remade</title><style>{_CSS}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    content = f"<main>{''.join(body)}</main>"
+    text = html_page("Bootstrap Your Own Variance, remade", _CSS, content)
     with replacing(path, overwrite=True) as temporary:
         temporary.write_text(text, "utf-8")
 

@@ -8,53 +8,28 @@ from typing import Any
 
 import numpy as np
 
-from bayesify import ArgumentError
 from bayesify.storage import replacing
 
 from ..evaluation.uncertainty import PARTS
-from .results import ENOUGH
-
-Numbers = dict[str, Any]
-
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#1a1a1a", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7",
-)  # fmt: skip
-GREY = "#8c8c8c"
-_STYLE: Any = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#555555",
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "xtick.labelcolor": "#1a1a1a",
-    "ytick.labelcolor": "#1a1a1a",
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "lines.linewidth": 1.7,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "byov",  # the same numbers are the same file
-}
-_PRIOR_LOOK = {"zero": (BLUE, "o"), "teacher-mean": (GREEN, "s"), "teacher": (RED, "^")}
-_PRIOR_NAME = {"zero": r"$N(0, I)$", "teacher-mean": r"$N(\mu_T, I)$",
-               "teacher": r"$N(\mu_T, \Sigma_T)$"}  # fmt: skip
-_PART_COLOUR = {"encoder": BLUE, "projector": ORANGE, "predictor": RED}
-_PRUNE_LOOK = {
-    "SNR": (BLUE, "-", "o"),
-    "magnitude": (RED, "-", "s"),
-    "SNR, sigma shuffled": (SKY, "--", "v"),
-    "magnitude x mean 1 / sigma": (ORANGE, ":", "D"),
-    "1 / sigma": (PURPLE, "-", "^"),
-    "random": (GREY, ":", None),
-}
+from .look import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PART_COLOUR,
+    PRIOR_LOOK,
+    PRIOR_NAME,
+    PURPLE,
+    RED,
+    SKY,
+    STYLE,
+    half_of,
+    pretty,
+    stamp_on,
+)
+from .pruning_plots import fig4, fig4rounds
+from .results import Numbers
 
 
 def draw(name: str, numbers: Numbers, folder: Path) -> list[Path]:
@@ -62,19 +37,14 @@ def draw(name: str, numbers: Numbers, folder: Path) -> list[Path]:
 
     Args:
         name: A key of :data:`DRAWN`.
-        numbers: What :mod:`recipes.byov.assemble` made.
+        numbers: What :mod:`.tables` made.
         folder: Where to.
-
-    Raises:
-        ArgumentError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ArgumentError("Figures need matplotlib: pip install 'bayesify[report]'.") from error
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     written = []
-    with rc_context(rc=_STYLE):
+    with rc_context(rc=STYLE):
         figure = Figure(layout="constrained")
         DRAWN[name](figure, numbers)
         if numbers.get("stamp"):
@@ -134,11 +104,6 @@ def _margin(values: Any) -> tuple[float, float]:
     return max(0.0, low - room), high + room
 
 
-def _half(value: Any) -> float:
-    """An interval of fewer seeds says nothing that an eye should see."""
-    return (value.half or 0.0) if value.n >= ENOUGH else 0.0
-
-
 _METRIC_TITLE = {
     "top1": "top-1", "top5": "top-5", "ece": "ECE", "brier": "Brier score",
     "reliability": "Brier reliability", "resolution": "Brier resolution",
@@ -164,7 +129,7 @@ def _fig2(figure: Any, numbers: Numbers) -> None:
             name = "BYOL, temperature scaled" if scaled else "BYOL, no weight decay"
             axes.axhline(control["delta"].mean, color=GREY, linewidth=1.2,
                          linestyle=":" if scaled else "--", label=name)  # fmt: skip
-        for i, (prior, (colour, marker)) in enumerate(_PRIOR_LOOK.items()):
+        for i, (prior, (colour, marker)) in enumerate(PRIOR_LOOK.items()):
             for prediction, (line, filled) in _PREDICTION_LOOK.items():
                 rows = [g for g in numbers["grid"] if g["metric"] == metric and g["prior"] == prior
                         and g["prediction"] == prediction and g["delta"] is not None]  # fmt: skip
@@ -172,12 +137,12 @@ def _fig2(figure: Any, numbers: Numbers) -> None:
                     continue
                 shift = 0.09 * (i - 1) + (0.0 if filled else 0.03)
                 x = [place[r["beta_end"]] + shift for r in rows]
-                half = [_half(r["delta"]) for r in rows]
+                half = [half_of(r["delta"]) for r in rows]
                 axes.errorbar(x, [r["delta"].mean for r in rows], half, color=colour,
                               linestyle=line, linewidth=1.3, marker=marker, markersize=5.5,
                               markerfacecolor=colour if filled else "white", capsize=2.5,
                               elinewidth=0.9,
-                              label=f"{_PRIOR_NAME[prior]}, {prediction}")  # fmt: skip
+                              label=f"{PRIOR_NAME[prior]}, {prediction}")  # fmt: skip
         axes.set(title=_METRIC_TITLE[metric], xlim=(-0.4, len(betas) - 0.6))
         axes.set_xticks(range(len(betas)), [f"{b:g}" for b in betas])
         axes.set_xlabel(r"$\beta_{end}$")
@@ -217,34 +182,24 @@ def _trajectories(figure: Any, numbers: Numbers, rows: tuple[tuple[str, str], ..
             axes = grid[row, column]
             for tensor in sorted(shown["tensors"], key=lambda t: t["kind"] == "matrix"):
                 matrix = tensor["kind"] == "matrix"
-                axes.plot(shown["epochs"], tensor[key], color=_PART_COLOUR[tensor["part"]],
+                axes.plot(shown["epochs"], tensor[key], color=PART_COLOUR[tensor["part"]],
                           linewidth=1.1 if matrix else 0.7, alpha=0.85 if matrix else 0.25,
                           marker="." if len(shown["epochs"]) < 4 else None)  # fmt: skip
             axes.set_yscale("log")
             axes.xaxis.get_major_locator().set_params(integer=True)
             if row == 0:
-                axes.set_title(_pretty(name) + f"  (seed {shown['seed']})")
-                _stamp(axes, shown)
+                axes.set_title(pretty(name) + f"  (seed {shown['seed']})")
+                stamp_on(axes, shown)
             if row == len(rows) - 1:
                 axes.set_xlabel("epoch")
             if column == 0:
                 axes.set_ylabel(title)
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=c, label=p) for p, c in _PART_COLOUR.items()]
+    handles = [Line2D([], [], color=c, label=p) for p, c in PART_COLOUR.items()]
     handles.append(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.6,
                           label="pale: biases, norms, tokens"))  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, 2 * len(columns)))
-
-
-def _pretty(name: str) -> str:
-    return (
-        name.replace("N(0, I)", _PRIOR_NAME["zero"])
-        .replace("N(mu_T, I)", _PRIOR_NAME["teacher-mean"])
-        .replace("N(mu_T, Sigma_T)", _PRIOR_NAME["teacher"])
-        .replace("beta", r"$\beta$")
-        .replace("->", r"$\rightarrow$")
-    )
 
 
 def _fig3(figure: Any, numbers: Numbers) -> None:
@@ -259,93 +214,6 @@ def _fig6(figure: Any, numbers: Numbers) -> None:
     _trajectories(
         figure, numbers, (("mean_snr", "SNR, mean of a tensor"), ("max_snr", "SNR, maximum"))
     )
-
-
-def _fig4(figure: Any, numbers: Numbers) -> None:
-    panels = numbers["panels"]
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure.set_size_inches(1.0 + 3.9 * columns, 0.9 + 3.3 * lines)
-    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
-    for axes, panel in zip(grid, panels, strict=False):
-        for curve in panel["curves"]:
-            if curve["scope"] != "tensor":
-                continue
-            colour, line, marker = _PRUNE_LOOK[curve["criterion"]]
-            _pruned(axes, curve, colour, line, marker, curve["criterion"])
-        for curve in panel["byol"]:
-            if curve["criterion"] == "magnitude" and curve["scope"] == "tensor":
-                _pruned(axes, curve, BLACK, "--", "x", "BYOL, magnitude")
-        title = _pretty(panel["run"])
-        n = panel["curves"][0]["n"]
-        spread = panel["logvar_spread"]
-        axes.set_title(f"{title}\n{n} seed{'s' * (n > 1)}, std(logvar) {spread.mean:.2f}")
-        _stamp(axes, panel)
-        axes.set_xlabel("pruned in each tensor, %")
-        axes.set_xlim(-2, 100)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    for row in range(lines):
-        grid[row * columns].set_ylabel("top-1 of the frozen probe, %")
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 1 + columns))
-
-
-def _stamp(axes: Any, panel: Numbers) -> None:
-    if panel["stamp"]:
-        axes.text(0.5, 0.06, panel["stamp"], transform=axes.transAxes, color=RED, ha="center",
-                  fontsize=9, weight="bold")  # fmt: skip
-
-
-def _pruned(axes: Any, curve: Any, colour: str, line: str, marker: str | None, name: str) -> None:
-    x = [100 * p["sparsity"] for p in curve["points"]]
-    axes.plot(x, [100 * p["top1"] for p in curve["points"]], color=colour, linestyle=line,
-              marker=marker, markersize=4, label=name)  # fmt: skip
-    if curve["n"] > 1:
-        axes.fill_between(x, [100 * p["low"] for p in curve["points"]],
-                          [100 * p["high"] for p in curve["points"]], color=colour, alpha=0.12,
-                          linewidth=0)  # fmt: skip
-
-
-def _fig4rounds(figure: Any, numbers: Numbers) -> None:
-    panels = numbers["panels"]
-    ways = ("one shot", "one shot, then trained", "iterative")
-    figure.set_size_inches(1.4 + 3.6 * len(panels), 6.6)
-    grid = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
-    heads = (("top1", "frozen probe"), ("anew", "probe trained anew"))
-    for column, panel in enumerate(panels):
-        arms = {(a["way"], a["criterion"], a["sparsity"]): a for a in panel["arms"]}
-        shares = sorted({share for _, criterion, share in arms if criterion})
-        for axes, (key, title) in zip(grid[:, column], heads, strict=True):
-            for (way, criterion, _), arm in arms.items():
-                if criterion is None:
-                    dense = way == "dense"
-                    axes.axhline(arm[key].mean, color=BLACK if dense else GREY, linewidth=1.1,
-                                 linestyle=":" if dense else "--", label=way)  # fmt: skip
-            for criterion in ("SNR", "magnitude"):
-                colour, _, marker = _PRUNE_LOOK[criterion]
-                for i, share in enumerate(shares):
-                    shown = [arms.get((way, criterion, share)) for way in ways]
-                    known = [(x, arm[key]) for x, arm in enumerate(shown) if arm is not None]
-                    if known:
-                        axes.errorbar(
-                            [x for x, _ in known], [value.mean for _, value in known],
-                            [_half(value) for _, value in known], color=colour,
-                            linestyle=("-", "--", ":", "-.")[i % 4], marker=marker, markersize=4,
-                            capsize=2.5, elinewidth=0.9, label=f"{criterion}, {share:.0%} pruned",
-                        )  # fmt: skip
-            if column == 0:
-                axes.set_ylabel(f"top-1 of the {title}, %")
-            axes.set_xlim(-0.3, 2.3)
-            _stamp(axes, panel)
-        n = panel["n"]
-        grid[0, column].set_title(
-            f"{_pretty(panel['run'])}\n{panel['rounds']} rounds, {panel['steps']:,} steps in all, "
-            f"{n} seed{'s' * (n > 1)}"
-        )
-        grid[1, column].set_xticks(range(3), [way.replace(", ", ",\n") for way in ways])
-    keys = max((a.get_legend_handles_labels() for a in grid[0]), key=lambda pair: len(pair[1]))
-    figure.legend(*keys, loc="outside lower center", ncols=min(4, 1 + len(panels)))
 
 
 def _fig4shift(figure: Any, numbers: Numbers) -> None:
@@ -368,7 +236,7 @@ def _fig4shift(figure: Any, numbers: Numbers) -> None:
             row = order[kind, metric]
             if row["delta"] is None:
                 continue
-            value, half = row["delta"].mean, _half(row["delta"]) or None
+            value, half = row["delta"].mean, half_of(row["delta"]) or None
             axes.barh(y, value, height=0.62, color=GREEN if value >= 0 else RED, alpha=0.75,
                       xerr=half, error_kw={"elinewidth": 1.0, "capsize": 2.5})  # fmt: skip
             points = [s.mean for s in row["severities"] if s is not None]
@@ -425,7 +293,7 @@ def _fig7(figure: Any, numbers: Numbers) -> None:
         axes.ticklabel_format(style="sci", scilimits=(-2, 2), useMathText=True)
     last = panels[3]
     noise = [lev["noise"] for lev in levels]
-    for part, colour in _PART_COLOUR.items():
+    for part, colour in PART_COLOUR.items():
         values = [np.asarray(lev["unit"][part]) for lev in levels]
         first = values[0].mean() or 1.0
         mean = np.array([v.mean() / first for v in values])
@@ -471,8 +339,8 @@ DRAWN: dict[str, Callable[[Any, Numbers], None]] = {
     "fig2": _fig2,
     "stability": _stability,
     "fig3": _fig3,
-    "fig4": _fig4,
-    "fig4rounds": _fig4rounds,
+    "fig4": fig4,
+    "fig4rounds": fig4rounds,
     "fig4shift": _fig4shift,
     "fig5": _fig5,
     "fig6": _fig6,

@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 from bayesify import ArgumentError
 
 from ..config import BYOVConfig
+from ..evaluation.runs import PRIORS as PRIORS
 from ..evaluation.runs import family, label
+
+Numbers = dict[str, Any]
+"""What a figure or table is made of."""
 
 HIGHER = ("top1", "top5", "resolution")
 """Metrics of which more is better; less is better of the others."""
@@ -244,3 +248,15 @@ def stamp_of_all(panels: Iterable[Mapping[str, Any]]) -> str | None:
     """What is written over a figure whose panels have stamps: theirs where each has one."""
     stamps = [panel["stamp"] for panel in panels]
     return stamps[0] if all(stamps) else None
+
+
+def ordered(records: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
+    """Families: BYOL, then BYOV by prior, then all else."""
+    first = [id(c) for group in baselines(records).values() for c in group]
+    first += [id(c) for prior in PRIORS for c in paper_like(records, prior=prior)]
+
+    def place(item: tuple[str, list[RunRecord]]) -> int:
+        here = id(item[1][0])
+        return first.index(here) if here in first else len(first)
+
+    return sorted(families(records).items(), key=place)

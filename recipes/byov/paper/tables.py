@@ -3,76 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..evaluation.protocol import AVERAGE, MEANS, SCALED, TEACHER
 from ..evaluation.uncertainty import PARTS
+from .correlations import correlations, spearman
 from .results import (
+    PRIORS,
     Estimate,
+    Numbers,
     RunRecord,
     against,
     baselines,
     estimate,
-    families,
+    ordered,
     paper_like,
     select,
     stamp,
-    stamp_of_all,
 )
 
 METRICS = ("top1", "top5", "ece", "brier", "reliability", "resolution")
-PRIORS = {"zero": "N(0, I)", "teacher-mean": "N(mu_T, I)", "teacher": "N(mu_T, Sigma_T)"}
-Numbers = dict[str, Any]
-
-
-def correlations(x: Sequence[float], y: Sequence[float]) -> dict[str, float | None]:
-    """Pearson, Spearman, and how normal y is around its regression on x.
-
-    ``ks`` is the largest distance of the residual's distribution from the normal one of its own
-    mean and variance, ``ks_limit`` what 5 % of normal samples exceed (Lilliefors, large n).
-    """
-    a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    n = len(a)
-    pearson = _pearson(a, b)
-    if n < 3 or pearson is None:
-        return {"pearson": pearson, "spearman": None, "n": n}
-    away = a - a.mean()
-    residual = b - b.mean() - (away * b).sum() / away.square().sum() * away
-    scale = residual.std(correction=0)
-    z = residual / scale if scale > 0 else residual
-    ordered = z.sort().values
-    cdf = 0.5 * (1 + torch.erf(ordered / math.sqrt(2)))
-    ranks = torch.arange(n, dtype=torch.float64)
-    ks = torch.maximum((cdf - ranks / n).abs(), (cdf - (ranks + 1) / n).abs()).max()
-    return {
-        "pearson": pearson,
-        "spearman": _pearson(rank(a), rank(b)),
-        "residual_skew": float(z.pow(3).mean()),
-        "residual_excess_kurtosis": float(z.pow(4).mean() - 3),
-        "ks": float(ks),
-        "ks_limit": 0.895 / (math.sqrt(n) - 0.01 + 0.85 / math.sqrt(n)),
-        "n": n,
-    }
-
-
-def rank(values: Tensor) -> Tensor:
-    """Ranks from 1, the mean of their places for equal values."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    ranks: Tensor = (ends - (counts.double() - 1) / 2)[inverse]
-    return ranks
-
-
-def _pearson(a: Tensor, b: Tensor) -> float | None:
-    x, y = a - a.mean(), b - b.mean()
-    size = x.norm() * y.norm()
-    return float((x * y).sum() / size) if size > 0 else None
 
 
 def fig1b(records: Sequence[RunRecord], **wanted: Any) -> Numbers | None:
@@ -183,193 +137,6 @@ def spikes(record: RunRecord) -> float | None:
     return sum(n > limit for n in norms) / len(norms)
 
 
-def _layers(record: RunRecord) -> dict[str, Any] | None:
-    epochs = [line for line in record.log if line["kind"] == "epoch" and line.get("layers")]
-    if not epochs:
-        return None
-    names = list(epochs[0]["layers"])
-    keys = ("mean_std", "max_std", "mean_snr", "max_snr")
-    return {
-        "epochs": [e["epoch"] for e in epochs],
-        "tensors": [
-            {
-                "name": n, "part": part_of(n), "kind": kind_of(n),
-                **{k: [e["layers"][n][k] for e in epochs] for k in keys},
-            }
-            for n in names
-        ],
-    }  # fmt: skip
-
-
-def part_of(name: str) -> str:
-    """Encoder, projector or predictor, by a parameter's name."""
-    head = name.partition(".")[0]
-    return head if head in PARTS else "encoder"
-
-
-def kind_of(name: str) -> str:
-    """Matrix, or vector: biases, norms and tokens, whose SNR is of another size."""
-    last = name.rpartition(".")[2]
-    small = last != "weight" or "norm" in name or name.startswith(("projector.1.", "predictor.1."))
-    return "vector" if small else "matrix"
-
-
-def trajectories(columns: dict[str, list[RunRecord]]) -> Numbers | None:
-    """Sigma and SNR of every tensor over the epochs, one column of the figure each.
-
-    Of one seed: the first at which every column has a posterior that moved, else the first.
-    """
-    known = {
-        name: {
-            record.seed: (stamp([record]), layers)
-            for record in sorted(group, key=lambda c: c.seed)
-            if (layers := _layers(record)) is not None
-        }
-        for name, group in columns.items()
-    }
-    known = {name: by_seed for name, by_seed in known.items() if by_seed}
-    if not known:
-        return None
-    shared = sorted(set.intersection(*map(set, known.values())))
-    moved = [seed for seed in shared if not any(each[seed][0] for each in known.values())]
-    shown = {}
-    for name, by_seed in known.items():
-        seed = (moved or shared or list(by_seed))[0]
-        stamped, layers = by_seed[seed]
-        shown[name] = {"seed": seed, **layers, "heads_low": heads_low(layers), "stamp": stamped}
-    return {"columns": shown, "apart": apart(shown), "stamp": stamp_of_all(shown.values())}
-
-
-def fig3(records: Sequence[RunRecord]) -> Numbers | None:
-    """By prior."""
-    return trajectories({PRIORS[p]: paper_like(records, prior=p) for p in PRIORS})
-
-
-def fig6(records: Sequence[RunRecord]) -> Numbers | None:
-    """By beta_end, prior N(0, I)."""
-    betas = sorted({c.config.beta_end for c in records if c.config.bayesian})
-    groups = {f"beta 0 -> {b:g}": paper_like(records, beta_end=b) for b in betas}
-    return trajectories({name: group for name, group in groups.items() if group})
-
-
-def apart(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """How far two columns are apart at the end: median over the matrices of |log ratio|."""
-    names, found = list(columns), []
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            theirs = {t["name"]: t for t in columns[other]["tensors"] if t["kind"] == "matrix"}
-            mine = [t for t in columns[one]["tensors"] if t["name"] in theirs]
-
-            def middle(key: str, mine: Any = mine, theirs: Any = theirs) -> float | None:
-                ratios = [
-                    abs(math.log(t[key][-1] / theirs[t["name"]][key][-1]))
-                    for t in mine
-                    if t[key][-1] > 0 and theirs[t["name"]][key][-1] > 0
-                ]
-                return statistics.median(ratios) if ratios else None
-
-            found.append({"pair": [one, other], "sigma": middle("mean_std"),
-                          "snr": middle("mean_snr")})  # fmt: skip
-    return found
-
-
-def heads_low(layers: dict[str, Any]) -> dict[str, float | None]:
-    """Who is in the low bundle: median final SNR of matrices in the encoder and in the heads."""
-    ends: dict[str, list[float]] = {part: [] for part in PARTS}
-    for tensor in layers["tensors"]:
-        if tensor["kind"] == "matrix":
-            ends[tensor["part"]].append(tensor["mean_snr"][-1])
-    return {part: statistics.median(v) if v else None for part, v in ends.items()}
-
-
-def ordered(records: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    """Families: BYOL, then BYOV by prior, then all else."""
-    first = [id(c) for group in baselines(records).values() for c in group]
-    first += [id(c) for prior in PRIORS for c in paper_like(records, prior=prior)]
-
-    def place(item: tuple[str, list[RunRecord]]) -> int:
-        here = id(item[1][0])
-        return first.index(here) if here in first else len(first)
-
-    return sorted(families(records).items(), key=place)
-
-
-def fig4(records: Sequence[RunRecord]) -> Numbers | None:
-    """Top-1 over sparsity: criteria side by side, one panel a prior, BYOL's magnitude in each."""
-    panels = []
-    for name, group in ordered(records):
-        members = [c for c in group if c.numbers("prune") and c.config.bayesian]
-        if members and members[0].config.objective == "byol":
-            byol = _same_encoder(records, members[0])
-            panels.append(
-                {
-                    "run": name, "curves": _mean_curves(members), "gaps": _mean_gaps(members),
-                    "byol": _mean_curves(byol), "byol_seeds": len(byol),
-                    "logvar_spread": estimate(c.facts["logvar_spread"] for c in members),
-                    "stamp": stamp(members),
-                }
-            )  # fmt: skip
-    if not panels:
-        return None
-    return {"panels": panels, "stamp": stamp_of_all(panels)}
-
-
-def _same_encoder(records: Sequence[RunRecord], like: RunRecord) -> list[RunRecord]:
-    """Pruned runs of BYOL with the same encoder: the baseline, where that has it."""
-    found = [c for c in baselines(records)["BYOL"] if c.config.encoder == like.config.encoder]
-    found = found or select(
-        records, conversion="none", objective="byol", encoder=like.config.encoder
-    )
-    return [c for c in found if c.numbers("prune")]
-
-
-def _mean_curves(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    if not records:
-        return found
-    for shape in records[0].results["prune"]["numbers"]["curves"]:
-        same = [
-            c["points"]
-            for record in records
-            for c in record.results["prune"]["numbers"]["curves"]
-            if (c["criterion"], c["scope"]) == (shape["criterion"], shape["scope"])
-            and len(c["points"]) == len(shape["points"])
-        ]
-        found.append(
-            {
-                "criterion": shape["criterion"],
-                "scope": shape["scope"],
-                "n": len(same),
-                "points": [
-                    {
-                        "sparsity": rows[0]["sparsity"],
-                        "top1": statistics.fmean(r["top1"] for r in rows),
-                        "low": min(r["top1"] for r in rows),
-                        "high": max(r["top1"] for r in rows),
-                    }
-                    for rows in zip(*same, strict=True)
-                ],
-            }
-        )
-    return found
-
-
-def _mean_gaps(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    found = []
-    for shape in records[0].results["prune"]["numbers"]["gaps"]:
-        same = [
-            g
-            for record in records
-            for g in record.results["prune"]["numbers"]["gaps"]
-            if (g["over"], g["scope"]) == (shape["over"], shape["scope"])
-        ]
-        found.append(
-            {"over": shape["over"], "scope": shape["scope"],
-             **{k: estimate(g[k] for g in same) for k in ("points", "middle", "area", "sparser")}}
-        )  # fmt: skip
-    return found
-
-
 def fig4shift(records: Sequence[RunRecord]) -> Numbers | None:
     """ECE and reliability against BYOL under each augmentation, plus being better."""
     base = [c for c in baselines(records)["BYOL"] if c.numbers("corrupted")]
@@ -449,9 +216,9 @@ def fig7(records: Sequence[RunRecord], **wanted: Any) -> Numbers | None:
                                 "relative_spread": widths})  # fmt: skip
             for i, one in enumerate(PARTS):
                 for other in PARTS[i + 1 :]:
-                    x, y = (torch.tensor(together[p], dtype=torch.float64) for p in (one, other))
+                    rank = spearman(together[one], together[other])
                     summary.append({"seed": record.seed, "form": form, "pair": [one, other],
-                                    "spearman": _pearson(rank(x), rank(y))})  # fmt: skip
+                                    "spearman": rank})  # fmt: skip
     settings = known[0].results["latents"]["settings"]
     curves = []
     for part in PARTS:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bayesify import ArgumentError
+from bayesify.devices import resolve_device
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,10 @@ def joined(device: str) -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    try:
-        if device == "auto":
-            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        found = torch.device(device)
-        if size > 1 and found.type == "cuda":
-            found = torch.device("cuda", local)
-        torch.empty(0, device=found)
-    except Exception as error:  # an unknown name, no driver, no such index: each another kind
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"device {device!r} cannot be used here: {reason}") from error
+    kind = device.partition(":")[0]
+    if size > 1 and (kind == "cuda" or (kind == "auto" and torch.cuda.is_available())):
+        device = f"cuda:{local}"
+    found = resolve_device(device)
     if size == 1:
         yield World(0, 1, found)
         return

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bayesify.json_numbers import finite
 from bayesify.storage import replacing
 
 from .tensorboard import TensorBoardWriter
@@ -28,7 +28,7 @@ class RunLog:
     def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line; a number that is not finite, which JSON lacks, becomes null."""
         if self.path is not None:
-            line = json.dumps({"kind": kind, "step": step, **_finite(values)}, allow_nan=False)
+            line = json.dumps({"kind": kind, "step": step, **finite(values)}, allow_nan=False)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         if self.tensorboard is not None and kind != "start":
@@ -55,11 +55,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _was_there(line: dict[str, Any], step: int) -> bool:
     """Whether a line stood there at the checkpoint of ``step``; the end comes after them all."""
     return step > 0 and line["step"] <= step and line["kind"] != "end"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

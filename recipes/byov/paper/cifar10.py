@@ -1,12 +1,12 @@
 """The BYOV grid on CIFAR-10, a few cells at a time.
 
-    PYTHONPATH=. python benchmarks/cifar10_byov.py --data DATA --minutes 9 --jobs 4     on a GPU
-    PYTHONPATH=. python benchmarks/cifar10_byov.py --scale cpu --group core --minutes 60 --jobs 2
-    PYTHONPATH=. python benchmarks/cifar10_byov.py --list
+    python -m recipes.byov.paper.cifar10 --data DATA --minutes 9 --jobs 4     on a GPU
+    python -m recipes.byov.paper.cifar10 --scale cpu --group core --minutes 60 --jobs 2
+    python -m recipes.byov.paper.cifar10 --list
 
-Runs the next missing cells of `byov_cells.py`, several side by side; what a time limit ends goes on
-the next time. Each finished cell is one JSON in `results/byov/SCALE`; `byov_table.py` makes the
-docs of them. CIFAR-10 is given as `bayesify recipe byov train --data` takes it:
+Runs the next missing cells of `cells.py`, several side by side; what a time limit ends goes on
+the next time. Each finished cell is one JSON in `benchmarks/results/byov/SCALE`; `docs.py` makes
+the docs of them. CIFAR-10 is given as `bayesify recipe byov train --data` takes it:
 `timm:torch/cifar10@DIR` or a .safetensors file.
 """
 
@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from byov_cells import CELLS, SCALES, Cell, Scale, result_of, run_cell, wanted
+from .cells import CELLS, SCALES, Cell, Scale, result_of, run_cell, wanted
 
 UNFINISHED = 75
 _GRACE = 90  # seconds that a run gets to write its checkpoint
@@ -100,7 +100,8 @@ def run_all(scale: Scale, missing: list[tuple[Cell, int]], asked: argparse.Names
 def _start(
     scale: Scale, cell: Cell, seed: int, asked: argparse.Namespace
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, "--scale", scale.name, "--work", str(asked.work)]
+    command = [sys.executable, "-m", f"{__package__}.cifar10"]
+    command += ["--scale", scale.name, "--work", str(asked.work)]
     for option in ("data", "device"):
         if getattr(asked, option):
             command += [f"--{option}", getattr(asked, option)]

@@ -1,7 +1,7 @@
 """The cells of the BYOV grid in order of importance, and how one of them is run and kept.
 
 A cell is a change of the scale's configuration, a seed, and what is measured of it. Its result is
-one JSON in `results/byov/SCALE`: facts, thinned log, measurements, and where it ran.
+one JSON in `benchmarks/results/byov/SCALE`: facts, thinned log, measurements, and where it ran.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from provenance import machine, provenance
+from ..config import UNSEEN_SHIFTS, BYOVConfig, RunConfig
+from ..evaluation.evaluate import evaluate
+from ..evaluation.ood import ood_detection, open_ood
+from ..evaluation.protocol import EvalSettings
+from ..evaluation.pruning import SCOPES, Scope
+from ..evaluation.runs import open_run, write_json
+from ..evaluation.uncertainty import UncertaintySettings
+from ..iterative import IterativeSettings
+from ..presets import PRESETS
+from ..runtime.monitors import collapse_alarms
+from ..runtime.provenance import provenance
+from ..train import train
+from ..train_log import Watcher
+from .figures import measure
+from .results import RunRecord, record_of
 
-from recipes.byov.config import PRESETS, UNSEEN_SHIFTS, BYOVConfig, RunConfig
-from recipes.byov.evaluation.evaluate import evaluate
-from recipes.byov.evaluation.ood import ood_detection, open_ood
-from recipes.byov.evaluation.protocol import EvalSettings
-from recipes.byov.evaluation.pruning import SCOPES, Scope
-from recipes.byov.evaluation.runs import open_run, write_json
-from recipes.byov.evaluation.uncertainty import UncertaintySettings
-from recipes.byov.paper.figures import measure
-from recipes.byov.paper.iterative import IterativeSettings
-from recipes.byov.paper.results import RunRecord, record_of
-from recipes.byov.runtime.monitors import collapse_alarms
-from recipes.byov.train import train
-from recipes.byov.train_log import Watcher
-
-RESULTS = Path(__file__).parent / "results" / "byov"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "byov"
 BYOL = {"conversion": "none"}
 _DECAY = 0.05  # of BYOL, as ViT recipes have it
 _STEPS_KEPT = 200
@@ -179,8 +178,9 @@ SCALES = {
         "others six. BYOV's results of ResNet-18, of the commits `591dc6b346`, `f96c2f82d7` and "
         "`b57c5e9d26`, were measured with BatchNorm's statistics of images as they are. They are "
         "gathered from views as in training since, as BYOL's are: without the files "
-        "`byov-zero-resnet18-s*.json`, `cifar10_byov.py --scale cpu --only byov-zero-resnet18 "
-        "--seeds 6 --minutes 180 --jobs 2` measures them anew, in 45 minutes of two free cores.",
+        "`byov-zero-resnet18-s*.json`, `python -m recipes.byov.paper.cifar10 --scale cpu --only "
+        "byov-zero-resnet18 --seeds 6 --minutes 180 --jobs 2` measures them anew, in 45 minutes of "
+        "two free cores.",
         replace(_DEMO.config, epochs=12, logvar_lr_ratio=15.0),
         replace(_DEMO.run, **_QUIET, checkpoint_every=3),
         EvalSettings(num_samples=30),
@@ -317,9 +317,7 @@ def run_cell(
             "log": list(subsample(opened.log, layers=cell.group in _LAYERS_KEPT)),
             "results": results,
             "seconds": {"train": spent, "measure": time.perf_counter() - started},
-            "machine": {**machine(), "device": opened.facts()["device"],
-                        "threads": torch.get_num_threads()},
-            **provenance("torch", "timm"),
+            **provenance(opened.device),
         },
     )  # fmt: skip
     return True

@@ -1,6 +1,6 @@
 """A folder of images as one safetensors file, which a training keeps in the memory of its device.
 
-    PYTHONPATH=. python benchmarks/pack_images.py FOLDER --size 96 --out imagenette96.safetensors
+    python -m recipes.byov.paper.pack_images FOLDER --size 96 --out imagenette96.safetensors
 
 FOLDER holds `train` and `val` with one folder of images for each class. Each image is brought to a
 square of --size pixels: shorter side, then central crop. Small pictures are so read once and not in
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bayesify.storage import replacing
-from recipes.byov.data.batches import in_memory, open_source
+
+from ..data.dataset import in_memory, open_source
 
 
 def main() -> None:
@@ -27,7 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     source = open_source(options.folder, image_size=options.size)
     tensors: dict[str, Tensor] = {}
-    for split, prefix in (("train", ""), ("test", "test_")):
+    splits: dict[Literal["train", "test"], str] = {"train": "", "test": "test_"}
+    for split, prefix in splits.items():
         held = in_memory(source, split)
         tensors[f"{prefix}images"] = held.images.movedim(1, -1).contiguous()
         tensors[f"{prefix}labels"] = held.labels

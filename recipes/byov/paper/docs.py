@@ -1,6 +1,6 @@
-"""`docs/byov.md` and its figures, from the results of `cifar10_byov.py` and `imagenet_byov.py`.
+"""`docs/byov.md` and its figures, from the results of `cifar10.py` and `imagenet.py`.
 
-PYTHONPATH=. python benchmarks/byov_table.py
+python -m recipes.byov.paper.docs
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from byov_cells import CELLS, RESULTS, SCALES, Scale, records_of
-
 from bayesify.storage import replacing
-from recipes.byov.config import UNSEEN_SHIFTS
-from recipes.byov.evaluation.protocol import MEANS
-from recipes.byov.paper.claims import by_beta, comparison
-from recipes.byov.paper.figures import FIGURES, publish
-from recipes.byov.paper.page import (
+
+from ..config import UNSEEN_SHIFTS
+from ..evaluation.protocol import MEANS
+from .cells import CELLS, RESULTS, SCALES, Scale, records_of
+from .claims import by_beta, comparison
+from .correlations import spearman
+from .figures import FIGURES, publish
+from .page import (
     APP_C,
     METRICS,
     NOT_RUN,
@@ -31,10 +32,10 @@ from recipes.byov.paper.page import (
     rises,
     width,
 )
-from recipes.byov.paper.results import ENOUGH, Estimate, RunRecord, distinct, estimate
-from recipes.byov.paper.tables import app_c, correlations, fig7, overview
+from .results import ENOUGH, Estimate, RunRecord, distinct, estimate
+from .tables import app_c, fig7, overview
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "byov.md"
 IMAGES = ROOT / "docs" / "images" / "byov"
 OTHERS = {
@@ -61,25 +62,25 @@ weight decay, as its recipe has it, without, as BYOV has it, and scaled by a tem
 converged" stands where the posterior hardly moved: with a median std(logvar) within tensors below
 0.3, SNR ranks weights as magnitude does.
 
-This page is written by `python benchmarks/byov_table.py` from `benchmarks/results/byov`.
+This page is written by `python -m recipes.byov.paper.docs` from `benchmarks/results/byov`.
 
 ## Commands
 """
 _COMMANDS = (
     ("CIFAR-10 on a GPU, a few cells at a time; by estimate 20 minutes a cell on an H100",
-     "python benchmarks/cifar10_byov.py --data DATA --minutes 9 --jobs 4"),
+     "python -m recipes.byov.paper.cifar10 --data DATA --minutes 9 --jobs 4"),
     ("the same grid on a CPU",
-     "python benchmarks/cifar10_byov.py --scale cpu --minutes 60 --jobs 2"),
-    ("what is missing", "python benchmarks/cifar10_byov.py --list"),
+     "python -m recipes.byov.paper.cifar10 --scale cpu --minutes 60 --jobs 2"),
+    ("what is missing", "python -m recipes.byov.paper.cifar10 --list"),
     ("Imagenette: BYOL, BYOV and the supervised baseline, 300 epochs",
-     "python benchmarks/imagenet_byov.py --data imagenette --path FOLDER"),
+     "python -m recipes.byov.paper.imagenet --data imagenette --path FOLDER"),
     ("the same, shortened, as below",
-     "python benchmarks/imagenet_byov.py --data imagenette --path imagenette96.safetensors "
+     "python -m recipes.byov.paper.imagenet --data imagenette --path imagenette96.safetensors "
      "--epochs 40 --logvar-lr-ratio 25 --no-compile --draws 100"),
-    ("the file of it", "python benchmarks/pack_images.py FOLDER --size 96 --out "
+    ("the file of it", "python -m recipes.byov.paper.pack_images FOLDER --size 96 --out "
      "imagenette96.safetensors"),
     ("ImageNet-1k, the paper's scale",
-     "torchrun --nproc-per-node 8 benchmarks/imagenet_byov.py --data imagenet"),
+     "torchrun --nproc-per-node 8 -m recipes.byov.paper.imagenet --data imagenet"),
     ("pruning in rounds of training", "bayesify recipe byov prune RUN_DIR... --iterative 4"),
     ("one artefact of any runs", "bayesify recipe byov figures RUN_DIR... --only fig4"),
 )  # fmt: skip
@@ -100,7 +101,7 @@ OOD = (
 def main() -> None:
     rows = ((what, f"`{command}`") for what, command in _COMMANDS)
     parts = [_INTRO.format(enough=ENOUGH), *table(("what", "command"), rows)]
-    parts.append("\nWith `PYTHONPATH=.` before `python` and `torchrun`.\n")
+    parts.append("\nIn the folder of the repository.\n")
     parts.append("## In short\n")
     scales = [(scale, records_of(scale)) for scale in (*SCALES.values(), *OTHERS.values())]
     parts += [f"- {scale.name}: {_short(found)}" for scale, found in scales]
@@ -264,7 +265,7 @@ def _rank_correlation(
     mine = record.numbers("spread")
     if not supervised or mine is None or supervised[0] is record:
         return None
-    return correlations(supervised[0].results["spread"]["numbers"]["std"], mine["std"])["spearman"]
+    return spearman(supervised[0].results["spread"]["numbers"]["std"], mine["std"])
 
 
 def _variances(records: Sequence[RunRecord]) -> list[str]:

@@ -1,18 +1,17 @@
 r"""The paper-scale run and its pruning experiment, or the same chain on Imagenette.
 
-    export PYTHONPATH=.
-    torchrun --nproc-per-node 8 benchmarks/imagenet_byov.py --data imagenet    # ViT-B/16, 224 px
-    torchrun --nproc-per-node 8 benchmarks/imagenet_byov.py --data wds:FOLDER
-    python benchmarks/imagenet_byov.py --data imagenette --path FOLDER         # ViT-S/16, 96 px
-    python benchmarks/imagenet_byov.py --data imagenette --path FOLDER --device cpu --epochs 1 \
+    torchrun --nproc-per-node 8 -m recipes.byov.paper.imagenet --data imagenet    # ViT-B/16, 224 px
+    torchrun --nproc-per-node 8 -m recipes.byov.paper.imagenet --data wds:FOLDER
+    python -m recipes.byov.paper.imagenet --data imagenette --path FOLDER         # ViT-S/16, 96 px
+    python -m recipes.byov.paper.imagenet --data imagenette --path FOLDER --device cpu --epochs 1 \
         --encoder vit_tiny_patch16_224 --batch-size 128 --draws 20
-    python benchmarks/pack_images.py FOLDER --size 96 --out imagenette96.safetensors
-    python benchmarks/imagenet_byov.py --data imagenette --path imagenette96.safetensors \
+    python -m recipes.byov.paper.pack_images FOLDER --size 96 --out imagenette96.safetensors
+    python -m recipes.byov.paper.imagenet --data imagenette --path imagenette96.safetensors \
         --epochs 40 --logvar-lr-ratio 25 --no-compile --draws 100
 
 Trains BYOL, BYOV and the supervised baseline, then measures the linear probe, ECE and Brier parts,
 the pruning curve and figure 1b. What is interrupted (--minutes, Ctrl-C) goes on the next time.
-Results are JSON in `results/byov/imagenet` or `results/byov/imagenette`. The folder holds `train`
+Results are JSON in `benchmarks/results/byov/imagenet` or `.../imagenette`. The folder holds `train`
 and `val` with one folder of images for each class. A short training needs a higher rate of the log
 variances, for their way is at most the sum of it. The committed results of Imagenette are of the
 last command, as three processes side by side on an H100, one with --only for each cell.
@@ -26,16 +25,16 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from byov_cells import CELLS, Scale, result_of, run_cell
-
-from recipes.byov.config import PRESETS
-from recipes.byov.evaluation.protocol import EvalSettings
-from recipes.byov.evaluation.pruning import SCOPES
-from recipes.byov.evaluation.uncertainty import UncertaintySettings
+from ..evaluation.protocol import EvalSettings
+from ..evaluation.pruning import SCOPES
+from ..evaluation.uncertainty import UncertaintySettings
+from ..presets import PRESETS
+from .cells import CELLS, Scale, result_of, run_cell
 
 _CHAIN = ("byol", "byov-zero", "supervised-bbb")
-_KEPT = {"stop_on_collapse": False, "eval_every": 0, "keep_last": 1, "baselines": False}
+_KEPT: Any = {"stop_on_collapse": False, "eval_every": 0, "keep_last": 1, "baselines": False}
 
 
 def scale_of(asked: argparse.Namespace) -> Scale:

@@ -1,5 +1,7 @@
 """Linear classifiers on frozen features."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bayesify import ArgumentError
+from ..errors import ArgumentError
 
 
 @dataclass(frozen=True)

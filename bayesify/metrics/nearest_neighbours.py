@@ -1,10 +1,12 @@
 """Weighted nearest neighbours on frozen features: what they are worth, without training."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bayesify import ArgumentError
+from ..errors import ArgumentError
 
 
 @torch.no_grad()

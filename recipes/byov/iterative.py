@@ -24,21 +24,22 @@ from bayesify import (
     sparsity_schedule,
     to_bbb_,
 )
+from bayesify.optim import warmup_cosine
 
-from ..config import RunConfig
-from ..data.batches import Views
-from ..data.training import batches_of
-from ..evaluation.features import Reading, refresh_batchnorm_
-from ..evaluation.linear import frozen_head, probe_of
-from ..evaluation.monte_carlo import classify, labels_of, outputs
-from ..evaluation.protocol import EvalSettings, metrics_of
-from ..evaluation.pruning import matrices
-from ..evaluation.runs import Run, limited, logvar_spread, stored
-from ..model import Student
-from ..optimizer import lr_factor, set_lr
-from ..runtime import checkpoint
-from ..runtime.distributed import World
-from ..step import Stepper
+from .config import RunConfig
+from .data.batches import Views
+from .data.training import batches_of
+from .evaluation.features import Reading, refresh_batchnorm_
+from .evaluation.linear import frozen_head, probe_of
+from .evaluation.monte_carlo import classify, labels_of, outputs
+from .evaluation.protocol import EvalSettings, metrics_of
+from .evaluation.pruning import matrices
+from .evaluation.runs import Run, limited, logvar_spread, stored
+from .model import Student
+from .optimizer import set_lr
+from .runtime import checkpoint
+from .runtime.distributed import World
+from .step import Stepper
 
 CRITERIA: dict[str, Literal["snr", "magnitude"]] = {"SNR": "snr", "magnitude": "magnitude"}
 """Names of the scores of :func:`bayesify.prune_`."""
@@ -169,7 +170,7 @@ def gone_on(
             if criterion is not None:
                 prune_(model.encoder, sparsity, score=CRITERIA[criterion], only=only)
             for step in range(steps):
-                set_lr(stepper.optimizer, lr_ratio * lr_factor(step, steps // 10, steps))
+                set_lr(stepper.optimizer, lr_ratio * warmup_cosine(step, steps // 10, steps))
                 with nullcontext() if config.bayesian else at_mean(model):
                     stepper.backward(number, next(batches), config.beta_end, norm_wanted=False)
                 stepper.advance(config.tau_end)

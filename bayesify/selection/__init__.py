@@ -1,0 +1,9 @@
+"""Which parameters become Bayesian: ``skip``, ``only`` and presets, their patterns, their notes."""
+
+from .decision import Selection as Selection
+from .decision import assign as assign
+from .decision import select as select
+from .patterns import PRESETS as PRESETS
+from .patterns import Pattern as Pattern
+from .patterns import Preset as Preset
+from .patterns import parse_patterns as parse_patterns
