@@ -24,7 +24,7 @@ DTYPES = frozenset({torch.float32, torch.float64})
 _PIECE = 1 << 17
 """Elements whose intermediate results stay in the cache, enough for all threads of torch."""
 _STRIP = 1 << 15
-"""Elements that torch leaves to the thread that asks. The threads that make noise have no others."""
+"""Elements that torch works on in the thread that asks, which is one of those that make noise."""
 
 
 def draw(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor, Tensor | None]]:
