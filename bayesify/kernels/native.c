@@ -8,12 +8,30 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+/* What compilers call differently: Microsoft's, and the others. */
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+#pragma fp_contract(off)
+#define INLINE static __forceinline
+#define RESTRICT __restrict
+#define NEXT(counter) _InterlockedExchangeAdd64(&(counter), 1)
+#else
+#define INLINE static inline __attribute__((always_inline))
+#define RESTRICT restrict
+#define NEXT(counter) __atomic_fetch_add(&(counter), 1, __ATOMIC_RELAXED)
+#endif
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 #define VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VERSIONS
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 #define BLOCKS 64              /* Philox blocks at once, */
 #define PART (4 * BLOCKS)      /* of four numbers each */
@@ -107,9 +125,9 @@ INLINE void turn(float v, float *cosine, float *sine) {
     float s = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f - z * 1.9515295891e-4f));
     float tail = 4.166664568e-2f + z * (-1.388731625e-3f + z * 2.443315711e-5f);
     float c = 1.0f - 0.5f * z + z * z * tail;
-    float far = quarter & 1 ? s : c, near = quarter & 1 ? c : s;
-    *cosine = number_of(word_of(far) ^ (uint32_t)((quarter + 1) & 2) << 30);
-    *sine = number_of(word_of(near) ^ (uint32_t)(quarter & 2) << 30);
+    float even = quarter & 1 ? s : c, odd = quarter & 1 ? c : s;
+    *cosine = number_of(word_of(even) ^ (uint32_t)((quarter + 1) & 2) << 30);
+    *sine = number_of(word_of(odd) ^ (uint32_t)(quarter & 2) << 30);
 }
 
 /* -- noise ------------------------------------------------------------------------------------- */
@@ -147,7 +165,7 @@ INLINE float uniform(uint32_t word) {
 }
 
 /* PART numbers from element `first` on, a multiple of 4. */
-INLINE void normals(uint64_t seed, uint64_t key, int64_t first, float *restrict out) {
+INLINE void normals(uint64_t seed, uint64_t key, int64_t first, float *RESTRICT out) {
     uint32_t w[4][BLOCKS];
     float n[4][BLOCKS];
     words(seed, key, (uint64_t)first / 4, w);
@@ -166,7 +184,7 @@ INLINE void normals(uint64_t seed, uint64_t key, int64_t first, float *restrict 
     }
 }
 
-static void wide_normals(uint64_t seed, uint64_t key, int64_t first, double *restrict out) {
+static void wide_normals(uint64_t seed, uint64_t key, int64_t first, double *RESTRICT out) {
     uint32_t w[4][BLOCKS];
     words(seed, key, (uint64_t)first / 4, w);
     for (int pair = 0; pair < 4; pair += 2)
@@ -184,9 +202,9 @@ typedef void (*region)(void (*)(void *), void *, unsigned, unsigned);
 static region start_region; /* GOMP_parallel, of the OpenMP whose threads torch has started */
 
 /* INTERFACE of native.py: another number with every change of arguments. */
-int bayesify_interface(void) { return 2; }
+EXPORT int bayesify_interface(void) { return 2; }
 
-void bayesify_use_threads_of(region found) { start_region = found; }
+EXPORT void bayesify_use_threads_of(region found) { start_region = found; }
 
 typedef struct job {
     void (*run)(const struct job *, int64_t row, int64_t chunk, int64_t first, int64_t n);
@@ -210,7 +228,7 @@ static void work(void *argument) {
     job *all = argument;
     int64_t row = 0, begin = 0; /* the row of a chunk, and its first chunk */
     for (;;) {
-        int64_t chunk = __atomic_fetch_add(&all->taken, 1, __ATOMIC_RELAXED);
+        int64_t chunk = NEXT(all->taken);
         while (row < all->count && chunk >= begin + chunks_of(all->sizes[row]))
             begin += chunks_of(all->sizes[row++]);
         if (row == all->count)
@@ -240,7 +258,7 @@ typedef struct {
 VERSIONS static void noise_chunk(
     const job *all, int64_t row, int64_t chunk, int64_t first, int64_t n) {
     const noise_row *r = (const noise_row *)all->rows + row;
-    float *restrict out = (float *)r->out + first, last[PART];
+    float *RESTRICT out = (float *)r->out + first, last[PART];
     (void)chunk;
     for (int64_t i = 0; i < n; i += PART) {
         int whole = n - i >= PART;
@@ -253,7 +271,7 @@ VERSIONS static void noise_chunk(
 static void wide_noise_chunk(
     const job *all, int64_t row, int64_t chunk, int64_t first, int64_t n) {
     const noise_row *r = (const noise_row *)all->rows + row;
-    double *restrict out = (double *)r->out + first, last[PART];
+    double *RESTRICT out = (double *)r->out + first, last[PART];
     (void)chunk;
     for (int64_t i = 0; i < n; i += PART) {
         wide_normals(r->seed, r->key, first + i, last);
@@ -263,7 +281,7 @@ static void wide_noise_chunk(
 }
 
 /* Fill with the noise of philox.fill_normal, in float32 or float64. */
-void bayesify_noise(
+EXPORT void bayesify_noise(
     void *out, int64_t n, uint64_t seed, uint64_t key, int wide, int64_t threads) {
     noise_row row = {out, seed, key};
     job all = {wide ? wide_noise_chunk : noise_chunk, &row, &n, 1, NULL, 0};
@@ -291,19 +309,19 @@ VERSIONS static void draw_chunk(
         for (int k = 0; k < m; k++)
             noise[k] *= exponential(0.5f * logvar[i + k]);
         if (r->value) {
-            float *restrict value = r->value + first + i;
+            float *RESTRICT value = r->value + first + i;
             for (int k = 0; k < m; k++)
                 value[k] = mean[i + k] + noise[k];
         }
         if (r->half) {
-            float *restrict half = r->half + first + i;
+            float *RESTRICT half = r->half + first + i;
             for (int k = 0; k < m; k++)
                 half[k] = 0.5f * noise[k];
         }
     }
 }
 
-void bayesify_draw(
+EXPORT void bayesify_draw(
     const draw_row *rows, const int64_t *sizes, int64_t count, int64_t threads) {
     job all = {draw_chunk, rows, sizes, count, NULL, 0};
     start(&all, threads);
@@ -360,7 +378,7 @@ VERSIONS static void kl_chunk(const job *all, int64_t row, int64_t chunk, int64_
 
 /* Twice the KL divergence, summed in the same order however many threads there are; NaN if memory
    is short. */
-double bayesify_kl(const kl_row *rows, const int64_t *sizes, int64_t count, int64_t threads) {
+EXPORT double bayesify_kl(const kl_row *rows, const int64_t *sizes, int64_t count, int64_t threads) {
     int64_t chunks = chunks_of_all(sizes, count);
     double *partial = malloc((size_t)(chunks + 1) * sizeof *partial), total = partial ? 0.0 : NAN;
     if (partial) {
@@ -411,9 +429,9 @@ VERSIONS static void gradient_chunk(
             to_mean[k] = logvar[i + k] < r->kl.least ? 0.0f : to_mean[k];
             to_logvar[k] = logvar[i + k] < r->kl.least ? 0.0f : to_logvar[k];
         }
-        float *restrict by_mean = r->by_mean + first + i, *restrict by_logvar = r->by_logvar + first + i;
+        float *RESTRICT by_mean = r->by_mean + first + i, *RESTRICT by_logvar = r->by_logvar + first + i;
         if (r->grad) {
-            const float *restrict grad = r->grad + first + i;
+            const float *RESTRICT grad = r->grad + first + i;
             for (int k = 0; k < m; k++) {
                 by_mean[k] = grad[k] + to_mean[k];
                 by_logvar[k] = grad[k] * by_logvar[k] + to_logvar[k];
@@ -428,7 +446,7 @@ VERSIONS static void gradient_chunk(
 
 /* by_logvar, which holds std noise / 2, becomes grad std noise / 2 + factor (e^l / v - 1) / 2;
    by_mean = grad + factor (mean - m) / v. */
-void bayesify_gradient(
+EXPORT void bayesify_gradient(
     const float *mean, const float *logvar, const float *prior_mean, const float *prior_var,
     float one_mean, float one_var, float least, const float *grad, float *by_mean, float *by_logvar,
     float factor, int64_t n, int64_t threads) {

@@ -13,7 +13,6 @@ import os
 import warnings
 from array import array
 from collections.abc import Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,9 @@ MISSING = (
     "slower and with other numbers for a seed. In a checkout, pip install -e . compiles it, with "
     "a C compiler such as gcc."
 )
+
+FILE = "_native.dll" if os.name == "nt" else "_native.so"
+"""As in setup.py. It has no suffix of one Python: each can load it."""
 
 INTERFACE = 2
 """Of native.c: a library with other arguments would crash, or be wrong."""
@@ -161,10 +163,8 @@ def _loaded() -> Any:
 
 @functools.cache
 def _library() -> Any:
-    folder = Path(__file__).parent
-    names = (f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
-    path = next((folder / name for name in names if (folder / name).exists()), None)
-    if path is None:
+    path = Path(__file__).with_name(FILE)
+    if not path.exists():
         warnings.warn(MISSING, RuntimeWarning, stacklevel=2)
         return None
     try:
@@ -203,8 +203,9 @@ def _library() -> Any:
     library.bayesify_use_threads_of.argtypes = (pointer,)
     library.bayesify_use_threads_of.restype = None
     library.bayesify_use_threads_of(_torchs_threads())
-    # threads do not outlive a fork, and this OpenMP would wait for them
-    os.register_at_fork(after_in_child=functools.partial(library.bayesify_use_threads_of, None))
+    if hasattr(os, "register_at_fork"):
+        # threads do not outlive a fork, and this OpenMP would wait for them
+        os.register_at_fork(after_in_child=functools.partial(library.bayesify_use_threads_of, None))
     return library
 
 
@@ -213,5 +214,7 @@ def _torchs_threads() -> int | None:
 
     A second OpenMP would have threads of its own, and the two would wait for each other's cores.
     """
+    if os.name == "nt":
+        return None  # no handle of all that is loaded, and Microsoft's OpenMP has no such function
     found = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     return None if found is None else ctypes.cast(found, ctypes.c_void_p).value

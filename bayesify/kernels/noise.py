@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,8 @@ from .choice import by_triton
 BLOCK = 1 << 17
 """Elements of noise that one seed makes, so that several threads can fill one tensor."""
 
+Then = Callable[..., None]
+_Block = tuple[int, tuple[Tensor, ...]]
 _MASK = (1 << 64) - 1
 _LIBRARY: Any = torch.library.Library("bayesify", "DEF")
 _LIBRARY.define(
@@ -65,48 +67,77 @@ def _noise(
     return result.normal_(generator=torch.Generator(device=device).manual_seed(mixed))
 
 
-def fill_normal(wanted: Sequence[tuple[Tensor, int]], seed: int, std: float = 1.0) -> None:
-    """Fill contiguous CPU tensors with normal noise, each by its own key."""
+def fill_normal(
+    wanted: Sequence[tuple[Any, ...]], seed: int, std: float = 1.0, then: Then | None = None
+) -> None:
+    """Fill contiguous CPU tensors with normal noise, each by its own key.
+
+    Args:
+        wanted: Rows of a tensor to fill, its key, and what ``then`` gets beside the tensor.
+        seed: That of the draw.
+        std: Of the noise.
+        then: What is made of the noise; see :func:`fill_by_generators`.
+    """
     if not native.there():
         # torch's CPU engine keeps only the low 32 bits of a seed, so they must depend on all of it
-        fill_by_generators([(tensor, fold(seed, key)) for tensor, key in wanted], std)
+        fill_by_generators([(row[0], fold(seed, row[1]), *row[2:]) for row in wanted], std, then)
         return
-    for tensor, key in wanted:
+    for tensor, key, *others in wanted:
         native.fill_normal(tensor, seed, key)
         if std != 1.0:
             tensor.mul_(std)
+        if then is not None:
+            then(*(part.view(-1) for part in (tensor, *others)))
 
 
-def fill_by_generators(wanted: Sequence[tuple[Tensor, int]], std: float = 1.0) -> None:
+def fill_by_generators(
+    wanted: Sequence[tuple[Any, ...]], std: float = 1.0, then: Then | None = None
+) -> None:
     """Fill contiguous CPU tensors with normal noise of torch's generators, each by its own seed.
 
     This is the noise where :mod:`.native` was not compiled. The numbers come in blocks of
     :data:`BLOCK` elements, block ``i > 0`` with the seed ``fold(seed, i)``: however many threads
     there are, they are the same.
+
+    Args:
+        wanted: Rows of a tensor to fill, its seed, and other tensors of its size.
+        std: Of the noise.
+        then: Called with each block of noise, flat, and the same block of the others, in the thread
+            that made it, while it is in that thread's cache.
     """
-    blocks = []
-    for tensor, seed in wanted:
-        flat = tensor.view(-1)
-        for index, block in enumerate(flat.split(BLOCK) if flat.numel() > BLOCK else (flat,)):
-            blocks.append((block, fold(seed, index) if index else seed))
+    blocks: list[_Block] = []
+    for tensor, seed, *others in wanted:
+        parts = [part.view(-1).split(BLOCK) for part in (tensor, *others)]
+        for index, block in enumerate(zip(*parts, strict=True)):
+            blocks.append((fold(seed, index) if index else seed, block))
     shares = min(torch.get_num_threads(), len(blocks))
-    if shares < 2 or sum(block.numel() for block, _ in blocks) < BLOCK:
-        _fill(blocks, std, torch.is_inference_mode_enabled())
+    if shares < 2 or sum(block[0].numel() for _, block in blocks) < BLOCK:
+        _fill(blocks, std, then, _modes())
         return
-    tasks: list[list[tuple[Tensor, int]]] = [[] for _ in range(shares)]
+    tasks: list[list[_Block]] = [[] for _ in range(shares)]
     loads = [0] * shares
-    for block, seed in sorted(blocks, key=lambda item: -item[0].numel()):
+    for row in sorted(blocks, key=lambda row: -row[1][0].numel()):
         lightest = loads.index(min(loads))
-        tasks[lightest].append((block, seed))
-        loads[lightest] += block.numel()
-    _THREADS.run(tasks, std)
+        tasks[lightest].append(row)
+        loads[lightest] += row[1][0].numel()
+    _THREADS.run(tasks, std, then)
 
 
-def _fill(blocks: list[tuple[Tensor, int]], std: float, inference: bool) -> None:
+def _modes() -> tuple[bool, bool]:
+    """Of this thread; a new one has torch's defaults."""
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+
+def _fill(
+    blocks: list[_Block], std: float, then: Then | None, modes: tuple[bool, bool]
+) -> None:
     generator = torch.Generator()
-    with torch.inference_mode(inference):
-        for block, seed in blocks:
-            block.normal_(std=std, generator=generator.manual_seed(seed))
+    inference, gradient = modes
+    with torch.inference_mode(inference), torch.set_grad_enabled(gradient and not inference):
+        for seed, (noise, *others) in blocks:
+            noise.normal_(std=std, generator=generator.manual_seed(seed))
+            if then is not None:
+                then(noise, *others)
 
 
 class _Threads:
@@ -120,12 +151,12 @@ class _Threads:
     def _forget(self) -> None:
         self._pool = None  # a fork has no threads
 
-    def run(self, tasks: list[list[tuple[Tensor, int]]], std: float) -> None:
-        inference = torch.is_inference_mode_enabled()
+    def run(self, tasks: list[list[_Block]], std: float, then: Then | None) -> None:
+        modes = _modes()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="bayesify-noise")
-        others = [self._pool.submit(_fill, task, std, inference) for task in tasks[1:]]
-        _fill(tasks[0], std, inference)
+        others = [self._pool.submit(_fill, task, std, then, modes) for task in tasks[1:]]
+        _fill(tasks[0], std, then, modes)
         for other in others:
             other.result()
 
