@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; units on one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("gaussian", "numeric", "spacing"),
+    ("gaussian", "images", "numeric", "spacing"),
     ("kernels",),
     ("priors",),
     ("posterior",),
