@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import DataError
@@ -53,7 +53,7 @@ def read_image(file: str | os.PathLike[str] | IO[bytes], name: str) -> Tensor:
         with Image.open(file, formats=FORMATS) as image:
             check_size(*image.size)
             return to_tensor(image)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise DataError(
             f"The image {name} cannot be read: it is none of {', '.join(FORMATS)}, or damaged."
         ) from error
@@ -92,7 +92,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     grey = image.mode in ("1", "L", "LA", "La")
     image.load()
     # After load: a PNG may say it behind its pixels, and a TIFF is turned by Pillow itself.
-    turn = _TURNS.get(_orientation(image))
+    turn = _turn(image)
     image.info.pop("transparency", None)  # Pillow warns of some that it leaves out
     image = image.convert("L" if grey else "RGB")
     if turn is not None:
@@ -101,7 +101,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels[None] if grey else np.moveaxis(pixels, 2, 0).copy())
 
 
-def _orientation(image: Image.Image) -> object:
+def _turn(image: Image.Image) -> Image.Transpose | None:
     with contextlib.suppress(Exception):  # damaged EXIF data does no harm to the pixels
-        return image.getexif().get(_ORIENTATION)
+        return _TURNS.get(image.getexif()[_ORIENTATION])
     return None

@@ -317,9 +317,7 @@ def _closed_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
     mean = site.mean
     prior_mean, prior_var = (_beside(value, mean) for value in gaussian_prior(site))
     if not isinstance(prior_mean, Tensor):
-        prior_mean = real(
-            f"The prior mean of {site.name!r}", prior_mean, MEAN_RANGE, may_be_mean
-        )
+        prior_mean = real(f"The prior mean of {site.name!r}", prior_mean, MEAN_RANGE, may_be_mean)
     if not isinstance(prior_var, Tensor):
         prior_var = real(
             f"The prior variance of {site.name!r}", prior_var, _VAR_RANGE,

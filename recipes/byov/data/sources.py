@@ -124,7 +124,8 @@ def _arrays(spec: str, arrays: dict[str, Any], prefix: str) -> InMemory:
     ):
         raise DataError(
             f"{spec} must have 1 or 3 channels and for each image one label from 0 to "
-            f"{MAX_CLASSES - 1:,}; its {prefix}images are {images.shape}, its {prefix}labels {labels.dtype} {labels.shape}."
+            f"{MAX_CLASSES - 1:,}; its {prefix}images are {images.shape}, its {prefix}labels "
+            f"{labels.dtype} {labels.shape}."
         )
     pixels = torch.from_numpy(np.moveaxis(images, 3, 1).copy())
     return InMemory(pixels, torch.from_numpy(labels.astype(np.int64)))
