@@ -110,6 +110,7 @@ class TrainLog:
         start = 0
         if resumed is not None:
             saved = checkpoint.read(resumed)
+            checkpoint.check_run(resumed, saved)
             # a field younger than the checkpoint had its default then
             checkpoint.check_same(
                 resumed, {**BYOVConfig().to_json(), **saved["identity"]}, self.identity

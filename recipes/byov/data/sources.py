@@ -123,8 +123,8 @@ def _arrays(spec: str, arrays: dict[str, Any], prefix: str) -> InMemory:
         or (known and not 0 <= labels.min() <= labels.max() < MAX_CLASSES)
     ):
         raise DataError(
-            f"{spec} must have 1 or 3 channels and for each image one label from 0 to "
-            f"{MAX_CLASSES - 1:,}; its {prefix}images are {images.shape}, its {prefix}labels "
+            f"{spec} must have 1 or 3 channels and one label from 0 for each image, below "
+            f"{MAX_CLASSES:,}; its {prefix}images are {images.shape}, its {prefix}labels "
             f"{labels.dtype} {labels.shape}."
         )
     pixels = torch.from_numpy(np.moveaxis(images, 3, 1).copy())

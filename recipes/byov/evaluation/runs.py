@@ -131,6 +131,7 @@ def open_run(
             "folder that `bayesify recipe byov train --out` wrote."
         )
     saved = checkpoint.read(newest)
+    checkpoint.check_run(newest, saved)
     identity = saved["identity"]
     known = {f.name for f in fields(BYOVConfig)}
     try:

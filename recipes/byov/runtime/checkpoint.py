@@ -56,7 +56,6 @@ def read(path: Path) -> dict[str, Any]:
         if header["format"] > FORMAT:
             raise CheckpointError(f"{path} is of a newer version of this recipe: update bayesify.")
         state: dict[str, Any] = _nest(header["state"], tensors)
-        _check_kinds(state)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
@@ -70,6 +69,18 @@ def damaged(path: Path, error: Exception) -> CheckpointError:
         f"{path} is no readable checkpoint of this recipe ({type(error).__name__}: {error}). "
         "Remove it to go on from the one before."
     )
+
+
+def check_run(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse what is no checkpoint of a run: something is missing, or of another kind.
+
+    Raises:
+        CheckpointError: With the first that is wrong.
+    """
+    try:
+        _check_kinds(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from error
 
 
 def _check_kinds(state: Any) -> None:
