@@ -173,7 +173,7 @@ def _lines(data: bytes, rng: random.Random) -> bytes:
         return mutations.bytes_(data, rng)
     lines = data.decode().splitlines()
     at = rng.randrange(len(lines))
-    lines[at] = json.dumps(mutations.json_(json.loads(lines[at]), rng), skipkeys=True)
+    lines[at] = mutations.dumped(mutations.json_(json.loads(lines[at]), rng))
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
 
 

@@ -54,9 +54,10 @@ def _odd(rng: random.Random) -> Any:
         (
             None, True, False, 0, -1, 1, 2, 3.5, 1 << 31, 1 << 63, -(1 << 63), 10**30, 1e308,
             1e-308, float("nan"), float("inf"), 1e30, 1e-30, "", "a", "x" * 5000, "\x1b[31m",
-            "\ud800", "0", [], {}, [None], [[]], {"a": 1}, [1, 2, 3], "re:(", "re:(a+)+$", "weight", "resnet18",
-            "os:system", "canary:run", "canary:weight", "torchvision:resnet18", 2_000_000, 65_536,
-            "../../etc/passwd", "timm:torch/cifar10@data", "hf-hub:a/b", "local-dir:.", "F8_E4M3",
+            "\ud800", "0", [], {}, [None], [[]], {"a": 1}, [1, 2, 3], "re:(", "re:(a+)+$", "weight",
+            "resnet18", "os:system", "canary:run", "canary:weight", "torchvision:resnet18",
+            2_000_000, 65_536, "../../etc/passwd", "timm:torch/cifar10@data", "hf-hub:a/b",
+            "local-dir:.", "F8_E4M3",
         )
     )  # fmt: skip
 
@@ -129,18 +130,18 @@ def safetensors(data: bytes, key: str | None, rng: random.Random) -> bytes:
     body = data[8 + length :]
     if key is not None and way < 0.85:
         inner = json_(json.loads(header["__metadata__"][key]), rng)
-        header["__metadata__"][key] = _dumped(inner)
+        header["__metadata__"][key] = dumped(inner)
     elif way < 0.95:
         table = json_({k: v for k, v in header.items() if k != "__metadata__"}, rng)
         header = {"__metadata__": header.get("__metadata__", {}), **table}
     else:
         header = json_(header, rng)
-    text = _dumped(header).encode("utf-8", "surrogatepass")
+    text = dumped(header).encode("utf-8", "surrogatepass")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + body
 
 
-def _dumped(value: Any) -> str:
+def dumped(value: Any) -> str:
     try:
         return json.dumps(value)
     except RecursionError:
