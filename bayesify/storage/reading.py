@@ -170,6 +170,11 @@ def _check_size(path: Path, spec: ModelSpec, file: Contents) -> None:
         )
 
 
+def _memory(value: Tensor | None) -> int:
+    """Elements that take memory."""
+    return 0 if value is None or value.device.type == "meta" else value.numel()
+
+
 @contextmanager
 def _as_large_as(file: Contents) -> Iterator[None]:
     """End the building of a model that becomes far larger than what the file holds."""
@@ -187,7 +192,7 @@ def _as_large_as(file: Contents) -> Iterator[None]:
     handles = [
         register_module_module_registration_hook(lambda *_: take("modules", 1)),
         register_module_parameter_registration_hook(
-            lambda _, __, value: take("elements", 0 if value is None else value.numel())
+            lambda _, __, value: take("elements", _memory(value))
         ),
     ]
     try:
