@@ -414,7 +414,7 @@ def _class_numbers(name: str, key: str, labels: Tensor) -> Tensor:
     if wrong.any():
         unsigned = labels.dtype == torch.uint64
         raise DataError(
-            f"Label {int(labels[int(wrong.nonzero()[0])])} in {name} is out of range: it is "
+            f"Label {labels[wrong][0].numpy()} in {name} is out of range: it is "
             f"{'no class number' if unsigned else 'below 0'}."
         )
     return wide

@@ -15,7 +15,7 @@ from .errors import ArgumentError
 from .numeric import real
 
 LEAST_STD, MOST_STD = 1e-8, 1e8
-"""Of a prior: beyond, float32 does not hold its KL divergence, nor the square of its gradient."""
+"""Of a prior: beyond, float32 may not hold its KL divergence."""
 STD_RANGE = f"a number from {LEAST_STD:g} to {MOST_STD:g}, whose KL divergence float32 can hold"
 MEAN_RANGE = f"a number from {-MOST_STD:g} to {MOST_STD:g}"
 
