@@ -13,7 +13,7 @@ OTHERS := $(VENV)/.others
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv browser demo test test-all test-oldest test-newest test-python wheel test-dist lint types format bench zoo zoo-others clean distclean
+.PHONY: help venv browser demo test test-all test-oldest test-newest test-python wheel test-dist lint types format bench zoo zoo-others trust clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -99,6 +99,9 @@ $(OTHERS): $(INSTALLED)
 
 zoo-others: $(OTHERS) ## check models of other libraries, which it installs (an hour; goes on where it ended)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo_others.py
+
+trust: venv ## open damaged files and images by the thousand, and count how that ends (goes on where it ended)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trust.py
 
 clean: ## remove caches and build outputs
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,12 +12,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .errors import DataError
+from .images import check_size, to_tensor
+from .images import read_image as read_image
 from .models import InputConfig
 from .numeric import count, seed_number
 
@@ -46,7 +47,7 @@ _FASHION_SHA256 = {
     "test": "907173e94b6b61e45300b22d4d81a3599e621ad2d812ba41c38c9caaca13c6b0",
 }
 # More is a mistake in the labels, and a name for each class would fill the memory.
-_MAX_CLASSES = 1_000_000
+MAX_CLASSES = 1_000_000
 
 
 class _Source(Protocol):
@@ -237,11 +238,18 @@ def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
 
     Shape:
         images (..., C, H, W), result (..., C, H', W') with H', W' of ``model_config.size``.
+
+    Raises:
+        DataError: If an image is too large, or its sides too unlike, as for :func:`read_image`.
     """
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 
     _, height, width = model_config.size
+    try:
+        check_size(images.shape[-1], images.shape[-2])
+    except ValueError as error:
+        raise DataError(f"An image cannot be resized: {error}.") from error
     scaled = [math.floor(side / model_config.crop_pct) for side in (height, width)]
     if model_config.crop_mode == "center":
         if scaled[0] == scaled[1]:
@@ -303,11 +311,7 @@ class Files:
 
     def read(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                return to_tensor(image), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"The image {path} cannot be read: {error}") from error
+        return read_image(path, path), label
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,19 +338,6 @@ class _TimmItems:
                 "expected the whole number of a class."
             )
         return tensor, label
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Decode into uint8 (C, H, W): grey stays 1 channel, all else becomes red, green, blue.
-
-    Raises:
-        ValueError: If a pixel has more than 8 bits a channel.
-    """
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its mode {image.mode} is no 8-bit image; convert it to 8 bits first")
-    grey = image.mode in ("1", "L", "LA")
-    pixels = np.array(image.convert("L" if grey else "RGB"))
-    return torch.from_numpy(pixels[None] if grey else np.moveaxis(pixels, 2, 0).copy())
 
 
 def _fashion(split: Split) -> InMemory:
@@ -400,10 +391,10 @@ def _open_safetensors(name: str, path: Path, split: Split) -> ImageData:
     if (known == known[:1]).all():
         raise DataError(f"{name} has images of one class only; to classify takes at least two.")
     classes = int(known.max()) + 1
-    if classes > _MAX_CLASSES or int(labels.max()) >= classes:
+    if classes > MAX_CLASSES or int(labels.max()) >= classes:
         raise DataError(
             f"Label {int(labels.max())} in {name} is out of range: the labels of its training "
-            f"images go from 0 to {min(classes, _MAX_CLASSES) - 1}."
+            f"images go from 0 to {min(classes, MAX_CLASSES) - 1}."
         )
     source = InMemory(images.permute(0, 3, 1, 2).contiguous(), labels)
     return ImageData(
@@ -418,9 +409,15 @@ def _class_numbers(name: str, key: str, labels: Tensor) -> Tensor:
             f"{key} in {name} must be integers (N,), not {labels.dtype} {tuple(labels.shape)}; "
             "soft and one-hot labels are not taken."
         )
-    if (labels < 0).any():
-        raise DataError(f"Label {int(labels.min())} in {name} is out of range: it is below 0.")
-    return labels.long()
+    wide = labels.long()  # of unsigned types torch compares few, and uint64 wraps
+    wrong = wide < 0
+    if wrong.any():
+        unsigned = labels.dtype == torch.uint64
+        raise DataError(
+            f"Label {labels[wrong][0].numpy()} in {name} is out of range: it is "
+            f"{'no class number' if unsigned else 'below 0'}."
+        )
+    return wide
 
 
 def _open_folder(name: str, root: Path, split: Split) -> ImageData:

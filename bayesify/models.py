@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -23,6 +22,8 @@ from .numeric import count, positive, real, whole
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 CropMode = Literal["center", "squash"]
 
+_MAX_INPUT = 1 << 26
+"""Numbers of one input, 0.3 GB in float32: more is a mistake, or a file that asks for memory."""
 _FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)")
 # What a saved model may not choose: a download, a path, or what ModelSpec has a field for.
 _RESERVED = {
@@ -44,12 +45,12 @@ class InputConfig:
     """What a model wants to see: how an image becomes the tensor it is given.
 
     Args:
-        size: Channels, height, width.
+        size: Channels, height, width; their product is at most 2**26.
         mean: Subtracted from the image, which is scaled to [0, 1]; one number a channel.
         std: Divides afterwards; one number a channel, above 0.
         interpolation: Of the resize; antialiased.
-        crop_pct: Side of the central crop over the side that the image is resized to, above 0;
-            a crop larger than the image (above 1) is filled up with black, as in timm.
+        crop_pct: Side of the central crop over the side that the image is resized to, in
+            [0.05, 20]; a crop larger than the image (above 1) is filled up with black, as in timm.
         crop_mode: ``center`` keeps the aspect ratio and cuts what is over, ``squash`` keeps all.
 
     Raises:
@@ -69,6 +70,11 @@ class InputConfig:
             raise ModelError(f"size must be {expected}, not {self.size!r}.")
         size = tuple(whole("size", side, expected, kind=ModelError) for side in self.size)
         object.__setattr__(self, "size", size)
+        if math.prod(size) > _MAX_INPUT:
+            raise ModelError(
+                f"size must have at most {_MAX_INPUT:,} numbers (channels x height x width), "
+                f"not {size}."
+            )
         if not len(self.mean) == len(self.std) == self.size[0]:
             raise ModelError(
                 f"mean and std need one number for each of the {self.size[0]} channels, "
@@ -87,8 +93,10 @@ class InputConfig:
             raise ModelError(
                 f"crop_mode must be one of {get_args(CropMode)}, not {self.crop_mode!r}."
             )
-        expected = "a finite number above 0"
-        crop_pct = real("crop_pct", self.crop_pct, expected, positive, kind=ModelError)
+        expected = "a number from 0.05 to 20"
+        crop_pct = real(
+            "crop_pct", self.crop_pct, expected, lambda v: 0.05 <= v <= 20.0, kind=ModelError
+        )
         object.__setattr__(self, "crop_pct", crop_pct)
 
 
@@ -453,19 +461,25 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         for key in own.keys() & state
         if state[key].shape != own[key].shape
     ]
+    strange = [
+        f"{key} ({reason})"
+        for key, value in state.items()
+        if (reason := _strange(value, own.get(key)))
+    ]
     # A mask saved as a buffer may hold infinity, as it then does in the new model too.
     broken = [
         key
-        for key in own.keys() & state
+        for key in (own.keys() & state if not strange else ())
         if state[key].isnan().any() or (state[key].isinf().any() and not own[key].isinf().any())
     ]
-    if not reshaped:
+    if not reshaped and not strange:
         # The model's own answer: some modules complete or rename the keys of older files.
         missing, unexpected = model.load_state_dict(state, strict=False)
     problems = {
         "missing from the file": sorted(missing),
         "not in the model": sorted(unexpected),
         "of another shape": sorted(reshaped),
+        "that hold no numbers of the model's kind": sorted(strange),
         "with NaN or infinity": sorted(broken),
     }
     found = [
@@ -481,6 +495,19 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         )
 
 
+def _strange(value: Tensor, own: Tensor | None) -> str | None:
+    """Why a tensor of a file cannot be a weight, or None."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        return f"{value.layout}, {value.dtype}, {value.device}: make it dense, with data"
+    if own is None or value.dtype == own.dtype:
+        return None
+    if value.is_complex() or own.is_complex():
+        return f"{value.dtype} in the file, {own.dtype} in the model"
+    if value.is_floating_point() and value.element_size() < 2:
+        return f"{value.dtype}, which needs a scale that no model here has: save it wider"
+    return None
+
+
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Read the state_dict in a file, without unpickling anything but tensors."""
     if not path.is_file():
@@ -488,7 +515,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # also a dtype that torch does not have
             raise ModelError(
                 f"{path} is no readable safetensors file ({error}); it may be cut short."
             ) from error

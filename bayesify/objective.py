@@ -15,7 +15,7 @@ from .kernels import grouped
 from .kernels.noise import noise
 from .numeric import not_negative, real, whole
 from .posterior import Site, bayesian_sites, full_tensor, gaussian_prior
-from .priors import ScaleMixturePrior
+from .priors import LEAST_STD, MEAN_RANGE, MOST_STD, ScaleMixturePrior, may_be_mean, may_be_std
 from .rewriter.trace_context import ACTIVE
 from .rewriter.values import TraceFailure
 from .scope import LOCAL, new_seed, open_modes
@@ -26,6 +26,7 @@ ScheduleShape = Literal["cosine", "linear", "constant"]
 
 _REDUCTIONS = ("num_data", "num_weights", "sum")
 _SHAPES = ("cosine", "linear", "constant")
+_VAR_RANGE = f"a number from {LEAST_STD**2:g} to {MOST_STD**2:g}"
 
 
 def kl_divergence(model: nn.Module) -> Tensor:
@@ -315,10 +316,13 @@ def _seed_of(found: list[Site]) -> Tensor:
 def _closed_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
     mean = site.mean
     prior_mean, prior_var = (_beside(value, mean) for value in gaussian_prior(site))
-    if not isinstance(prior_var, Tensor) and not prior_var > 0:
-        raise ArgumentError(
-            f"The prior variance of {site.name!r} is {prior_var!r}, expected a positive number."
-        )
+    if not isinstance(prior_mean, Tensor):
+        prior_mean = real(f"The prior mean of {site.name!r}", prior_mean, MEAN_RANGE, may_be_mean)
+    if not isinstance(prior_var, Tensor):
+        prior_var = real(
+            f"The prior variance of {site.name!r}", prior_var, _VAR_RANGE,
+            lambda var: var > 0.0 and may_be_std(math.sqrt(var)),
+        )  # fmt: skip
     return prior_mean, prior_var
 
 

@@ -13,9 +13,9 @@ from .absorbed_biases import hints
 from .errors import ArgumentError
 from .fixed import masked
 from .gaussian import Parameterization
-from .numeric import positive, real
+from .numeric import real
 from .posterior import RAW_SUFFIX, Estimator, root_mean_square, sites
-from .priors import GaussianPrior, Prior
+from .priors import STD_RANGE, GaussianPrior, Prior, may_be_std
 from .rewriter.estimators import may_take
 from .rewriter.owner import methods_to_wrap, original_class
 from .selection import Pattern, assign, parse_patterns, select
@@ -24,6 +24,8 @@ from .validation import Found, check_model, obstacle, refuse
 
 Estimators = Estimator | Mapping[Any, Estimator]
 """One for all, or by pattern."""
+LOGVAR_RANGE = -2000.0, 80.0
+"""Below, a weight counts as pruned (:data:`bayesify.gaussian.HELD`); above, float32 overflows."""
 DEFAULT_NOISE = 0.003
 """Initial sigma over root mean square, shared by all tensors (benchmarks/initial_sigma.py)."""
 
@@ -57,13 +59,17 @@ class BBBConfig:
     def __post_init__(self) -> None:
         fraction = self.relative_std
         if fraction is not None:
-            fraction = real("BBBConfig: relative_std", fraction, "positive and finite", positive)
+            fraction = real("BBBConfig: relative_std", fraction, STD_RANGE, may_be_std)
             object.__setattr__(self, "relative_std", fraction)
         if self.parameterization not in RAW_SUFFIX:
             raise ArgumentError(
                 "BBBConfig: parameterization must be 'exp' or 'softplus', got "
                 f"{self.parameterization!r}."
             )
+        for name in ("include_frozen", "strict"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ArgumentError(f"BBBConfig: {name} must be True or False, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -173,8 +179,9 @@ class Conversion:
                 f"{self.prior!r}."
             )
         if self.logvar is not None:
-            expected = "a finite number (log of the variance)"
-            logvar = real("logvar", self.logvar, expected, math.isfinite)
+            least, most = LOGVAR_RANGE
+            expected = f"a number from {least:g} to {most:g} (log of the variance)"
+            logvar = real("logvar", self.logvar, expected, lambda value: least <= value <= most)
             object.__setattr__(self, "logvar", logvar)
         for _, estimator in self.estimators:
             if estimator not in get_args(Estimator):

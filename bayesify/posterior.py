@@ -17,7 +17,7 @@ from .gaussian import Parameterization
 from .kernels.buffers import Buffers
 from .kernels.grouped import Hook
 from .kernels.noise import key_of
-from .priors import GaussianPrior, LivePrior, Prior
+from .priors import STD_RANGE, GaussianPrior, LivePrior, Prior, may_be_std
 
 Estimator = Literal["weight", "local", "flipout"]
 STATE = "_bayesify"
@@ -355,31 +355,50 @@ def set_prior_(model: nn.Module, prior: Prior) -> nn.Module:
     A prior around the initial weights takes the present means as those weights.
 
     Raises:
-        ArgumentError: ``prior`` is not a prior.
+        ArgumentError: ``prior`` is not a prior, or a relative one that the weights of a tensor put
+            out of range; then no prior is changed.
         UnsupportedModuleError: ``model`` has no posterior.
     """
     if not isinstance(prior, Prior):
         raise ArgumentError(
             f"prior must be a GaussianPrior, ScaleMixturePrior or LivePrior, got {prior!r}."
         )
-    for site in bayesian_sites(model):
-        attach_prior(site, prior)
+    scaled = [(site, _prior_scale(site, prior)) for site in bayesian_sites(model)]
+    for site, scale in scaled:
+        attach_prior(site, prior, scale)
     return model
 
 
-def attach_prior(site: Site, prior: Prior) -> None:
-    """Set the prior of one slot and keep beside it what the prior needs of the present means."""
-    site.slot.prior, site.slot.prior_scale = prior, 1.0
+def attach_prior(site: Site, prior: Prior, scale: float | None = None) -> None:
+    """Set the prior of one slot and keep beside it what the prior needs of the present means.
+
+    Raises:
+        ArgumentError: It is relative, and the weights give it a standard deviation out of range.
+    """
+    scale = _prior_scale(site, prior) if scale is None else scale
+    site.slot.prior, site.slot.prior_scale = prior, scale
     buffer = site.attribute + PRIOR_MEAN_SUFFIX
     site.module._buffers.pop(buffer, None)
-    if not isinstance(prior, GaussianPrior):
-        return
+    if isinstance(prior, GaussianPrior) and prior.needs_initial:
+        mean = site.mean.detach().clone()
+        site.module.register_buffer(buffer, mean, persistent=False)
+
+
+def _prior_scale(site: Site, prior: Prior) -> float:
+    """What the standard deviation of a prior is in units of."""
+    if not isinstance(prior, GaussianPrior) or not prior.relative:
+        return 1.0
     mean = site.mean.detach()
-    if prior.relative and mean.device.type != "meta":
-        rms = root_mean_square(mean)
-        site.slot.prior_scale = rms if rms > 0.0 else 1.0
-    if prior.needs_initial:
-        site.module.register_buffer(buffer, mean.clone(), persistent=False)
+    if mean.device.type == "meta":
+        return 1.0
+    rms = root_mean_square(mean)
+    scale = 1.0 if rms == 0.0 else rms
+    if not may_be_std(prior.std * scale):
+        raise ArgumentError(
+            f"The prior of {site.name!r} would have the standard deviation {prior.std * scale:.3g},"
+            f" {prior.std:g} times the root mean square of its weights; expected {STD_RANGE}."
+        )
+    return scale
 
 
 def gaussian_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:

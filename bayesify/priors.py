@@ -11,9 +11,23 @@ import torch
 from torch import Tensor
 
 from . import gaussian
-from .numeric import positive, real
+from .errors import ArgumentError
+from .numeric import real
 
-_POSITIVE = "a positive finite number"
+LEAST_STD, MOST_STD = 1e-8, 1e8
+"""Of a prior: beyond, float32 may not hold its KL divergence."""
+STD_RANGE = f"a number from {LEAST_STD:g} to {MOST_STD:g}, whose KL divergence float32 can hold"
+MEAN_RANGE = f"a number from {-MOST_STD:g} to {MOST_STD:g}"
+
+
+def may_be_std(value: float) -> bool:
+    """Whether a prior can have this standard deviation."""
+    return LEAST_STD <= value <= MOST_STD
+
+
+def may_be_mean(value: float) -> bool:
+    """Whether a prior can have this mean."""
+    return abs(value) <= MOST_STD
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,8 @@ class GaussianPrior:
         relative: Scale ``std`` per tensor.
 
     Raises:
-        ArgumentError: ``std`` is not positive, or ``mean`` is neither a number nor "initial".
+        ArgumentError: ``std`` is not in [1e-8, 1e8], ``mean`` is neither a number in [-1e8, 1e8]
+            nor "initial", or ``relative`` is no bool.
     """
 
     std: float = 1.0
@@ -36,12 +51,16 @@ class GaussianPrior:
     relative: bool = False
 
     def __post_init__(self) -> None:
-        std = real("GaussianPrior: std", self.std, _POSITIVE, positive)
+        std = real("GaussianPrior: std", self.std, STD_RANGE, may_be_std)
         object.__setattr__(self, "std", std)
         if not isinstance(self.mean, str) or self.mean != "initial":
-            expected = "a finite number or 'initial'"
-            mean = real("GaussianPrior: mean", self.mean, expected, math.isfinite)
+            expected = f"{MEAN_RANGE}, or 'initial'"
+            mean = real("GaussianPrior: mean", self.mean, expected, may_be_mean)
             object.__setattr__(self, "mean", mean)
+        if not isinstance(self.relative, bool):
+            raise ArgumentError(
+                f"GaussianPrior: relative must be True or False, got {self.relative!r}."
+            )
 
     @property
     def needs_initial(self) -> bool:
@@ -64,8 +83,8 @@ class ScaleMixturePrior:
 
     Args:
         pi: Weight of the first component, in (0, 1).
-        std1: Standard deviation of the first component.
-        std2: Standard deviation of the second component.
+        std1: Standard deviation of the first component, in [1e-8, 1e8].
+        std2: Standard deviation of the second component, in [1e-8, 1e8].
 
     Raises:
         ArgumentError: A value is out of its range.
@@ -79,7 +98,7 @@ class ScaleMixturePrior:
         pi = real("ScaleMixturePrior: pi", self.pi, "in (0, 1)", lambda value: 0.0 < value < 1.0)
         object.__setattr__(self, "pi", pi)
         for name in ("std1", "std2"):
-            std = real(f"ScaleMixturePrior: {name}", getattr(self, name), _POSITIVE, positive)
+            std = real(f"ScaleMixturePrior: {name}", getattr(self, name), STD_RANGE, may_be_std)
             object.__setattr__(self, name, std)
 
     def log_density(self, value: Tensor) -> Tensor:
@@ -99,11 +118,21 @@ class LivePrior:
 
     Args:
         source: Called with the parameter's name; gives ``(mean, var)``, each a tensor of the
-            parameter's shape or a number. Neither receives a gradient. A typical source is a
-            teacher's weights (BYOV, arXiv:2312.03213, section 3).
+            parameter's shape or a number. Neither receives a gradient. A number must be as for
+            :class:`GaussianPrior`; tensors are not looked at. A typical source is a teacher's
+            weights (BYOV, arXiv:2312.03213, section 3).
+
+    Raises:
+        ArgumentError: ``source`` cannot be called.
     """
 
     source: Callable[[str], tuple[Tensor | float, Tensor | float]]
+
+    def __post_init__(self) -> None:
+        if not callable(self.source):
+            raise ArgumentError(
+                f"LivePrior: source must be a function of a name, got {self.source!r}."
+            )
 
     def __str__(self) -> str:
         return "live"

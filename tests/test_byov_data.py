@@ -18,6 +18,7 @@ from torch import Tensor
 from bayesify.data import InMemory, load_dataset, prepare
 from bayesify.errors import ArgumentError, DataError
 from bayesify.models import InputConfig
+from recipes.byov.data import sources
 from recipes.byov.data.batches import Views, eval_batches, steps_per_epoch, train_views
 from recipes.byov.data.dataset import Source, as_channels, mean_and_std, open_source
 from recipes.byov.data.views import CIFAR_VIEWS, TwoViews, WorkerViews, view_configs
@@ -470,3 +471,25 @@ def test_workers_cut_crops_from_the_whole_image(tmp_path: Path) -> None:
     [square] = train_views(source, views=TwoViews(*plain), **options)
     assert len({float(view.max()) for view in whole.first}) > 1
     assert len({float(view.max()) for view in square.first}) == 1
+
+
+@pytest.mark.parametrize("text", [b"1000000000000", b"-1", b"9" * 5000, b"cat", b""])
+def test_a_class_that_none_can_have_is_refused(tmp_path: Path, text: bytes) -> None:
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name, content in (("0.png", b"x"), ("0.cls", text)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"A \.cls file in .*train-0\.tar"):
+        sources.open_images(f"wds:{tmp_path}")
+
+
+def test_an_npz_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, images=np.zeros((300, 1000, 1000, 1), np.uint8))
+    with pytest.raises(DataError, match="unpacks to 300,000"):
+        sources.open_images(str(path))
+    labels = np.array([0, 10**12])
+    np.savez(path, images=np.zeros((2, 4, 4, 1), np.uint8), labels=labels)
+    with pytest.raises(DataError, match="one label from 0 for each image, below 1,000,000"):
+        sources.open_images(str(path))

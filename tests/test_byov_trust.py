@@ -15,12 +15,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bayesify import ArgumentError, ModelError
+from bayesify import ArgumentError, CheckpointError, ModelError
 from byov_small import CONFIG, small_run
 from recipes.byov import cli
 from recipes.byov.evaluation.runs import open_run
 from recipes.byov.presets import PRESETS
 from recipes.byov.runtime import checkpoint
+from recipes.byov.runtime.log import read_log
 from recipes.byov.train import train
 
 Named = tuple[str, dict[str, Any]]
@@ -221,3 +222,29 @@ def test_the_network_of_a_preset_needs_no_option(tmp_path: Path) -> None:
     run = small_run(tmp_path, eval_every=0)
     train(replace(CONFIG, conversion="none", encoder=OWN, encoder_args=small, epochs=2), run)
     assert open_run(run.out, device="cpu").encoder.conv1.stride == (1, 1)
+
+
+def test_a_damaged_run_is_one_kind_of_error(rewritten: Callable[..., Path]) -> None:
+    changes: dict[str, Any]
+    for changes in (
+        {"encoder_args": {"patch_size": 14, "embed_dim": 160_000, "depth": 1, "num_heads": 2}},
+        {"projector_hidden": 10_000_000},
+        {"data": {}},
+        {"data": {"name": 3}},
+        {"epochs": "3"},
+        {"skip": 3},
+        {"conversion": []},
+    ):
+        with pytest.raises(CheckpointError):
+            open_run(rewritten(**changes), device="cpu")
+
+
+def test_a_log_that_was_cut_or_damaged(trained: Path, tmp_path: Path) -> None:
+    text = (trained / "log.jsonl").read_text()
+    path = tmp_path / "log.jsonl"
+    path.write_text(text + '{"kind": "ste')  # as a killed run leaves it
+    assert read_log(path) == read_log(trained / "log.jsonl")
+    for damaged in ("[1]\n", '{"kind": 3, "step": 1}\n', "[" * 9999 + "\n"):
+        path.write_text(damaged + text)
+        with pytest.raises(CheckpointError, match="is no log of a run"):
+            read_log(path)

@@ -527,3 +527,18 @@ def test_what_timm_cannot_open(tmp_path: Path, name: str) -> None:
         load_dataset(f"timm:{name}@{tmp_path}", split="train")
     with pytest.raises(DataError, match="timm cannot open"):
         load_dataset(f"timm:{name}", split="train")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_unsigned_types(tmp_path: Path, dtype: torch.dtype) -> None:
+    labels = torch.arange(4).to(dtype)
+    save_file({"images": IMAGES, "labels": labels}, tmp_path / "d.safetensors")
+    data = load_dataset(str(tmp_path / "d.safetensors"), split="train")
+    assert [data.read(i)[1] for i in range(4)] == [0, 1, 2, 3]
+    labels = torch.tensor([0, 1, 2, torch.iinfo(dtype).max], dtype=torch.float64)
+    if dtype == torch.uint64:
+        labels = torch.tensor([0, 1, 2, -1]).view(torch.uint64)
+    if dtype in (torch.uint32, torch.uint64):
+        save_file({"images": IMAGES, "labels": labels.to(dtype)}, tmp_path / "e.safetensors")
+        with pytest.raises(DataError, match=r"Label .* out of range"):
+            load_dataset(str(tmp_path / "e.safetensors"), split="train")

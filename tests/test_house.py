@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; units on one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("gaussian", "numeric", "spacing", "devices", "json_numbers", "welford"),
+    ("gaussian", "images", "numeric", "spacing", "devices", "json_numbers", "welford"),
     ("kernels",),
     ("priors",),
     ("posterior",),

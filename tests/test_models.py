@@ -416,3 +416,29 @@ def test_other_models_need_a_size() -> None:
 def test_an_input_that_cannot_be_made(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         InputConfig(**{"size": (3, 8, 8), "mean": HALF, "std": HALF, **change})
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w: w.to(torch.complex64) * 1j, "torch.complex64 in the file, torch.float32"),
+        (lambda w: w.to_sparse(), "torch.sparse_coo"),
+        (lambda w: w.to("meta"), "meta: make it dense, with data"),
+        (lambda w: w.to(torch.float8_e4m3fn), "float8_e4m3fn, which needs a scale"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(tmp_path: Path, spoil: Any, message: str) -> None:
+    state = create_model("test_resnet", num_classes=4).state_dict()
+    state["fc.weight"] = spoil(state["fc.weight"])
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match=rf"1 that hold no numbers .*fc\.weight \(.*{message}"):
+        create_model("test_resnet", num_classes=4, weights=tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"size": (3, 1 << 20, 1 << 20)}, {"crop_pct": 1e-6}, {"crop_pct": 100.0}]
+)
+def test_an_input_that_would_take_all_memory_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=next(iter(fields))):
+        InputConfig(**{"size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, **fields})

@@ -67,12 +67,12 @@ def test_mixture_density_stays_finite_far_out() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GaussianPrior(std=0.0), "std must be a positive finite number"),
+        (lambda: GaussianPrior(std=0.0), "std must be a number from 1e-08 to"),
         (lambda: GaussianPrior(std=-1.0), "std must be"),
         (lambda: GaussianPrior(std=math.inf), "std must be"),
         (lambda: GaussianPrior(std=math.nan), "std must be"),
         (lambda: GaussianPrior(std="1"), "std must be"),  # type: ignore[arg-type]
-        (lambda: GaussianPrior(mean="zero"), "mean must be a finite number or 'initial'"),  # type: ignore[arg-type]
+        (lambda: GaussianPrior(mean="zero"), "mean must be a number from .*, or 'initial'"),  # type: ignore[arg-type]
         (lambda: GaussianPrior(mean=math.nan), "mean must be"),
         (lambda: ScaleMixturePrior(pi=0.0), "pi must be in"),
         (lambda: ScaleMixturePrior(pi=1.0), "pi must be in"),
@@ -181,3 +181,110 @@ def test_live_prior_of_another_shape_is_refused(
     model = layer(LivePrior(lambda name: value))
     with pytest.raises(ArgumentError, match=message):
         gaussian_prior(only_site(model))
+
+
+# -- the edges of float32 ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1e30, 1e-30, 1e200, 1e-200, 0.99e-8, 1.01e8, True, 10**400])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v: GaussianPrior(v),
+        lambda v: GaussianPrior(v, "initial", True),
+        lambda v: ScaleMixturePrior(0.5, v, 1.0),
+        lambda v: ScaleMixturePrior(0.5, 1.0, v),
+    ],
+    ids=["std", "relative", "std1", "std2"],
+)
+def test_a_std_that_float32_cannot_hold_the_kl_of_is_refused(
+    make: Callable[[float], object], value: float
+) -> None:
+    with pytest.raises(ArgumentError, match=r"must be a number from 1e-08 to 1e\+08, whose KL"):
+        make(value)
+
+
+@pytest.mark.parametrize("value", [1e30, -1e9, True])
+def test_a_mean_out_of_range_is_refused(value: float) -> None:
+    with pytest.raises(ArgumentError, match=r"mean must be a number from -1e\+08 to 1e\+08"):
+        GaussianPrior(1.0, value)
+
+
+def test_other_things_that_are_no_prior_are_refused() -> None:
+    wrong: list[Callable[[], object]] = [
+        lambda: GaussianPrior(relative="no"),  # type: ignore[arg-type]
+        lambda: GaussianPrior(relative=1),  # type: ignore[arg-type]
+        lambda: LivePrior(3),  # type: ignore[arg-type]
+        lambda: ScaleMixturePrior(pi=True),
+    ]
+    for make in wrong:
+        with pytest.raises(ArgumentError):
+            make()
+
+
+@pytest.mark.parametrize("std", [1e-8, 1e8])
+@pytest.mark.parametrize("mean", [0.0, 1e8, -1e8])
+@pytest.mark.parametrize("logvar", [-30.0, 0.0, 30.0])
+def test_the_kl_divergence_is_right_at_the_edges_both_ways(
+    std: float, mean: float, logvar: float
+) -> None:
+    torch.manual_seed(0)
+    model = bayesify.to_bbb(nn.Linear(7, 5), prior=GaussianPrior(std, mean), logvar=logvar)
+    double = [(p.mean.detach().double(), p.logvar.detach().double())
+              for p in bayesify.posteriors(model)]  # fmt: skip
+    expected = sum(
+        0.5 * (((m - mean) ** 2 + v.exp()) / std**2 - 1 + 2 * math.log(std) - v).sum().item()
+        for m, v in double
+    )
+    alone = bayesify.kl_divergence(model)
+    assert alone.item() == pytest.approx(expected, rel=1e-5)
+    alone.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in gradients)
+
+    model.zero_grad()
+    outputs = model(torch.zeros(2, 7))  # the draw's backward then carries the gradient
+    beside = bayesify.kl_divergence(model)
+    assert beside.item() == pytest.approx(expected, rel=1e-5)
+    (outputs.sum() * 0.0 + beside).backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("std", [1e-8, 1e8])
+def test_the_drawn_kl_divergence_is_finite_at_the_edges(std: float) -> None:
+    model = bayesify.to_bbb(nn.Linear(7, 5), prior=ScaleMixturePrior(0.5, std, std), logvar=-2.0)
+    kl = bayesify.kl_divergence(model)
+    kl.backward()
+    assert kl.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_relative_prior_that_the_weights_put_out_of_range_changes_nothing() -> None:
+    model = bayesify.to_bbb(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
+    with torch.no_grad():
+        model.get_parameter("1.weight").mul_(1e-12)
+    with pytest.raises(ArgumentError, match=r"prior of '1\.weight' would have .*1e-08"):
+        bayesify.set_prior_(model, GaussianPrior(0.1, relative=True))
+    assert {str(s.slot.prior) for s in sites(model)} == {"N(0, 1^2)"}
+    plain = bayesify.to_deterministic(model)
+    with pytest.raises(ArgumentError, match=r"prior of '1\.weight'"):
+        bayesify.to_bbb_(plain, prior=GaussianPrior(0.1, relative=True))
+    assert not list(sites(plain))
+
+
+@pytest.mark.parametrize("var", [1e-30, 1e60, True, math.inf])
+def test_numbers_of_a_live_prior_are_looked_at(var: float) -> None:
+    model = layer(LivePrior(lambda name: (0.0, var)))
+    with pytest.raises(ArgumentError, match="prior variance of 'weight' must be a number from"):
+        bayesify.kl_divergence(model)
+    model = layer(LivePrior(lambda name: (1e30, 1.0)))
+    with pytest.raises(ArgumentError, match="prior mean of 'weight' must be a number from"):
+        bayesify.kl_divergence(model)
+
+
+@pytest.mark.parametrize("logvar", [-2001.0, 80.1, 2000.0, math.inf])
+def test_a_logvar_that_would_be_pruned_or_overflow_is_refused(logvar: float) -> None:
+    with pytest.raises(ArgumentError, match="logvar must be a number from -2000 to 80"):
+        bayesify.to_bbb(nn.Linear(2, 2), logvar=logvar)

@@ -268,3 +268,57 @@ def test_the_command_ends_with_130_and_goes_on(tmp_path: Path) -> None:
     assert run(*fit_command, "--out", "b").returncode == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert not (tmp_path / "a.resume").exists()
+
+
+# -- a damaged state ---------------------------------------------------------------------------
+
+
+def drop(name: str) -> Callable[[dict[str, Any], dict[str, Tensor]], object]:
+    return lambda v, t: v.pop(name)
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
+    "no step": drop("step"),
+    "no losses": drop("losses"),
+    "no settings": drop("settings"),
+    "step of text": lambda v, t: v.update(step="3"),
+    "step below 0": lambda v, t: v.update(step=-1),
+    "step beyond": lambda v, t: v.update(step=10**9),
+    "losses of text": lambda v, t: v.update(losses=["a"]),
+    "random of Python": lambda v, t: v["random"].update(python=[3, [1, 2], None]),
+    "random of numpy": lambda v, t: v["random"].pop("numpy"),
+    "random of torch": lambda v, t: t.update({"random.cpu": torch.zeros(3, dtype=torch.uint8)}),
+    "moment of another shape": lambda v, t: t.update({"optimizer.0.exp_avg": torch.zeros(7)}),
+    "optimizer of a text": lambda v, t: t.update({"optimizer.x.exp_avg": torch.zeros(2)}),
+    "start of another shape": lambda v, t: t.update({"start.0": torch.zeros(7)}),
+    "too deep": lambda v, t: v.update(losses=json.loads("[" * 200 + "]" * 200)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_refused_and_the_model_left_alone(tmp_path: Path, damage: str) -> None:
+    data = TensorDataset(torch.randn(12, 2), torch.arange(12) % 3)
+    path = tmp_path / "state"
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 4:
+            raise Stop
+
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "checkpoint": path}
+    with pytest.raises(Stop):
+        fit(points_model(), data, on_step=stop, **options)
+    with safe_open(path, framework="pt") as file:
+        values = json.loads(file.metadata()["bayesify.fit"])
+    tensors = load_file(path)
+    DAMAGE[damage](values, tensors)
+    save_file(tensors, path, metadata={"bayesify.fit": json.dumps(values)})
+    model = points_model()
+    with torch.no_grad():
+        model.get_parameter("0.bias").add_(1.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="state"):
+        fit(model, data, resume=True, **options)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import struct
@@ -681,3 +682,277 @@ def test_no_module_is_refused(tmp_path: Path) -> None:
     name: Any = "resnet50"
     with pytest.raises(ArgumentError, match=r"must be a torch.nn.Module, not 'resnet50'"):
         load(saved(tmp_path), model=name)
+
+
+# -- a load that fails leaves the model as it was --------------------------------------------
+
+
+def seen(model: nn.Module) -> list[Any]:
+    """All that there is to see of a model: by identity where it must be the same, and values."""
+    found: list[Any] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.append((name, type(module)))
+        for key, value in module.__dict__.items():
+            inside = list(value.items()) if isinstance(value, dict) else value
+            if isinstance(value, set):
+                inside = sorted(value)
+            if isinstance(inside, list):
+                found.append(
+                    (
+                        key,
+                        [(k, id(v)) if isinstance(v, object) else k for k, v in inside]
+                        if isinstance(value, dict)
+                        else inside,
+                    )
+                )
+            elif key != "_bayesify":
+                found.append((key, id(value)))
+        state = module.__dict__.get("_bayesify")
+        for attribute, slot in state.slots.items() if state is not None else ():
+            found.append((attribute, type(slot), *slot.settings, state.spec, state.strict))
+    for tensor in (*model.parameters(), *model.buffers()):
+        found.append((id(tensor), tensor.requires_grad, tensor.detach().clone().tolist()))
+    return found
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError("refused by a hook")
+
+
+def with_pre_hook(model: Any) -> Any:
+    model[4].register_load_state_dict_pre_hook(refuse)
+    return model
+
+
+def with_post_hook(model: Any) -> Any:
+    model.register_load_state_dict_post_hook(refuse)
+    return model
+
+
+class Stubborn(nn.Linear):
+    def _load_from_state_dict(self, *_: Any) -> None:
+        raise KeyError("weight")
+
+
+def with_stubborn(model: Any) -> Any:
+    model[4].__class__ = Stubborn
+    return model
+
+
+def with_name_taken(model: Any) -> Any:
+    model[4].weight_logvar = 3.0
+    return model
+
+
+def with_hooks(model: Any) -> Any:
+    model[1].register_forward_hook(lambda m, args, out: None)
+    model[4].register_forward_pre_hook(lambda m, args: None)
+    model[4].forward = functools.partial(nn.Linear.forward, model[4])
+    return with_post_hook(model)
+
+
+def with_frozen(model: Any) -> Any:
+    model[1].weight.requires_grad_(False)
+    return with_pre_hook(model)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize(
+    "spoil", [with_pre_hook, with_post_hook, with_stubborn, with_hooks, with_frozen]
+)
+@pytest.mark.parametrize("prior", [None, GaussianPrior(0.3, mean="initial", relative=True)])
+def test_a_load_that_fails_leaves_the_model_as_it_was(
+    tmp_path: Path, spoil: Any, converted: bool, prior: GaussianPrior | None
+) -> None:
+    source = bayesify.prune_(bayesify.to_bbb(convnet(), prior=prior, estimator="flipout"), 0.5)
+    save(source, tmp_path / "a", info={"classes": ["a", "b", "c"]})
+    model = spoil(convnet())
+    if converted:
+        bayesify.to_bbb_(model, config=BBBConfig(include_frozen=True))
+        model(torch.randn(5, 4))
+    before = seen(model)
+    with pytest.raises(CheckpointError, match="cannot be loaded into this Sequential"):
+        load(tmp_path / "a", model=model)
+    assert seen(model) == before
+    assert is_bayesian(model) == converted
+    assert bayesify.classes.classes_of(model) is None
+    model(torch.randn(5, 4)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "step", ["_convert", "_restore", "keep_pruned_", "name_classes_", "attach_prior"]
+)
+def test_a_load_that_is_interrupted_leaves_the_model_as_it_was(
+    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path)
+    real = getattr(storage.reading, step)
+
+    def stop(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage.reading, step, stop)
+    model = convnet()
+    before = seen(model)
+    with pytest.raises(KeyboardInterrupt):
+        load(path, model=model)
+    assert seen(model) == before
+
+
+def renamed_root(h: Any, t: Any) -> None:
+    h["conversions"][0]["root"] = "nowhere"
+
+
+def row_of_nothing(h: Any, t: Any) -> None:
+    for old, new in (("4.bias", "4.offset"), ("4.bias_logvar", "4.offset_logvar")):
+        t[new] = t.pop(old)
+    h["posterior"][-1]["name"] = "4.offset"
+
+
+def mean_of_halves(h: Any, t: Any) -> None:
+    t["4.weight"] = t["4.weight"].half()
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("change", [renamed_root, row_of_nothing, mean_of_halves])
+def test_a_file_that_does_not_fit_changes_nothing(
+    tmp_path: Path, change: Any, converted: bool
+) -> None:
+    path = rewritten(saved(tmp_path), change)
+    model = bayesify.to_bbb(convnet()) if converted else convnet()
+    before = seen(model)
+    with pytest.raises(CheckpointError):
+        load(path, model=model)
+    assert seen(model) == before
+
+
+def test_no_such_device_changes_nothing(tmp_path: Path) -> None:
+    model = convnet()
+    before = seen(model)
+    with pytest.raises(ArgumentError, match="device 'cuda:77'"):
+        load(saved(tmp_path), model=model, device="cuda:77")
+    assert seen(model) == before
+
+
+# -- headers that contradict themselves ------------------------------------------------------
+
+
+def deep(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h["posterior"].append(h["posterior"][0]), "'1.weight' stands there twice"),
+        (lambda h: h["posterior"][0].update(aliases=["4.weight"]), "'4.weight' stands there twice"),
+        (lambda h: h.update(conversions=[]), "'1.weight' is below no conversion"),
+        (lambda h: h["conversions"].append(h["conversions"][0]), "is converted twice"),
+        (
+            lambda h: h["conversions"].append({**h["conversions"][0], "root": "1"}),
+            "'1' is converted twice",
+        ),
+        (lambda h: h.update(info=deep(100)), "deeper than 64"),
+        (lambda h: h["info"].update(a=deep(100)), "deeper than 64"),
+        (lambda h: h.update(info=[]), "info is"),
+        (lambda h: h.update(elements={"total": 0, "bayesian": 0}), "elements is"),
+        (lambda h: h.update(elements={"total": 3, "bayesian": 9}), "elements is"),
+        (lambda h: h.update(format=True), "its format is True"),
+        (lambda h: h.update(format=0), "its format is 0"),
+        (lambda h: h["model"].update(spec=[1]), "TypeError"),
+        (lambda h: h["model"].update(spec={}), "KeyError: 'name'"),
+        (lambda h: h.update(input={"size": [3, 1 << 20, 1 << 20]}), "TypeError"),
+        (lambda h: h.update(versions={"torch": 2}), "2 is no text"),
+        (lambda h: h["posterior"][0].update(name=3), "3 is no text"),
+        (lambda h: h["posterior"][0].update(prior_scale=1e300), "prior_scale must be"),
+        (lambda h: h["posterior"][0].update(prior_scale=float("nan")), "prior_scale must be"),
+        (lambda h: h["posterior"][0]["prior"].update(std=1e200), "std must be"),
+        (lambda h: h["posterior"][0]["prior"].update(relative="no"), "relative must be"),
+        (lambda h: h["posterior"][0]["prior"].update(kind=[]), "TypeError"),
+        (lambda h: h["conversions"][0]["arguments"].update(skip="re:("), "is no list"),
+        (lambda h: h["conversions"][0]["arguments"].update(skip=["re:("]), "re:"),
+        (lambda h: h["conversions"][0]["arguments"].update(logvar=1e4), "logvar must be"),
+        (lambda h: h["conversions"][0]["arguments"]["config"].update(strict="no"), "strict must"),
+    ],
+    ids=range(26),
+)
+def test_headers_that_contradict_themselves(tmp_path: Path, change: Any, message: str) -> None:
+    path = rewritten(saved(tmp_path), lambda h, t: change(h))
+    model = convnet()
+    before = seen(model)
+    for read in (read_header, read_stats, lambda p: load(p, model=model)):
+        with pytest.raises(CheckpointError, match=f"is damaged .*{message}"):
+            read(path)
+    assert seen(model) == before
+
+
+def test_json_too_deep_or_too_long_for_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    for text in ("[" * 200_000 + "]" * 200_000, '{"a":' * 200_000 + "1" + "}" * 200_000):
+        save_file({"x": torch.zeros(1)}, path, metadata={"bayesify": text})
+        with pytest.raises(CheckpointError, match="too deep"):
+            read_header(path)
+    monkeypatch.setattr(storage.json_text, "MAX_CHARACTERS", 100)
+    with pytest.raises(CheckpointError, match="characters of JSON, more than 100"):
+        read_header(saved(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.int64])
+@pytest.mark.parametrize("key", ["4.weight_logvar", "4.weight_prior_mean"])
+def test_spreads_of_another_kind(tmp_path: Path, key: str, dtype: torch.dtype) -> None:
+    path = saved(tmp_path, prior=GaussianPrior(mean="initial"))
+    path = rewritten(path, lambda h, t: t.update({key: t[key].to(dtype)}))
+    with pytest.raises(CheckpointError, match=f"{key} is of {dtype}"):
+        load(path, model=convnet())
+
+
+# -- a file is compared before memory is taken -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_classes": 2_000_000},
+        {"in_chans": 100_000},
+        {"model_args": {"channels": [100_000, 24, 32, 48]}},
+        {"model_args": {"layers": [1, 1, 1, 1_000_000]}},
+        {"name": "resnet152"},
+    ],
+    ids=str,
+)
+def test_what_a_file_names_is_compared_before_it_is_built(
+    tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    save(bayesify.to_bbb(ModelSpec("test_resnet", num_classes=4).build()), path)
+    path = rewritten(path, lambda h, t: h["model"]["spec"].update(changes))
+    built: list[str] = []
+    real = ModelSpec.build
+
+    def build(spec: ModelSpec, **options: Any) -> nn.Module:
+        model = real(spec, **options)
+        built.append(next(model.parameters()).device.type)
+        return model
+
+    monkeypatch.setattr(ModelSpec, "build", build)
+    with pytest.raises(CheckpointError, match=r"does not fit|cannot be built.*more modules"):
+        load(path)
+    assert set(built) <= {"meta"}
+
+
+def test_a_model_that_cannot_be_without_data_is_bounded(tmp_path: Path) -> None:
+    """torchvision's RegNet computes with numbers while it is built: it has no meta build."""
+    path = tmp_path / "a"
+    spec = ModelSpec("torchvision:regnet_y_400mf", num_classes=2)
+    model = bayesify.to_bbb(spec.build()).eval()
+    save(model, path)
+    assert_same(dict(load(path).state_dict()), dict(model.state_dict()))
+    path = rewritten(path, lambda h, t: h["model"]["spec"].update(num_classes=2_000_000))
+    with pytest.raises(CheckpointError, match="more elements than the tensors in the file"):
+        load(path)

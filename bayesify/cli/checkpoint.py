@@ -42,7 +42,6 @@ def open_model(
     """
     from .. import storage
     from ..errors import ArgumentError
-    from ..models import InputConfig
     from . import render
 
     header = storage.read_header(file)
@@ -58,10 +57,7 @@ def open_model(
             f"{file} does not say what size of image its model takes: write it anew by bayesify "
             "convert --img-size PIXELS."
         )
-    fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in header["input"].items()
-    }
-    config = InputConfig(**fields)
+    config = storage.input_of(header)
     spec = _spec(file, saved, model_name, model_args)
     with render.status(f"Loading {file}..."):
         given = None if model_name is None else spec.build().eval()
@@ -93,9 +89,10 @@ def _spec(
 
 def _arguments(text: str) -> dict[str, Any]:
     from ..errors import ArgumentError
+    from ..storage import parse_json
 
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise ArgumentError(f"--model-args {text!r} is no JSON ({error}).") from error
     if not isinstance(found, dict):

@@ -170,12 +170,14 @@ def described(opened: Opened, ensemble: int | None, seed: int) -> dict[str, Any]
     """What a program's file says of its input and output."""
     from dataclasses import asdict
 
+    from ..storage import classes_in
+
     draws = {"draws": ensemble, "seed": seed} if ensemble is not None else {}
     return {
         "model": opened.spec.name,
         "input": asdict(opened.input),
         "output": "logits" if ensemble is None else "probabilities",
-        "classes": opened.header["info"].get("classes", []),
+        "classes": list(classes_in(opened.header)),
         **draws,
     }
 

@@ -125,8 +125,9 @@ def _rows(
 
     from ..data import loader
     from ..inference import Predictor
+    from ..storage import classes_in
 
-    known = opened.header["info"].get("classes", ())
+    known = classes_in(opened.header)
     index = 0
     predictor = Predictor(opened.model, num_samples=num_samples, seed=seed, reduce="probabilities")
     for batch, labels in loader(images, batch_size, model_config=opened.input, workers=workers):

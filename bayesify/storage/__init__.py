@@ -20,8 +20,12 @@ info          what the caller of :func:`save` added
 
 from .files import check_target as check_target
 from .files import replacing as replacing
+from .json_text import parse_json as parse_json
+from .layout import classes_in as classes_in
 from .layout import describe as describe
+from .layout import input_of as input_of
 from .layout import read_header as read_header
 from .reading import load as load
 from .reading import read_stats as read_stats
+from .undoing import left_as_it_was as left_as_it_was
 from .writing import save as save

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,13 +15,18 @@ from torch import Tensor
 
 from ..errors import BayesifyError, CheckpointError
 from ..gaussian import Parameterization
+from ..models import InputConfig
+from ..numeric import real
 from ..planning import BBBConfig, Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, Estimator
-from ..priors import GaussianPrior, LivePrior, Prior, ScaleMixturePrior
+from ..priors import STD_RANGE, GaussianPrior, LivePrior, Prior, ScaleMixturePrior, may_be_std
+from ..selection import parse_patterns
+from .json_text import parse_json
 
 FORMAT = 1
-_KEYS = {
-    "aliases", "conversions", "elements", "info", "input", "model", "posterior", "versions",
+_KINDS: dict[str, tuple[type, ...]] = {
+    "aliases": (dict,), "conversions": (list,), "elements": (dict,), "info": (dict,),
+    "input": (dict, type(None)), "model": (dict,), "posterior": (list,), "versions": (dict,),
 }  # fmt: skip
 KEY = "bayesify"
 
@@ -62,13 +67,20 @@ class Row:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """The row that :meth:`to_json` gave; anything else raises."""
+        prior = _prior_from_json(data["prior"])
+        std = prior.std if isinstance(prior, GaussianPrior) else 1.0
         return cls(
-            name=str(data["name"]),
-            aliases=tuple(map(str, data["aliases"])),
-            slot=str(data["slot"]),
+            name=_text(data["name"]),
+            aliases=tuple(map(_text, _list(data["aliases"]))),
+            slot=_text(data["slot"]),
             parameterization=BBBConfig(parameterization=data["parameterization"]).parameterization,
-            prior=_prior_from_json(data["prior"]),
-            prior_scale=float(data["prior_scale"]),
+            prior=prior,
+            prior_scale=real(
+                "prior_scale",
+                data["prior_scale"],
+                f"such that std is {STD_RANGE}",
+                lambda scale: may_be_std(std * scale),
+            ),
             estimator=Conversion(estimators=(("*", data.get("estimator", "weight")),)).estimators[
                 0
             ][1],
@@ -86,7 +98,7 @@ def _prior_to_json(prior: Prior, name: str) -> dict[str, Any]:
 
 
 def _prior_from_json(data: Mapping[str, Any]) -> Prior:
-    kinds: dict[str, type[GaussianPrior | ScaleMixturePrior]] = {
+    kinds: dict[Any, type[GaussianPrior | ScaleMixturePrior]] = {
         kind.__name__: kind for kind in (GaussianPrior, ScaleMixturePrior)
     }
     return kinds[data["kind"]](**{k: v for k, v in data.items() if k != "kind"})
@@ -114,15 +126,57 @@ def conversion_to_json(conversion: Conversion) -> dict[str, Any]:
 
 def conversion_from_json(data: Mapping[str, Any]) -> Conversion:
     """The conversion that :func:`conversion_to_json` gave; anything else raises."""
+    skip, only = (tuple(map(_text, _list(data[key]))) for key in ("skip", "only"))
+    estimators = tuple((_text(p), e) for p, e in _list(data.get("estimators", [])))
+    parse_patterns((*skip, *only, *(pattern for pattern, _ in estimators)))
     return Conversion(
-        skip=tuple(data["skip"]),
-        only=tuple(data["only"]),
-        preset=data["preset"],
+        skip=skip,
+        only=only,
+        preset=None if data["preset"] is None else _text(data["preset"]),
         prior=_prior_from_json(data["prior"]),
         logvar=data["logvar"],
-        estimators=tuple((str(p), e) for p, e in data.get("estimators", ())),
+        estimators=estimators,
         config=BBBConfig(**data["config"]),
     )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return value
+
+
+def rows_of(header: Mapping[str, Any]) -> tuple[Row, ...]:
+    """The Bayesian parameters that a header names."""
+    return tuple(map(Row.from_json, header["posterior"]))
+
+
+def conversions_of(header: Mapping[str, Any]) -> tuple[tuple[str, Conversion], ...]:
+    """(path of the converted module, arguments) of each conversion that a header names."""
+    return tuple(
+        (_text(c["root"]), conversion_from_json(c["arguments"])) for c in header["conversions"]
+    )
+
+
+def input_of(header: Mapping[str, Any]) -> InputConfig:
+    """How images are prepared for the model, where a header says it."""
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in header["input"].items()
+    }
+    return InputConfig(**fields)
+
+
+def classes_in(header: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the outputs, as far as a header says them."""
+    named = header["info"].get("classes")
+    known = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    return tuple(named) if known else ()
 
 
 @dataclass(frozen=True)
@@ -151,29 +205,37 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     """
     with _open(path) as file:
         header = _header(path, file)
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        try:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError):
+            raise
+        except Exception as error:  # a dtype that torch does not have
+            raise _damaged(path, error) from error
     try:
-        rows = tuple(map(Row.from_json, header["posterior"]))
-        conversions = tuple(
-            (str(c["root"]), conversion_from_json(c["arguments"])) for c in header["conversions"]
-        )
+        rows, conversions = rows_of(header), conversions_of(header)
         state = {**tensors, **{key: tensors[kept] for key, kept in header["aliases"].items()}}
         for row in rows:
             for name in row.names:
-                if state[name].shape != state[row.raw(name)].shape:
-                    raise ValueError(f"{row.raw(name)} has another shape than {name}")
+                _check_spread(name, state[name], row.raw(name), state[row.raw(name)])
         prior_means = {
             row.name: state.pop(row.name + PRIOR_MEAN_SUFFIX)
             for row in rows
             if isinstance(row.prior, GaussianPrior) and row.prior.needs_initial
         }
-        kind, spec = str(header["model"]["class"]), header["model"]["spec"]
+        for name, prior_mean in prior_means.items():
+            _check_spread(name, state[name], name + PRIOR_MEAN_SUFFIX, prior_mean)
     except (KeyError, TypeError, ValueError, AttributeError, BayesifyError) as error:
         raise _damaged(path, error) from error
-    named = header["info"].get("classes") if isinstance(header["info"], dict) else None
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        named = []
-    return Contents(rows, conversions, kind, spec, state, prior_means, tuple(named))
+    kind, spec = header["model"]["class"], header["model"]["spec"]
+    return Contents(rows, conversions, kind, spec, state, prior_means, classes_in(header))
+
+
+def _check_spread(name: str, mean: Tensor, beside: str, tensor: Tensor) -> None:
+    """Refuse what cannot be the spread, or the prior's mean, of a tensor."""
+    if tensor.shape != mean.shape:
+        raise ValueError(f"{beside} has another shape than {name}")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise ValueError(f"{beside} is of {tensor.dtype}")
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -199,19 +261,19 @@ def describe(header: Mapping[str, Any]) -> list[tuple[str, str]]:
             "posterior",
             f"{elements['bayesian']:,} of {elements['total']:,} parameters ({share:.2%})",
         ),
-        ("prior", ", ".join(sorted({str(Row.from_json(r).prior) for r in header["posterior"]}))),
+        ("prior", ", ".join(sorted({str(row.prior) for row in rows_of(header)}))),
     ]
-    for entry in header["conversions"]:
-        conversion = conversion_from_json(entry["arguments"])
+    for root, conversion in conversions_of(header):
         words = [f"{k}={', '.join(map(str, v))}" for k, v in
                  (("skip", conversion.skip), ("only", conversion.only)) if v]  # fmt: skip
         words += [f"preset={conversion.preset}"] if conversion.preset else []
-        where = f"{entry['root']}: " if entry["root"] else ""
+        where = f"{root}: " if root else ""
         lines.append(("converted", where + ("; ".join(words) or "everything")))
     if header["input"]:
         lines.append(("input", " x ".join(map(str, header["input"]["size"]))))
-    if "classes" in header["info"]:
-        lines.append(("classes", f"{len(header['info']['classes'])}"))
+    classes = classes_in(header)
+    if classes:
+        lines.append(("classes", f"{len(classes)}"))
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
     lines.append(("written by", f"{versions} (format {header['format']})"))
     return [(name, value) for name, value in lines if value]
@@ -241,12 +303,14 @@ def _header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
             "bayesify convert NAME --weights FILE."
         )
     try:
-        header: dict[str, Any] = json.loads(text)
+        header: dict[str, Any] = parse_json(text)
         version = header["format"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"its format is {version!r}")
         newer = version > FORMAT
-        if not newer and not header.keys() >= _KEYS:
-            raise KeyError(*sorted(_KEYS - header.keys()))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not newer:
+            _check_header(header)
+    except (ValueError, TypeError, KeyError, AttributeError, BayesifyError) as error:
         raise _damaged(path, error) from error
     if newer:
         raise CheckpointError(
@@ -254,6 +318,49 @@ def _header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
             f"{FORMAT}: update bayesify. It was written with {header.get('versions')}."
         )
     return header
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Refuse a header in which something is missing, of another kind, or contradicts the rest."""
+    for key, kinds in _KINDS.items():
+        if not isinstance(header[key], kinds):
+            raise TypeError(f"{key} is {header[key]!r:.60}")
+    model, elements = header["model"], header["elements"]
+    _text(model["class"])
+    if model["spec"] is not None:
+        _text(model["spec"]["name"])
+    total, bayesian = elements["total"], elements["bayesian"]
+    if not (type(total) is type(bayesian) is int and 0 <= bayesian <= total > 0):
+        raise ValueError(f"elements is {elements!r:.60}")
+    for value in (*header["aliases"].values(), *header["versions"].values()):
+        _text(value)
+    if header["input"] is not None:
+        input_of(header)
+    rows = rows_of(header)
+    names = Counter(name for row in rows for name in row.names)
+    twice = sorted(name for name, count in names.items() if count > 1)
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands there twice")
+    _check_roots([root for root, _ in conversions_of(header)], rows)
+
+
+def _check_roots(roots: list[str], rows: tuple[Row, ...]) -> None:
+    """Each Bayesian parameter is below the root of one conversion, and none below two."""
+    known = set(roots)
+    if len(known) < len(roots):
+        raise ValueError("a module is converted twice")
+    for root in roots:
+        if root and not known.isdisjoint(_above(root)):
+            raise ValueError(f"{root!r} is converted twice")
+    for row in rows:
+        if known.isdisjoint(_above(row.name)):
+            raise ValueError(f"{row.name!r} is below no conversion")
+
+
+def _above(name: str) -> list[str]:
+    """The modules that a name goes through: of ``a.b.weight`` the whole, ``a`` and ``a.b``."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts))]
 
 
 def _damaged(path: str | os.PathLike[str], error: Exception) -> CheckpointError:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from ..classes import name_classes_
-from ..convert import apply_, revert_
-from ..errors import ArgumentError, BayesifyError, CheckpointError, ModelError
+from ..convert import apply_
+from ..errors import ArgumentError, CheckpointError, ModelError
 from ..gaussian import Parameterization
 from ..kernels.noise import key_of
 from ..models import ModelSpec
@@ -30,6 +37,7 @@ from ..posterior import (
 from ..pruning import keep_pruned_
 from ..rewriter import caches
 from .layout import Contents, Row, read_contents
+from .undoing import left_as_it_was
 
 _LISTED = 5
 
@@ -45,8 +53,9 @@ def load(
     Args:
         path: The file.
         model: A deterministic model of the same architecture, or a converted one with the same
-            Bayesian parameters; it is changed in place, and left as it was after an error. None
-            builds a model of timm or torchvision by the name in the file.
+            Bayesian parameters; it is changed in place, and left as it was after an error, for
+            which a copy of its values is held meanwhile. None builds a model of timm or
+            torchvision by the name in the file.
         device: Where to; None leaves a given model where it is, and builds on the CPU.
 
     Returns:
@@ -54,31 +63,52 @@ def load(
         (``requires_grad=False``) and live priors are not in the file.
 
     Raises:
-        ArgumentError: ``model`` is no module.
+        ArgumentError: ``model`` is no module, or there is no such device.
         CheckpointError: The file cannot be read, is of a newer format, or does not fit the model;
             the message lists what differs.
     """
     path = Path(path)
     file = read_contents(path)
+    target = None if device is None else _device(device)
     if model is None:
-        result = _build(path, file)
-    elif not isinstance(model, nn.Module):
+        built = _build(path, file)
+        _check_fit(path, built, file)
+        return _fill(path, built, file, target)
+    if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, not {model!r}.")
-    elif hasattr(model, "_orig_mod") or isinstance(
+    if hasattr(model, "_orig_mod") or isinstance(
         model, nn.DataParallel | nn.parallel.DistributedDataParallel
     ):
         raise CheckpointError(
             f"{path} cannot be loaded into a {type(model).__name__}: give the model inside it, and "
             "compile or wrap it afterwards."
         )
-    else:
-        result = model
-    _check_fit(path, result, file)
-    if not is_bayesian(result):
-        _convert(path, result, file)
-    _restore(result, file)
-    name_classes_(result, file.classes)
-    return result if device is None else result.to(device)
+    _check_fit(path, model, file)
+    with left_as_it_was(model):
+        return _fill(path, model, file, target)
+
+
+def _fill(path: Path, model: nn.Module, file: Contents, device: torch.device | None) -> nn.Module:
+    """Give a model that was checked what the file holds."""
+    try:
+        if not is_bayesian(model):
+            _convert(model, file)
+        _restore(model, file)
+        name_classes_(model, file.classes)
+        return model if device is None else model.to(device)
+    except Exception as error:  # a model may have hooks and methods of any kind
+        raise CheckpointError(
+            f"{path} cannot be loaded into this {type(model).__name__}: {error}"
+        ) from error
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except Exception as error:  # an unknown name, no driver, no such index: each another kind
+        raise ArgumentError(f"device {device!r} cannot be used here: {error}") from error
+    return target
 
 
 def read_stats(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
@@ -105,7 +135,8 @@ def _build(path: Path, file: Contents) -> nn.Module:
         )
     try:
         spec = ModelSpec.from_json(file.spec)
-        with torch.random.fork_rng(devices=[]):  # the new weights are overwritten
+        with torch.random.fork_rng(devices=[]), _as_large_as(file):  # the weights are overwritten
+            _check_size(path, spec, file)
             model = spec.build()
     except ModelError as error:
         raise CheckpointError(f"The model in {path} cannot be built: {error}") from error
@@ -114,6 +145,61 @@ def _build(path: Path, file: Contents) -> nn.Module:
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     return model.eval()
+
+
+def _check_size(path: Path, spec: ModelSpec, file: Contents) -> None:
+    """Compare shapes with those of a model without data, before the real one takes memory.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    try:
+        with torch.device("meta"):
+            model = spec.build()
+    except ModelError:  # some compute with numbers while they are built; the real one will tell
+        return
+    own = dict(model.state_dict())
+    other = [key for key, value in own.items() if key in file.state
+             and getattr(value, "shape", None) != file.state[key].shape]  # fmt: skip
+    other += [key for key in own if key not in file.state]
+    if other:
+        shown = ", ".join(other[:_LISTED]) + (", ..." if len(other) > _LISTED else "")
+        raise CheckpointError(
+            f"{path} does not fit the {spec.name!r} that it names: {len(other)} tensors are "
+            f"missing from the file or of another shape: {shown}."
+        )
+
+
+def _memory(value: Tensor | None) -> int:
+    """Elements that take memory."""
+    return 0 if value is None or value.device.type == "meta" else value.numel()
+
+
+@contextmanager
+def _as_large_as(file: Contents) -> Iterator[None]:
+    """End the building of a model that becomes far larger than what the file holds."""
+    thread = threading.get_ident()
+    modules = 10_000 + 20 * len(file.state)
+    elements = (1 << 24) + 4 * sum(value.numel() for value in file.state.values())
+    left = {"modules": modules, "elements": elements}
+
+    def take(what: str, count: int) -> None:
+        if threading.get_ident() == thread:
+            left[what] -= count
+            if left[what] < 0:
+                raise ModelError(f"it has more {what} than the tensors in the file are for")
+
+    handles = [
+        register_module_module_registration_hook(lambda *_: take("modules", 1)),
+        register_module_parameter_registration_hook(
+            lambda _, __, value: take("elements", _memory(value))
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_fit(path: Path, model: nn.Module, file: Contents) -> None:
@@ -152,6 +238,10 @@ def _check_fit(path: Path, model: nn.Module, file: Contents) -> None:
         ],
         "without data (meta)": [key for key in common if own[key].device.type == "meta"],
     }
+    there_modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    problems["below modules that the model has not"] = [
+        root for root, _ in file.conversions if root not in there_modules
+    ]
     if bayesian:
         there = {(site.name, site.slot.parameterization) for site in sites(model)}
         wanted = {(row.name, row.parameterization) for row in file.rows}
@@ -183,26 +273,18 @@ def _otherwise_tied(model: nn.Module, file: Contents) -> list[str]:
     ]
 
 
-def _convert(path: Path, model: nn.Module, file: Contents) -> None:
+def _convert(model: nn.Module, file: Contents) -> None:
     """Give the parameters that are Bayesian in the file a posterior, and no other."""
-    try:
-        for root, _ in file.conversions:
-            groups: dict[Parameterization, list[str]] = defaultdict(list)
-            prefix = f"{root}." if root else ""
-            for row in file.rows:
-                if row.name.startswith(prefix):
-                    groups[row.parameterization].append(re.escape(row.name[len(prefix) :]))
-            for parameterization, names in groups.items():
-                config = BBBConfig(parameterization=parameterization, include_frozen=True)
-                exactly = f"re:^(?:{'|'.join(names)})$"
-                apply_(model.get_submodule(root), Conversion(only=(exactly,), config=config))
-    except (BayesifyError, AttributeError) as error:
-        for module in model.modules():
-            if owner_state(module) is not None:
-                revert_(module)
-        raise CheckpointError(
-            f"{path} cannot be loaded into this {type(model).__name__}: {error}"
-        ) from error
+    for root, _ in file.conversions:
+        groups: dict[Parameterization, list[str]] = defaultdict(list)
+        prefix = f"{root}." if root else ""
+        for row in file.rows:
+            if row.name.startswith(prefix):
+                groups[row.parameterization].append(re.escape(row.name[len(prefix) :]))
+        for parameterization, names in groups.items():
+            config = BBBConfig(parameterization=parameterization, include_frozen=True)
+            exactly = f"re:^(?:{'|'.join(names)})$"
+            apply_(model.get_submodule(root), Conversion(only=(exactly,), config=config))
 
 
 def _restore(model: nn.Module, file: Contents) -> None:
@@ -212,6 +294,9 @@ def _restore(model: nn.Module, file: Contents) -> None:
     state._metadata = getattr(current, "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(state)
     rows = {row.name: row for row in file.rows}
+    missed = rows.keys() ^ {site.name for site in sites(model)}
+    if missed:
+        raise CheckpointError(f"{min(missed)!r} is Bayesian only in the file, or only here")
     for site in sites(model):
         _restore_slot(site, rows[site.name], file.prior_means.get(site.name))
     for root, conversion in file.conversions:
@@ -226,8 +311,7 @@ def _restore(model: nn.Module, file: Contents) -> None:
 
 def _restore_slot(site: Site, row: Row, prior_mean: Tensor | None) -> None:
     site.slot.name, site.slot.key = row.slot, key_of(row.slot)
-    attach_prior(site, row.prior)
-    site.slot.prior_scale = row.prior_scale
+    attach_prior(site, row.prior, row.prior_scale)
     site.slot.estimator = row.estimator
     if prior_mean is not None:
         own = prior_mean.clone().to(site.mean.device)  # the file's memory is only mapped

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
-from ..storage import replacing
+from ..storage import parse_json, replacing
 from .settings import CHANGEABLE
 
 KEY = "bayesify.fit"
@@ -61,8 +61,8 @@ def read_state(path: Path) -> FitState:
         with safe_open(path, framework="pt") as file:
             document = (file.metadata() or {}).get(KEY)
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-        values = None if document is None else json.loads(document)
-    except (SafetensorError, OSError, ValueError) as error:
+        values = None if document is None else parse_json(document)
+    except Exception as error:  # a damaged file raises nearly anything
         raise CheckpointError(
             f"{path} is no readable safetensors file ({error}); it may be cut short."
         ) from error
@@ -109,6 +109,50 @@ def check_names(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tenso
             f"{path} holds the fit of another model: {len(wrong)} tensors differ in name or "
             f"shape ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})."
         )
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "settings": dict, "step": int, "bound": (int, float), "epoch_loss": (int, float),
+    "losses": list, "kl": list, "holdout_losses": list, "seconds": (int, float), "random": dict,
+}  # fmt: skip
+
+
+def check_values(path: Path, saved: FitState, steps: int) -> None:
+    """Refuse a state that lacks something, or has it of another kind.
+
+    Raises:
+        CheckpointError: With the first that is wrong.
+    """
+    values = saved.values
+    wrong = [key for key, kind in _KINDS.items()
+             if not isinstance(values.get(key), kind) or isinstance(values[key], bool)]  # fmt: skip
+    if not wrong and not 0 <= values["step"] <= steps:
+        wrong = ["step"]
+    wrong += [
+        key
+        for key in ("losses", "kl", "holdout_losses")
+        if key not in wrong and not all(isinstance(v, int | float | None) for v in values[key])
+    ]
+    if wrong:
+        raise damaged(path, f"{wrong[0]} is {values.get(wrong[0])!r:.60}")
+
+
+def damaged(path: Path, reason: object) -> CheckpointError:
+    """The error for a state that cannot be gone on from."""
+    return CheckpointError(
+        f"{path} is no whole state of a fit ({reason}): it is damaged. Start without resume."
+    )
+
+
+def like(own: Tensor, saved: Tensor) -> Tensor:
+    """``saved``, if it can stand for ``own``.
+
+    Raises:
+        ValueError: It is of another shape.
+    """
+    if own.shape != saved.shape:
+        raise ValueError(f"a tensor is {tuple(saved.shape)} in place of {tuple(own.shape)}")
+    return saved
 
 
 class Signals:

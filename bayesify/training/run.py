@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import update_bn
 
-from ..errors import BayesifyError
+from ..errors import BayesifyError, CheckpointError
 from ..inference import recompute_batchnorm_
 from ..models import InputConfig
 from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
@@ -23,6 +23,7 @@ from ..optim import check_optimizer, param_groups, warmup_cosine
 from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
+from ..storage import left_as_it_was
 from .augmentation import Augment
 from .averaging import TailAverage
 from .batches import (
@@ -46,6 +47,9 @@ from .resume import (
     Signals,
     check_names,
     check_same,
+    check_values,
+    damaged,
+    like,
     write_state,
 )
 from .settings import Settings
@@ -372,20 +376,39 @@ class Run:
 
     def check_resumable(self, saved: FitState) -> None:
         assert self.path is not None
+        check_values(self.path, saved, self.steps)
         check_same(self.path, saved.values["settings"], self._identity())
         check_names(self.path, _below(saved.tensors, "model."), self._named())
 
     def load(self, saved: FitState) -> None:
+        assert self.path is not None
+        try:
+            with left_as_it_was(self.model):
+                self._load(saved)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of torch, of its generators, of Python's and numpy's
+            raise damaged(self.path, error) from error
+
+    def _load(self, saved: FitState) -> None:
+        assert self.path is not None
         values, tensors = saved.values, saved.tensors
         put_back(self.model, _below(tensors, "model."))
         self.best = {k: v.to(self.device) for k, v in _below(tensors, "best.").items()}
-        self.start = [tensors[f"start.{i}"] for i in range(len(self.start))]
+        if self.best:
+            check_names(self.path, self.best, self._named())
+        self.start = [like(own, tensors[f"start.{i}"]) for i, own in enumerate(self.start)]
         averaged = _below(tensors, "average.")
-        self.average.mean = [averaged[str(i)].to(self.device) for i in range(len(averaged))]
+        self.average.mean = [
+            like(own, averaged[str(i)]).to(self.device)
+            for i, own in enumerate(self.average.parameters if averaged else ())
+        ]
+        stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _below(tensors, "optimizer.").items():
             index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
+            own = stepped[int(index)]
+            state.setdefault(int(index), {})[name] = like(own, value) if value.ndim else value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step, self.bound = values["step"], values["bound"]

@@ -110,13 +110,19 @@ class TrainLog:
         start = 0
         if resumed is not None:
             saved = checkpoint.read(resumed)
+            checkpoint.check_run(resumed, saved)
             # a field younger than the checkpoint had its default then
             checkpoint.check_same(
                 resumed, {**BYOVConfig().to_json(), **saved["identity"]}, self.identity
             )
-            start, self.alarms, self.best = saved["step"], saved["alarms"], saved["best"]
-            self.stepper.load_state(saved)
-            self.layers = saved["layers"]
+            try:
+                start, self.alarms, self.best = saved["step"], saved["alarms"], saved["best"]
+                self.stepper.load_state(saved)
+                self.layers = saved["layers"]
+            except BayesifyError:
+                raise
+            except Exception as error:  # of torch's optimizers, and of what is missing
+                raise checkpoint.damaged(resumed, error) from error
             self.watcher.log(f"Going on from {resumed}, step {start:,} of {self.steps:,}.")
         self.newest = resumed
         self._travel = sum(rates[:start])

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from bayesify import DataError
-from bayesify.data import Files, InMemory, load_dataset
+from bayesify.data import MAX_CLASSES, Files, InMemory, load_dataset
 
 from .webdataset import index_shards
+
+# Of what an .npz file unpacks to, where it is far larger than the file.
+_MAX_BYTES, _MAX_RATIO = 1 << 28, 100
 
 
 class Images(Protocol):
@@ -85,9 +88,18 @@ def _open_shards(spec: str) -> tuple[Images, Images | None, tuple[str, ...]]:
 
 def _open_npz(spec: str, path: Path) -> tuple[Images, Images | None, tuple[str, ...]]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > _MAX_BYTES and size > _MAX_RATIO * path.stat().st_size:
+            raise DataError(
+                f"{spec} says that it unpacks to {size:,} bytes, {_MAX_RATIO} times its own and "
+                "more: images do not pack like that."
+            )
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
         raise DataError(f"{spec} is no readable .npz file of plain arrays ({error}).") from error
     train = _arrays(spec, arrays, "")
     test = _arrays(spec, arrays, "test_") if "test_images" in arrays else None
@@ -108,11 +120,12 @@ def _arrays(spec: str, arrays: dict[str, Any], prefix: str) -> InMemory:
         images.shape[3] not in (1, 3)
         or labels.shape != images.shape[:1]
         or labels.dtype.kind not in "iu"
-        or (known and labels.min() < 0)
+        or (known and not 0 <= labels.min() <= labels.max() < MAX_CLASSES)
     ):
         raise DataError(
-            f"{spec} must have 1 or 3 channels and one label from 0 for each image; its "
-            f"{prefix}images are {images.shape}, its {prefix}labels {labels.dtype} {labels.shape}."
+            f"{spec} must have 1 or 3 channels and one label from 0 for each image, below "
+            f"{MAX_CLASSES:,}; its {prefix}images are {images.shape}, its {prefix}labels "
+            f"{labels.dtype} {labels.shape}."
         )
     pixels = torch.from_numpy(np.moveaxis(images, 3, 1).copy())
     return InMemory(pixels, torch.from_numpy(labels.astype(np.int64)))

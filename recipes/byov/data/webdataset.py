@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from bayesify import DataError
-from bayesify.data import to_tensor
+from bayesify.data import MAX_CLASSES, read_image
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm"})
+_MAX_BYTES = 1 << 28
+_MAX_DIGITS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +44,14 @@ class Shards:
             DataError: If it cannot be read.
         """
         shard, offset, size = self.places[index].tolist()
+        place = f"at byte {offset} of {self.paths[shard]}"
         try:
             with self.paths[shard].open("rb") as file:
                 file.seek(offset)
-                with Image.open(io.BytesIO(file.read(size))) as image:
-                    return to_tensor(image), int(self.labels[index])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"The image at byte {offset} of {self.paths[shard]} cannot be read: {error}"
-            ) from error
+                content = file.read(size)
+        except OSError as error:
+            raise DataError(f"The image {place} cannot be read: {error}") from error
+        return read_image(io.BytesIO(content), place), int(self.labels[index])
 
 
 def index_shards(paths: list[Path]) -> Shards:
@@ -78,16 +78,19 @@ def index_shards(paths: list[Path]) -> Shards:
                     if not member.isfile():
                         continue
                     if extension.lower() in _IMAGES:
+                        if member.size > _MAX_BYTES:
+                            raise DataError(
+                                f"{member.name} in {path} has {member.size:,} bytes, which no "
+                                "image has."
+                            )
                         found[key] = (number, member.offset_data, member.size)
                     elif extension == "cls" and (text := tar.extractfile(member)) is not None:
-                        classes[key] = int(text.read())
-        except (OSError, tarfile.TarError) as error:
+                        classes[key] = _class_number(text.read(_MAX_DIGITS), path)
+        except DataError:
+            raise
+        except Exception as error:  # a damaged file raises nearly anything
             raise DataError(
                 f"{path} is no uncompressed tar file ({error}); it may be cut short."
-            ) from error
-        except ValueError as error:
-            raise DataError(
-                f"A .cls file in {path} holds no whole number of a class: {error}."
             ) from error
         places.extend(found.values())
         labels.extend(classes.get(key, -1) for key in found)
@@ -102,3 +105,22 @@ def index_shards(paths: list[Path]) -> Shards:
             "expected a .cls file with a class number for each image, or none at all."
         )
     return Shards(tuple(paths), np.array(places, np.int64), np.array(labels, np.int64))
+
+
+def _class_number(text: bytes, path: Path) -> int:
+    """The number in a ``.cls`` file of a tar file.
+
+    Raises:
+        DataError: It is none, or that of no class.
+    """
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise DataError(
+            f"A .cls file in {path} holds no whole number of a class: {error}."
+        ) from error
+    if not 0 <= number < MAX_CLASSES:
+        raise DataError(
+            f"A .cls file in {path} holds {number}; expected a class from 0 to {MAX_CLASSES - 1:,}."
+        )
+    return number

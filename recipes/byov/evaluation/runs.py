@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayesify import ArgumentError, posteriors
+from bayesify import ArgumentError, CheckpointError, posteriors
 from bayesify.data import InMemory
 from bayesify.devices import resolve_device
 from bayesify.json_numbers import finite
@@ -132,16 +132,21 @@ def open_run(
             "folder that `bayesify recipe byov train --out` wrote."
         )
     saved = checkpoint.read(newest)
+    checkpoint.check_run(newest, saved)
     identity = saved["identity"]
     known = {f.name for f in fields(BYOVConfig)}
-    config = BYOVConfig.from_json({k: v for k, v in identity.items() if k in known})
+    try:
+        config = BYOVConfig.from_json({k: v for k, v in identity.items() if k in known})
+    except (ArgumentError, TypeError, AttributeError) as error:
+        raise checkpoint.damaged(newest, error) from error
     check_encoder(newest, config, encoder, encoder_args)
     spec = data
     if spec is None:
-        spec = str(identity["data"]["name"])
+        spec = identity["data"]["name"]
         check_data(newest, spec)
     here = resolve_device(device)  # one, also where torchrun started more processes
     with torch.random.fork_rng(devices=[]):
+        _check_size(newest, config, saved)
         source = open_images(config, RunConfig(data=spec, device=device)).to(here)
         if source.test is None or not source.num_classes:
             raise ArgumentError(
@@ -162,11 +167,14 @@ def open_run(
     if saved["teacher"] is not None and isinstance(plain, Student):
         network: Any = copy.deepcopy(plain).float()
         state = {k: v for k, v in saved["teacher"].items() if k.startswith("network.")}
-        network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
+        try:
+            network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
+        except RuntimeError as error:
+            raise checkpoint.damaged(newest, error) from error
         teacher = network.to(here).eval()
     model = convert_(plain, config)
     # checkpoints that do not say it are of runs with one value for all tensors
-    initial_logvar = saved.get("initial_logvar") or initial_logvars(model)
+    initial_logvar = initial_logvars(model) | (saved.get("initial_logvar") or {})
     try:
         model.load_state_dict(saved["student"])
     except (
@@ -179,7 +187,8 @@ def open_run(
     if config.bayesian:  # statistics of training saw draws
         refresh_batchnorm_(model, config, source, Reading(here, workers=workers))
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-    steps = next((line["steps"] for line in log if line["kind"] == "start"), saved["step"])
+    began = next((line for line in log if line["kind"] == "start"), {})
+    steps = began.get("steps", saved["step"])
     return Run(
         folder,
         config,
@@ -194,6 +203,24 @@ def open_run(
         log,
         initial_logvar,
     )
+
+
+def _check_size(path: Path, config: BYOVConfig, saved: Mapping[str, Any]) -> None:
+    """Compare shapes with those of a network without data, before the real one takes memory."""
+    classes = saved.get("classes")
+    if config.objective == "supervised" and not classes:  # an older checkpoint does not say them
+        return
+    held = saved["student"]
+    with torch.device("meta"):
+        network = build_student(config, len(classes) if classes else None)
+    other = sorted(
+        k for k, v in network.state_dict().items() if k not in held or held[k].shape != v.shape
+    )
+    if other:
+        raise CheckpointError(
+            f"{path} does not fit the network that it describes: {len(other)} tensors are missing "
+            f"or of another shape ({', '.join(other[:3])})."
+        )
 
 
 def limited(run: Run, count: int) -> Run:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bayesify import CheckpointError
-from bayesify.storage import replacing
+from bayesify.storage import parse_json, replacing
 
 from ..config import differences
 from .fsdp import placed_like
@@ -52,16 +52,60 @@ def read(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {})[_KEY]
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        header = json.loads(text)
+        header = parse_json(text)
         if header["format"] > FORMAT:
             raise CheckpointError(f"{path} is of a newer version of this recipe: update bayesify.")
         state: dict[str, Any] = _nest(header["state"], tensors)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is no readable checkpoint of this recipe ({type(error).__name__}: {error}). "
-            "Remove it to go on from the one before."
-        ) from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        raise damaged(path, error) from error
     return state
+
+
+def damaged(path: Path, error: Exception) -> CheckpointError:
+    """The error for a checkpoint that cannot be read or used."""
+    return CheckpointError(
+        f"{path} is no readable checkpoint of this recipe ({type(error).__name__}: {error}). "
+        "Remove it to go on from the one before."
+    )
+
+
+def check_run(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse what is no checkpoint of a run: something is missing, or of another kind.
+
+    Raises:
+        CheckpointError: With the first that is wrong.
+    """
+    try:
+        _check_kinds(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def _check_kinds(state: Any) -> None:
+    """Refuse a state that lacks what every one has, or has it of another kind."""
+    for key, kind in (("identity", dict), ("student", dict), ("step", int)):
+        if not isinstance(state[key], kind) or isinstance(state[key], bool):
+            raise TypeError(f"{key} is {state[key]!r:.60}")
+    if state["step"] < 0:
+        raise ValueError(f"step is {state['step']}")
+    if not isinstance(state["teacher"], dict | None):
+        raise TypeError("teacher is no dict")
+    for network in (state["student"], state["teacher"] or {}):
+        for key, value in network.items():
+            if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_complex():
+                raise TypeError(f"a network holds {key!r:.60}")
+    if not isinstance(state["identity"]["data"]["name"], str):
+        raise TypeError("the name of its data is no text")
+    classes, started = state.get("classes"), state.get("initial_logvar")
+    if not isinstance(classes, list | None) or not all(isinstance(c, str) for c in classes or ()):
+        raise TypeError("classes is no list of texts")
+    if not isinstance(started, dict | None) or not all(
+        isinstance(name, str) and type(value) in (int, float)
+        for name, value in (started or {}).items()
+    ):
+        raise TypeError("initial_logvar is no dict of numbers")
 
 
 def path_of(folder: Path, step: int) -> Path:

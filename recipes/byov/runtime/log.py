@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bayesify import CheckpointError
 from bayesify.json_numbers import finite
-from bayesify.storage import replacing
+from bayesify.storage import parse_json, replacing
 
 from .tensorboard import TensorBoardWriter
 
@@ -38,18 +39,37 @@ class RunLog:
         """Keep what a run had written when it was at ``step``, in whole lines; 0: nothing."""
         if self.path is None or not self.path.exists():
             return
-        kept = [
-            line
-            for line in self.path.read_text("utf-8").splitlines(keepends=True)
-            if line.endswith("\n") and _was_there(json.loads(line), step)
-        ]
+        lines = self.path.read_text("utf-8").splitlines(keepends=True)
+        try:
+            kept = [
+                line for line in lines if line.endswith("\n") and _was_there(parse_json(line), step)
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} is no log of a run ({type(error).__name__}: {error}). Remove it to "
+                "go on without what it says."
+            ) from error
         with replacing(self.path, overwrite=True) as temporary:
             temporary.write_text("".join(kept), "utf-8")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Every line of a log."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    """Every line of a log, but for a last one that a killed run has left half-written.
+
+    Raises:
+        CheckpointError: A line is none that a run writes.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        found = [parse_json(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no log of a run ({error}).") from error
+    for number, line in enumerate(found, 1):
+        if not isinstance(line, dict) or not (
+            isinstance(line.get("kind"), str) and type(line.get("step")) is int
+        ):
+            raise CheckpointError(f"{path} is no log of a run: see its line {number}.")
+    return found
 
 
 def _was_there(line: dict[str, Any], step: int) -> bool:
