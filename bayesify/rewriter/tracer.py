@@ -558,7 +558,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self.guards[path, name] = Guard(path, name, tuple(value), "keys")
             return
         own = object.__getattribute__(module, "__dict__")
-        if name in INTERNAL or name not in own or (path, name) in self.writes:
+        if name in INTERNAL or (path, name) in self.writes:
+            return
+        if name not in own:
+            self._note_of_class(module, path, name, value)
             return
         if (id(module), name) in self.hiding.names:
             self.hiding.read(module, name)
@@ -574,6 +577,15 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self.guards[path, name] = Guard(path, name, copy, "equal")
         elif not holds_tensor(value) and not isinstance(value, dict):
             self.guards[path, name] = Guard(path, name, value, "same")
+
+    def _note_of_class(
+        self, module: nn.Module, path: tuple[str, ...], name: str, value: Any
+    ) -> None:
+        """A plain attribute of a module's class was read, which an instance may come to have."""
+        if plain(value) and not hasattr(nn.Module, name):
+            if inspect.getattr_static(type(module), name, MISSING) is value:  # no property
+                copy = value if isinstance(value, PRIMITIVES) else copy_plain(value)
+                self.guards[path, name] = Guard(path, name, copy, "class")
 
     def note_absent(self, module: nn.Module, name: str) -> None:
         """A plain attribute was asked for that is not there."""

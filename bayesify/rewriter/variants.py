@@ -23,7 +23,7 @@ from ..errors import UnsupportedModuleError
 from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
 from ..scope import LOCAL
-from . import caches
+from . import caches, surroundings
 from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
 from .estimators import reads_to_estimates
 from .fallback import HeldReads, drawn_reads, owner_holds_parameters
@@ -392,6 +392,7 @@ def _trace(
         return unflatten(args_structure, traced, used), unflatten(kwargs_structure, traced, used)
 
     tracer = MethodTracer(owner, run_at_mean, hiding, ACTIVE.fake_mode)
+    outside = surroundings.read_by(owner, original)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
     unseen: Any = contextlib.nullcontext()
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -403,10 +404,16 @@ def _trace(
         torch._C._EnableTorchFunction(),
     ):  # fmt: skip
         try:
-            return tracer.run(functools.partial(original, owner), names, build, tensors)
+            trace = tracer.run(functools.partial(original, owner), names, build, tensors)
         finally:
             # it holds casts of ordinary parameters, now made of examples
             torch.clear_autocast_cache()
+            changed = surroundings.put_back(outside)
+    if changed is not None:
+        raise TraceFailure(f"it changes {changed!r}, which lies outside of the module")
+    if outside:
+        trace.guards += (Guard((), "outside", outside, "outside"),)
+    return trace
 
 
 def _identity(tensor: Any) -> Any:
