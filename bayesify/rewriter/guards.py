@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling as compiling
 
 PRIMITIVES = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
@@ -37,7 +38,7 @@ class Outside:
     plain: bool  # compared by value; else it must be the very object
 
     def holds(self) -> bool:
-        if torch.compiler.is_compiling():
+        if compiling():
             if isinstance(self.holder, dict | contextvars.ContextVar):
                 return True  # torch.compile cannot ask them for a default
             found = getattr(self.holder, self.name, MISSING)
@@ -62,7 +63,11 @@ class Guard:
 
     def holds(self, owner: nn.Module) -> bool:
         if self.kind == "outside":
-            return all([entry.holds() for entry in self.value])
+            for entry in self.value:
+                same = not compiling() and entry.get(entry.name, MISSING) is entry.value
+                if not same and not entry.holds():
+                    return False
+            return True
         if self.kind == "types":
             with torch._C.DisableTorchFunction():  # the fallback around it answers with a draw
                 return all(_as_it_was(owner, *entry) for entry in self.value)

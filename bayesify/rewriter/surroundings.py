@@ -118,7 +118,7 @@ class _Search:
                 for name in names:
                     self.visit(function.__globals__.get(name))
             for cell in list(self.cells.values()):
-                self.visit(_Content(cell).get("", None))
+                self.visit(_content(cell))
             for name in self.names & self.members.keys():
                 for member in self.members[name]:
                     self.visit(member)
@@ -143,25 +143,25 @@ class _Search:
             else:
                 yield from _entries(vars(holder).get, holder, self.names & vars(holder).keys())
         for cell in self.cells.values():
-            yield from _entries(_Content(cell).get, cell, {"cell_contents"})
+            if _content(cell) is not MISSING:
+                yield from _entries(functools.partial(getattr, cell), cell, {"cell_contents"})
         for variable in self.variables.values():
             if plain(value := variable.get(MISSING)) or value is MISSING:
-                yield from _entries(_Content(variable).get, variable, {variable.name})
+                get = functools.partial(_content_of_variable, variable)
+                yield from _entries(get, variable, {variable.name})
 
 
-class _Content:
-    """What a cell or a context variable holds, to be asked for as if it were in a dict."""
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return MISSING
 
-    def __init__(self, holder: types.CellType | contextvars.ContextVar[Any]) -> None:
-        self.holder = holder
 
-    def get(self, name: str, default: Any) -> Any:
-        if isinstance(self.holder, contextvars.ContextVar):
-            return self.holder.get(default)
-        try:
-            return self.holder.cell_contents
-        except ValueError:  # empty
-            return default
+def _content_of_variable(
+    variable: contextvars.ContextVar[Any], name: str, default: Any
+) -> Any:
+    return variable.get(default)
 
 
 _FOLLOWED = (
@@ -193,7 +193,7 @@ def _names_of(holder: Any) -> set[str]:
 
 
 def _entries(get: Callable[..., Any], holder: Any, names: set[str]) -> Iterator[Outside]:
-    for name in sorted(names):
+    for name in sorted(names - {"__name__", "__class__"}):
         value = get(name, MISSING)
         if value is MISSING or plain(value):
             same = isinstance(value, PRIMITIVES) or value is MISSING
