@@ -196,7 +196,8 @@ def test_a_context_variable_and_a_closure_are_read_anew() -> None:
 
 
 def test_an_attribute_of_the_instance_takes_the_place_of_that_of_its_class() -> None:
-    model, x = bayesify.to_bbb(OwnClass()), torch.randn(2, 3)
+    model: Any = bayesify.to_bbb(OwnClass())
+    x = torch.randn(2, 3)
     first = check(model, x)
     model.scale = 3.0
     assert not torch.equal(check(model, x), first)
@@ -228,5 +229,6 @@ def test_what_a_forward_does_outside_happens_once_for_each_call() -> None:
     with bayesify.one_draw(model, seed=1):
         first, second = model(x), model(x)
     torch.testing.assert_close(second - first, torch.ones(1, 3))
-    assert CALLS == 2 and SEEN == [1, 2]
+    assert CALLS == 2
+    assert SEEN == [1, 2]
     assert [r.rung for r in rungs(model) if not r.owner] == ["swap"]

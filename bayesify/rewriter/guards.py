@@ -7,7 +7,6 @@ import dataclasses
 import decimal
 import enum
 import fractions
-import types
 from collections.abc import Callable
 from typing import Any
 

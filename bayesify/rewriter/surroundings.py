@@ -37,13 +37,25 @@ def read_by(owner: nn.Module, method: Callable[..., Any]) -> tuple[Outside, ...]
         owner: The module.
         method: The function of its class, or a wrapper of it.
     """
-    search = _Search(owner)
+    search = _Search(type(owner))
     search.visit(method)
     if not search.functions:  # of torch, as most
         return ()
-    search.visit_objects()
+    for name, _ in attributes_of_objects(owner, set()):  # such as a configuration
+        search.visit(owner.__dict__[name])
+    for value in owner.__dict__.values():
+        if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+            search.visit(value)
     search.follow()
     return tuple(search.found())
+
+
+def mentions(name: str, cls: type, method: Callable[..., Any]) -> bool:
+    """Whether a method of a class, or what it may call, names a global or attribute so."""
+    search = _Search(cls)
+    search.visit(method)
+    search.follow()
+    return name in search.names
 
 
 def put_back(entries: tuple[Outside, ...]) -> str | None:
@@ -66,19 +78,13 @@ def put_back(entries: tuple[Outside, ...]) -> str | None:
 class _Search:
     """Functions that may run, what holds the things that they mention, and those things."""
 
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
-        self.members = members(type(owner))
+    def __init__(self, cls: type) -> None:
+        self.members = members(cls)
         self.names: set[str] = set()
         self.functions: dict[types.FunctionType, frozenset[str]] = {}
         self.holders: dict[int, Any] = {}  # objects, classes and modules
         self.cells: dict[int, types.CellType] = {}
         self.variables: dict[int, contextvars.ContextVar[Any]] = {}
-
-    def visit_objects(self) -> None:
-        """What the module holds itself, such as a configuration."""
-        for name, _ in attributes_of_objects(self.owner, set()):
-            self.visit(self.owner.__dict__[name])
 
     def visit(self, value: Any) -> None:
         if isinstance(value, types.FunctionType):
@@ -138,7 +144,9 @@ class _Search:
             yield from _entries(held.get, holder, found)
         for holder in self.holders.values():
             if isinstance(holder, type):
-                own = {n for n in self.names.intersection(_names_of(holder))}
+                static = functools.partial(inspect.getattr_static, holder)
+                # what a class computes is new each time
+                own = {n for n in self.names.intersection(_names_of(holder)) if plain(static(n))}
                 yield from _entries(functools.partial(getattr, holder), holder, own)
             else:
                 yield from _entries(vars(holder).get, holder, self.names & vars(holder).keys())
@@ -158,9 +166,7 @@ def _content(cell: types.CellType) -> Any:
         return MISSING
 
 
-def _content_of_variable(
-    variable: contextvars.ContextVar[Any], name: str, default: Any
-) -> Any:
+def _content_of_variable(variable: contextvars.ContextVar[Any], name: str, default: Any) -> Any:
     return variable.get(default)
 
 
@@ -177,7 +183,7 @@ def _fixed(module: Any) -> bool:
 def _mentioned(code: types.CodeType) -> frozenset[str]:
     """Globals and attributes that some code names, with those of functions made in it."""
     inner = (_mentioned(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    return frozenset(code.co_names).union(*inner)
+    return frozenset(filter(str.isidentifier, code.co_names)).union(*inner)
 
 
 def _names_of(holder: Any) -> set[str]:

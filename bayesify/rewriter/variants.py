@@ -26,7 +26,7 @@ from ..scope import LOCAL
 from . import caches, surroundings
 from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
 from .estimators import reads_to_estimates
-from .fallback import HeldReads, drawn_reads, owner_holds_parameters
+from .fallback import HeldReads, drawn_reads, exchanged, owner_holds_parameters
 from .guards import Guard
 from .passes import (
     compile_source,
@@ -131,9 +131,13 @@ def _ambient() -> tuple[Any, ...]:
 
 
 def call(
-    owner: nn.Module, method: str, original: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
-    """Run ``original`` as the present scope wants it: untouched at the means, else rewritten."""
+    owner: nn.Module, method: str, original: Callable[..., Any], args: Any, kwargs: Any,
+    at_mean: Callable[..., Any] | None = None,
+) -> Any:  # fmt: skip
+    """Run ``original`` as the present scope wants it: untouched at the means, else rewritten.
+
+    ``at_mean``, given the original and its arguments, runs it in another way at the means.
+    """
     state = owner.__dict__.get(STATE)
     if state is None or ACTIVE.tracer is not None:
         return original(owner, *args, **kwargs)
@@ -147,13 +151,24 @@ def call(
             functools.partial(_draw, owner, state, method, original),
             args,
             kwargs,
-            functools.partial(original, owner),
+            functools.partial(original, owner)
+            if at_mean is None
+            else functools.partial(at_mean, original, owner),
         )
     if not scope.drawing:
         if ACTIVE.fake_mode is not None:
             return _example(owner, state, method, original, args, kwargs)
+        if at_mean is not None:
+            return at_mean(original, owner, *args, **kwargs)
         return original(owner, *args, **kwargs)
     return _draw(owner, state, method, original, *args, **kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def listed(original: Callable[..., Any], owner: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Run a method that reads the dicts of parameters themselves with no log variance in them."""
+    with exchanged(caches.below(owner)):
+        return original(owner, *args, **kwargs)
 
 
 def _example(
