@@ -31,6 +31,10 @@ _NOT_WRAPPED = (
 )  # fmt: skip
 
 
+# parameters of modules below, as a ``__call__`` may read them
+_ANY = frozenset(("weight", "bias", "parameters", "named_parameters", "_parameters"))
+
+
 # what pickle calls for an object without a reduction of its own
 _RECONSTRUCTORS: tuple[Any, ...] = (
     vars(copyreg)["__newobj__"],
@@ -45,7 +49,7 @@ _CLASS_LOCK = threading.Lock()
 def methods_to_wrap(cls: type, attributes: frozenset[str]) -> tuple[str, ...]:
     """Methods that are rewritten: ``forward*``, and public ones that read a parameter.
 
-    These may read it by way of private ones.
+    These may read it by way of private ones. So with a ``__call__`` of the class's own.
     """
     found = []
     for base in cls.__mro__:
@@ -54,7 +58,10 @@ def methods_to_wrap(cls: type, attributes: frozenset[str]) -> tuple[str, ...]:
         for name, member in vars(base).items():
             if not isinstance(member, types.FunctionType) or name in found:
                 continue
-            if name.startswith("forward") or (
+            if name == "__call__":
+                if _reads(cls, member, attributes | _ANY):
+                    found.append(name)
+            elif name.startswith("forward") or (
                 not name.startswith(("_", *_NOT_WRAPPED))
                 and member.__code__.co_argcount >= 2
                 and _reads(cls, member, attributes)
@@ -230,7 +237,7 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
     namespace.update(_listing_methods(original))
     if issubclass(original, fx.GraphModule):
         namespace.update(_graph_module_methods(base, hooked))
-    if hooked:
+    if hooked and "__call__" not in namespace:
 
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             run = functools.partial(base.__call__, self)

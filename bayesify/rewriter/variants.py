@@ -217,6 +217,10 @@ def _draw(
     owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any],
     /, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
+    if method == "__call__":
+        # a graph of it would have to call it again, to reach hooks and forward
+        around = _opaque(owner, state, method, "it is a __call__ of its own, around its forward")
+        return _fall_back(owner, around, method, original, args, kwargs)
     tensors: list[Tensor] = []
     names: list[str] = []
     try:
