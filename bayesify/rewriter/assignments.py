@@ -78,10 +78,13 @@ class _Reading:
             if isinstance(member, functools.cached_property):
                 self.names.add(name)  # it writes to the module's __dict__ by itself
                 self.computed.add(name)
-            for function in _functions_of(member):
+            for function, wraps in _functions_of(member):
                 code = function.__code__
                 own = frozenset(code.co_varnames[:1])
+                before = self.names | self.filled
                 self.read(code, own, own, function.__globals__)
+                if wraps:  # what a decorator keeps is what the method gives
+                    self.computed |= (self.names | self.filled) - before
 
     def read(
         self, code: types.CodeType, me: frozenset[str], own: frozenset[str], names: dict[str, Any]
@@ -133,16 +136,18 @@ class _Reading:
             self.called.add(name)
 
 
-def _functions_of(member: Any) -> Iterator[types.FunctionType]:
-    """The Python functions behind a member of a class, those that a decorator wraps too."""
+def _functions_of(member: Any) -> Iterator[tuple[types.FunctionType, bool]]:
+    """The Python functions behind a member of a class, and whether each is a decorator's."""
     if isinstance(member, property):
         parts: tuple[Any, ...] = (member.fget, member.fset)
     else:
         parts = (getattr(member, "func", getattr(member, "__func__", member)),)
     for part in parts:
-        function = inspect.unwrap(part) if callable(part) else None
-        if isinstance(function, types.FunctionType):
-            yield function
+        while callable(part):
+            inner = getattr(part, "__wrapped__", None)
+            if isinstance(part, types.FunctionType):
+                yield part, inner is not None
+            part = inner
 
 
 def _globals_of(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.FunctionType]:

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.utils import parametrize
 
 from .assignments import Assigned, assigned_by, members
 from .guards import MISSING
+from .objects import may_be_handed_on
 
 INTERNAL = {
     "_parameters", "_buffers", "_modules", "_bayesify", "__dict__", "__class__",
@@ -48,7 +50,7 @@ class Entry(NamedTuple):
 
 @functools.cache
 def _by_forward(cls: type, also: frozenset[str]) -> Assigned:
-    forwards = {name for name in members(cls) if name.startswith("forward")}
+    forwards = {name for name in members(cls) if name.startswith(("forward", "__call__"))}
     return assigned_by(cls, frozenset(forwards | also))
 
 
@@ -64,10 +66,30 @@ def note_state(module: nn.Module, name: str) -> None:
 
 
 def _is_cache(value: Any) -> bool:
-    items = value if isinstance(value, list | tuple) else (value,)
-    tensors = [v for v in items if isinstance(v, Tensor)]
     # a list of parameters, as RNNs keep, follows the parameters by itself
-    return bool(tensors) and not all(isinstance(t, nn.Parameter) for t in tensors)
+    return not all(isinstance(t, nn.Parameter) for t in _tensors_in(value))
+
+
+def _tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """Tensors that a value holds, in lists and tuples and as attributes of plain objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict) and depth < 4:
+        if depth or not isinstance(value, dict):
+            for part in list(value.values()) if isinstance(value, dict) else value:
+                yield from _tensors_in(part, depth + 1)
+    elif depth < 4 and may_be_handed_on(value):
+        for part in list(vars(value).values()):
+            yield from _tensors_in(part, depth + 1)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(True for _ in _tensors_in(value))
+
+
+def _never_changes(value: Any) -> bool:
+    """Whether a value is of a kind that no forward adds to, as a user's object may be."""
+    return isinstance(value, Tensor | list | tuple | Distribution)
 
 
 def below(owner: nn.Module) -> list[nn.Module]:
@@ -124,11 +146,11 @@ def entries(modules: list[nn.Module], method: str = "forward") -> Iterator[Entry
                 continue
             by_train = name not in forward.names and name in train.names
             if type(value) is dict:
-                if name in forward.filled and any(isinstance(v, Tensor) for v in value.values()):
-                    empty = {k: v for k, v in value.items() if not isinstance(v, Tensor)}
+                if name in forward.filled and any(map(_holds_tensors, value.values())):
+                    empty = {k: v for k, v in value.items() if not _holds_tensors(v)}
                     yield Entry(module, name, value, empty, False, name in forward.computed)
             elif (name in forward.names or by_train) and _is_cache(value):
-                certain = by_train or name in forward.computed
+                certain = by_train or (name in forward.computed and _never_changes(value))
                 cls: Any = type(module)
                 nothing = None if name in _at_first(cls) else MISSING
                 yield Entry(module, name, value, nothing, by_train, certain)
@@ -221,7 +243,7 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
                 continue
             if type(value) is dict:
                 before.append((module, name, value, dict(value)))
-            elif value is None or value is MISSING or _is_cache(value):
+            elif value is None or value is MISSING or (_is_cache(value) and _never_changes(value)):
                 before.append((module, name, value, None))
     found = [entry for entry in entries(modules, method) if entry.certain]
     for entry in found:
@@ -231,12 +253,19 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
     finally:
         for module, name, value, content in before:
             if content is not None:
-                for key in [k for k, v in value.items() if isinstance(v, Tensor)]:
+                for key in [k for k, v in value.items() if _holds_tensors(v)]:
                     if key not in content:
                         del value[key]
                 module.__dict__[name] = value
-            elif _is_cache(value) or _is_cache(module.__dict__.get(name)):
+            elif _is_cache(value) or _is_made(module.__dict__.get(name)):
                 _put(module, name, value)
+
+
+def _is_made(value: Any) -> bool:
+    """Whether a call has left a cache where there was none."""
+    if type(value) is dict:
+        return any(map(_holds_tensors, value.values()))
+    return _is_cache(value) and _never_changes(value)
 
 
 def _make_anew(found: list[Entry]) -> None:

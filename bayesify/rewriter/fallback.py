@@ -30,7 +30,8 @@ _LOCK = threading.Lock()
 class DrawnParameters(dict[str, Any]):
     """The parameters of one module, which read as draws where the present thread exchanges them.
 
-    It stands in the module while any thread does. The functions of ``dict`` itself, called as
+    At the means it gives them as they are, but lists no log variances. It stands in the module
+    while any thread exchanges. The functions of ``dict`` itself, called as
     ``dict.get(parameters, name)``, give what it holds.
     """
 
@@ -41,17 +42,14 @@ class DrawnParameters(dict[str, Any]):
         self.module, self.plain, self.users = module, plain, 0
 
     def exchanged(self) -> Any:
-        """The slots of the module where they are read as draws, else None."""
+        """The slots of the module where it is that of before the conversion, else None."""
         if id(self.module) not in ACTIVE.exchanged or ACTIVE.tracer is not None:
             return None
-        scope = LOCAL.scope
-        if scope is None or not scope.drawing:
-            return None
-        return self.module.__dict__[STATE].slots
+        return None if LOCAL.scope is None else self.module.__dict__[STATE].slots
 
     def __getitem__(self, name: str) -> Any:
         slots = self.exchanged()
-        if slots is None or name not in slots:
+        if slots is None or name not in slots or not LOCAL.scope.drawing:  # type: ignore[union-attr]
             return dict.__getitem__(self, name)
         outer, ACTIVE.exchanged = ACTIVE.exchanged, frozenset()
         try:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import decimal
 import enum
 import fractions
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling as compiling
 
 PRIMITIVES = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
@@ -24,19 +27,46 @@ MISSING: Any = type("Missing", (), {"__repr__": lambda self: "absent"})()
 
 
 @dataclasses.dataclass(frozen=True)
+class Outside:
+    """Something that a traced forward read outside of its module, such as a global."""
+
+    get: Callable[[str, Any], Any]
+    name: str
+    value: Any
+    holder: Any
+    plain: bool  # compared by value; else it must be the very object
+
+    def holds(self) -> bool:
+        if compiling():
+            if isinstance(self.holder, dict | contextvars.ContextVar):
+                return True  # torch.compile cannot ask them for a default
+            found = getattr(self.holder, self.name, MISSING)
+        else:
+            found = self.get(self.name, MISSING)
+        return found is self.value or (self.plain and alike(found, self.value))
+
+
+@dataclasses.dataclass(frozen=True)
 class Guard:
     """A plain attribute of the module or of one below it, as the traced forward saw it.
 
-    Of the kind "types" it is of no attribute: ``value`` are (path, name, dtype, device,
-    requires_grad) of parameters and buffers.
+    Of two kinds it is of no attribute: of "types", whose ``value`` are (path, name, dtype, device,
+    requires_grad) of parameters and buffers, and of "outside", whose are :class:`Outside`.
     """
 
     path: tuple[str, ...]
     name: str
     value: Any
-    kind: str  # "equal", "same", "keys" (of _modules and the like), "shape" (of a buffer), "types"
+    kind: str
+    """equal, same, class, keys (of _modules and the like), shape (of a buffer), types, outside"""
 
     def holds(self, owner: nn.Module) -> bool:
+        if self.kind == "outside":
+            for entry in self.value:
+                same = not compiling() and entry.get(entry.name, MISSING) is entry.value
+                if not same and not entry.holds():
+                    return False
+            return True
         if self.kind == "types":
             with torch._C.DisableTorchFunction():  # the fallback around it answers with a draw
                 return all(_as_it_was(owner, *entry) for entry in self.value)
@@ -51,6 +81,8 @@ class Guard:
             buffer = module._buffers.get(self.name)
             return buffer is not None and bool(tuple(buffer.shape) == self.value)
         found = held(module, self.name)
+        if self.kind == "class":
+            found = getattr(type(module), self.name, MISSING) if found is MISSING else MISSING
         if self.kind == "same":
             return found is self.value
         return alike(found, self.value)

@@ -19,14 +19,20 @@ from .. import scope as scopes
 from ..errors import UnsupportedModuleError
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
+from .caches import below
+from .surroundings import mentions
 from .trace_context import ACTIVE
-from .variants import adopt, call
+from .variants import adopt, call, listed
 
 _NOT_WRAPPED = (
     "init", "reset", "load", "save", "set", "train", "extra", "no_", "group", "fix", "prune",
     "register", "state", "to", "apply", "get_parameter", "zero", "half", "float", "named", "add",
     "freeze", "copy", "update", "quant", "fuse", "merge", "export", "tie", "resize",
 )  # fmt: skip
+
+
+# parameters of modules below, as a ``__call__`` may read them
+_ANY = frozenset(("weight", "bias", "parameters", "named_parameters", "_parameters"))
 
 
 # what pickle calls for an object without a reduction of its own
@@ -43,7 +49,7 @@ _CLASS_LOCK = threading.Lock()
 def methods_to_wrap(cls: type, attributes: frozenset[str]) -> tuple[str, ...]:
     """Methods that are rewritten: ``forward*``, and public ones that read a parameter.
 
-    These may read it by way of private ones.
+    These may read it by way of private ones. So with a ``__call__`` of the class's own.
     """
     found = []
     for base in cls.__mro__:
@@ -52,7 +58,10 @@ def methods_to_wrap(cls: type, attributes: frozenset[str]) -> tuple[str, ...]:
         for name, member in vars(base).items():
             if not isinstance(member, types.FunctionType) or name in found:
                 continue
-            if name.startswith("forward") or (
+            if name == "__call__":
+                if _reads(cls, member, attributes | _ANY):
+                    found.append(name)
+            elif name.startswith("forward") or (
                 not name.startswith(("_", *_NOT_WRAPPED))
                 and member.__code__.co_argcount >= 2
                 and _reads(cls, member, attributes)
@@ -81,10 +90,18 @@ def _reads(cls: type, function: types.FunctionType, attributes: frozenset[str]) 
     return False
 
 
-def _wrapper(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return call(self, name, original, args, kwargs)
+def _wrapper(name: str, original: Callable[..., Any], cls: Any = nn.Module) -> Callable[..., Any]:
+    if mentions("_parameters", cls, original):
+
+        @functools.wraps(original)
+        def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return call(self, name, original, args, kwargs, listed)
+
+    else:
+
+        @functools.wraps(original)
+        def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return call(self, name, original, args, kwargs)
 
     return method
 
@@ -124,7 +141,7 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
     }
     # forward also where the class has none: an instance may hold its own
     for name in {*methods_to_wrap(original, attributes), "forward"}:
-        namespace[name] = _wrapper(name, getattr(original, name))
+        namespace[name] = _wrapper(name, getattr(original, name), original)
 
     def _apply(self: Any, fn: Callable[..., Any], recurse: bool = True) -> Any:
         state = self.__dict__.get(STATE)
@@ -198,8 +215,17 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
 
         namespace["reset_classifier"] = reset_classifier
 
+    def _named_members(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = base._named_members(self, *args, **kwargs)
+        if LOCAL.scope is None or ACTIVE.tracer is not None:
+            return found
+        # a forward knows the parameters of before the conversion
+        raws = {id(raw) for module in below(self) for raw in _spreads(module).values()}
+        return (entry for entry in found if id(entry[1]) not in raws)
+
     namespace.update(
         _apply=_apply,
+        _named_members=_named_members,
         __reduce_ex__=__reduce_ex__,
         __setstate__=__setstate__,
         _replicate_for_data_parallel=_replicate_for_data_parallel,
@@ -211,7 +237,7 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
     namespace.update(_listing_methods(original))
     if issubclass(original, fx.GraphModule):
         namespace.update(_graph_module_methods(base, hooked))
-    if hooked:
+    if hooked and "__call__" not in namespace:
 
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             run = functools.partial(base.__call__, self)
@@ -256,23 +282,35 @@ def _delete_qconfig(self: Any) -> None:
 
 
 def _listing_methods(base: Any) -> dict[str, Any]:
-    """Where a class lists its own state, the trained spreads are saved and loaded beside it."""
+    """Where a class lists its own state, the trained spreads are saved and loaded beside it.
+
+    Inside of a forward there are none, as before the conversion.
+    """
 
     def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
         base._save_to_state_dict(self, destination, prefix, keep_vars)
         for name, raw in _spreads(self).items():
-            destination.setdefault(prefix + name, raw if keep_vars else raw.detach())
+            if LOCAL.scope is not None:  # a forward knows what there was before the conversion
+                destination.pop(prefix + name, None)
+            else:
+                destination.setdefault(prefix + name, raw if keep_vars else raw.detach())
 
     def _load_from_state_dict(
         self: Any, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        # the class's own code sees what it knows: the module and the keys of before the conversion
         raws = _spreads(self)
+        lists = missing_keys, unexpected_keys, error_msgs
+        if LOCAL.scope is not None or not lists_itself:
+            base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
+            if LOCAL.scope is not None:
+                unknown = {prefix + name for name in raws}
+                missing_keys[:] = [key for key in missing_keys if key not in unknown]
+            return
+        # the class's own code sees what it knows: the module and the keys of before the conversion
         given = {prefix + n: state_dict.pop(prefix + n) for n in raws if prefix + n in state_dict}
         held = self._parameters
         self.__dict__["_parameters"] = {n: p for n, p in held.items() if n not in raws}
-        lists = missing_keys, unexpected_keys, error_msgs
         try:
             base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
         finally:
@@ -295,9 +333,11 @@ def _listing_methods(base: Any) -> dict[str, Any]:
                         raw.copy_(value)
         return result
 
-    methods = (_save_to_state_dict, _load_from_state_dict, load_state_dict)
-    own = {method.__name__: method for method in methods}
-    return {n: m for n, m in own.items() if getattr(base, n) is not getattr(nn.Module, n)}
+    lists_itself = base._load_from_state_dict is not nn.Module._load_from_state_dict
+    methods: tuple[Any, ...] = (_save_to_state_dict, _load_from_state_dict)
+    if base.load_state_dict is not nn.Module.load_state_dict:
+        methods += (load_state_dict,)
+    return {method.__name__: method for method in methods}
 
 
 def _spreads(module: nn.Module) -> dict[str, nn.Parameter]:

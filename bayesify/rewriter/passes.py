@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .. import scope
 from .context_variables import in_context
 from .estimators import LINEAR, RUNTIME
-from .tracer import Trace
+from .tracer import Trace, call_of_torch
 from .writer import Expression, access
 
 _LOWERED = frozenset((*LINEAR, torch.matmul, torch.addmm, torch.mm, torch.bmm, torch.baddbmm))
@@ -155,7 +155,7 @@ _EXIT = re.compile(r"^\s*\w+ = .*exit_context\(\).*$")
 
 def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
     """Python source of the rewritten method ``name`` and the globals that it needs."""
-    own = {function.__name__: function for function in (draw, in_context, *RUNTIME)}
+    own = {function.__name__: function for function in (draw, in_context, call_of_torch, *RUNTIME)}
     for node in trace.graph.nodes:
         if node.name == "self" or node.name in own:  # names that the generated code uses itself
             node._rename(f"{node.name}_value")

@@ -192,11 +192,11 @@ def patches() -> Iterator[None]:
 
     def patched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tracer = ACTIVE.tracer
-        return (
-            call(self, *args, **kwargs)
-            if tracer is None
-            else tracer.call_module(self, args, kwargs)
-        )
+        if tracer is None:
+            return call(self, *args, **kwargs)
+        # a __call__ of the class's own is part of the trace: what it calls is torch's
+        own = original_of(type(self)).__call__ is not patched_call
+        return tracer.call_module(self, args, kwargs, call if own else None)
 
     def patched_read(self: nn.Module, name: str) -> Any:
         tracer = ACTIVE.tracer
@@ -240,6 +240,11 @@ def patches() -> Iterator[None]:
         module_class.__setattr__ = set_attribute
         if not inner:
             del module_class.__getattribute__
+
+
+def original_of(cls: type) -> Any:
+    """The class that a generated class was made of; any other class is its own."""
+    return cls.__dict__.get("_bayesify_original", cls)
 
 
 def _without_log_variances(module: nn.Module, parameters: dict[str, Any]) -> dict[str, Any]:

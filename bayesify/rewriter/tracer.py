@@ -173,6 +173,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self._handing_on = False
         self._handed_on = False  # whether a submodule was given an object, whatever that holds
         self.made: dict[int, nn.Module] = {}  # modules that the method itself has made
+        self._made: list[tuple[nn.Module, str, Any]] = []  # objects that are not kept
         self._variables = contextvars.copy_context()
         self._transforms = transforms()
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
@@ -452,12 +453,18 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
 
     # -- modules ---------------------------------------------------------------------------
 
-    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a call of a submodule, which stays a call."""
+    def call_module(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+        call: Callable[..., Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """Record a call of a submodule, which stays a call; ``call``: of this, not of its own."""
         with torch._C.DisableTorchFunction():
-            return self._call_module(module, args, kwargs)
+            return self._call_module(module, args, kwargs, call)
 
-    def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_module(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+        call: Callable[..., Any] | None,
+    ) -> Any:  # fmt: skip
         variables = context_variables.changed(self._variables)
         path = self.paths.get(id(module))
         arguments = tuple(self.passed(a) for a in args)
@@ -468,7 +475,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             copies = context_variables.constants(variables, ACTIVE.hooked) if variables else ()
             outer, ACTIVE.fake_mode = ACTIVE.fake_mode, self.fake_mode
             try:
-                result = self.run_leaf(module, *examples)
+                callee = module if call is None else functools.partial(call, module)
+                result = self.run_leaf(callee, *examples)
             except TraceFailure:
                 raise
             except Exception as error:
@@ -481,7 +489,14 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if variables:
             context_variables.check(variables, copies)
             called = (self.constant(copies), self.argument(module), *arguments)
+            if call is not None:
+                raise TraceFailure("it sets a context variable in a __call__ of its own")
             node = self._node("call_function", context_variables.in_context, called, keywords)
+        elif call is not None:
+            if path is None:
+                raise TraceFailure(f"it calls a {type(module).__name__} that it does not hold")
+            itself: Any = Expression(access(path))
+            node = self._node("call_function", call_of_torch, (itself, *arguments), keywords)
         elif path and can_be_target(path):
             node = self._node("call_module", ".".join(path), arguments, keywords)
         else:
@@ -489,8 +504,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             traced = any(True for _ in traced_inside(module.__dict__))
             if id(module) in self.made and (traced or any(t is not None for t in tensors)):
                 raise TraceFailure(f"it makes a {type(module).__name__} that holds tensors")
-            callee = self.constant(module) if path is None else Expression(access(path))
-            node = self._node("call_function", operator.call, (callee, *arguments), keywords)
+            found = self.constant(module) if path is None else Expression(access(path))
+            node = self._node("call_function", operator.call, (found, *arguments), keywords)
         if any(type(v) is TracedObject for v in pytree.tree_leaves((args, kwargs))):
             self._handed_on = True
         return self._wrap(result, node, (args, kwargs))
@@ -558,7 +573,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self.guards[path, name] = Guard(path, name, tuple(value), "keys")
             return
         own = object.__getattribute__(module, "__dict__")
-        if name in INTERNAL or name not in own or (path, name) in self.writes:
+        if name in INTERNAL or (path, name) in self.writes:
+            return
+        if name not in own:
+            self._note_of_class(module, path, name, value)
             return
         if (id(module), name) in self.hiding.names:
             self.hiding.read(module, name)
@@ -574,6 +592,15 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self.guards[path, name] = Guard(path, name, copy, "equal")
         elif not holds_tensor(value) and not isinstance(value, dict):
             self.guards[path, name] = Guard(path, name, value, "same")
+
+    def _note_of_class(
+        self, module: nn.Module, path: tuple[str, ...], name: str, value: Any
+    ) -> None:
+        """A plain attribute of a module's class was read, which an instance may come to have."""
+        if plain(value) and not hasattr(nn.Module, name):
+            if inspect.getattr_static(type(module), name, MISSING) is value:  # no property
+                copy = value if isinstance(value, PRIMITIVES) else copy_plain(value)
+                self.guards[path, name] = Guard(path, name, copy, "class")
 
     def note_absent(self, module: nn.Module, name: str) -> None:
         """A plain attribute was asked for that is not there."""
@@ -599,15 +626,25 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self.writes.add((path, name))
         if (id(module), name) in self.hiding.names:
             self.hiding.written(module, name)
-            if any(self._depends(t.node, "placeholder") for t in traced_inside(value)):
-                caches.note_state(module, name)
-                raise StateFound(f"its attribute {name!r} carries state from call to call")
+            self._check_state(module, name, value)
+            if not isinstance(value, Tensor):
+                self._made.append((module, name, value))
             return
         target = Expression(access(path))
         with torch._C.DisableTorchFunction():
             if self._made_of_draws(value):
+                if not isinstance(value, Tensor):
+                    self._made.append((module, name, value))
                 return  # a cache: kept, it would outlive its draw
             self._node("call_function", setattr, (target, name, self.passed(value)))
+
+    def _check_state(self, module: nn.Module, name: str, value: Any) -> None:
+        """What is made of an argument is no cache."""
+        if any(self._depends(t.node, "placeholder") for t in traced_inside(value)):
+            if (id(module), name) not in self.hiding.names:
+                raise TraceFailure(f"it fills its {name!r} with what depends on an argument")
+            caches.note_state(module, name)
+            raise StateFound(f"its attribute {name!r} carries state from call to call")
 
     def _containers(self) -> list[tuple[str, Any, Any]]:
         seen: set[int] = set()
@@ -657,7 +694,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 return True
             if on == "parameter" and (
                 current.op == "call_module"
-                or current.target is context_variables.in_context
+                or current.target in (context_variables.in_context, call_of_torch)
                 or current.name in self.parameters
             ):
                 return True
@@ -698,6 +735,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             if context.run(context_variables.changed, self._variables):
                 raise TraceFailure("it sets a context variable for later calls")
             self._check_containers(held)
+            for module, name, value in self._made:  # something may have been put into it since
+                self._check_state(module, name, value)
             with torch._C.DisableTorchFunction(), self._objects():
                 output = self.passed(result)
                 examples = self._as_examples(result)
@@ -726,6 +765,11 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _hide(self, module: nn.Module) -> None:
         if module is self.owner:
             self.hiding.hide()
+
+
+def call_of_torch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a ``__call__`` of a class's own calls as ``super().__call__``."""
+    return nn.Module.__call__(module, *args, **kwargs)
 
 
 def _examples_of_partial(value: Any, convert: Callable[[Any], Any]) -> Any:

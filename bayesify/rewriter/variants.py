@@ -23,10 +23,10 @@ from ..errors import UnsupportedModuleError
 from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
 from ..scope import LOCAL
-from . import caches
+from . import caches, surroundings
 from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
 from .estimators import reads_to_estimates
-from .fallback import HeldReads, drawn_reads, owner_holds_parameters
+from .fallback import HeldReads, drawn_reads, exchanged, owner_holds_parameters
 from .guards import Guard
 from .passes import (
     compile_source,
@@ -131,9 +131,13 @@ def _ambient() -> tuple[Any, ...]:
 
 
 def call(
-    owner: nn.Module, method: str, original: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
-    """Run ``original`` as the present scope wants it: untouched at the means, else rewritten."""
+    owner: nn.Module, method: str, original: Callable[..., Any], args: Any, kwargs: Any,
+    at_mean: Callable[..., Any] | None = None,
+) -> Any:  # fmt: skip
+    """Run ``original`` as the present scope wants it: untouched at the means, else rewritten.
+
+    ``at_mean``, given the original and its arguments, runs it in another way at the means.
+    """
     state = owner.__dict__.get(STATE)
     if state is None or ACTIVE.tracer is not None:
         return original(owner, *args, **kwargs)
@@ -147,13 +151,24 @@ def call(
             functools.partial(_draw, owner, state, method, original),
             args,
             kwargs,
-            functools.partial(original, owner),
+            functools.partial(original, owner)
+            if at_mean is None
+            else functools.partial(at_mean, original, owner),
         )
     if not scope.drawing:
         if ACTIVE.fake_mode is not None:
             return _example(owner, state, method, original, args, kwargs)
+        if at_mean is not None:
+            return at_mean(original, owner, *args, **kwargs)
         return original(owner, *args, **kwargs)
     return _draw(owner, state, method, original, *args, **kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def listed(original: Callable[..., Any], owner: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Run a method that reads the dicts of parameters themselves with no log variance in them."""
+    with exchanged(caches.below(owner)):
+        return original(owner, *args, **kwargs)
 
 
 def _example(
@@ -202,6 +217,10 @@ def _draw(
     owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any],
     /, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
+    if method == "__call__":
+        # a graph of it would have to call it again, to reach hooks and forward
+        around = _opaque(owner, state, method, "it is a __call__ of its own, around its forward")
+        return _fall_back(owner, around, method, original, args, kwargs)
     tensors: list[Tensor] = []
     names: list[str] = []
     try:
@@ -392,6 +411,7 @@ def _trace(
         return unflatten(args_structure, traced, used), unflatten(kwargs_structure, traced, used)
 
     tracer = MethodTracer(owner, run_at_mean, hiding, ACTIVE.fake_mode)
+    outside = surroundings.read_by(owner, original)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
     unseen: Any = contextlib.nullcontext()
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -403,10 +423,16 @@ def _trace(
         torch._C._EnableTorchFunction(),
     ):  # fmt: skip
         try:
-            return tracer.run(functools.partial(original, owner), names, build, tensors)
+            trace = tracer.run(functools.partial(original, owner), names, build, tensors)
         finally:
             # it holds casts of ordinary parameters, now made of examples
             torch.clear_autocast_cache()
+            changed = surroundings.put_back(outside)
+    if changed is not None:
+        raise TraceFailure(f"it changes {changed!r}, which lies outside of the module")
+    if outside:
+        trace.guards += (Guard((), "outside", outside, "outside"),)
+    return trace
 
 
 def _identity(tensor: Any) -> Any:
