@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .convert import to_deterministic
 from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
-from .inference import class_logits
+from .inference import Given, class_logits
 from .kernels.noise import fold
 from .numeric import count
 from .posterior import bayesian_sites
@@ -55,8 +55,15 @@ class Ensemble(nn.Module):
     def forward(self, *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Mean class probabilities (batch, classes); with ``per_draw`` also (K, batch, classes)."""
         found = []
+        # an export has its own way with a forward that writes into its input: it refuses
+        given = (
+            None
+            if torch.compiler.is_compiling() or torch._C._get_tracing_state()
+            else Given(inputs)
+        )
         for member in self.members:
-            logits = class_logits(member(*inputs), "ensemble")
+            output = member(*inputs) if given is None else given.call(member)
+            logits = class_logits(output, "ensemble")
             wide = torch.promote_types(logits.dtype, torch.float32)
             found.append(logits.to(wide).softmax(-1))
         probs = torch.stack(found)

@@ -2,6 +2,7 @@
 
 from .batchnorm import recompute_batchnorm_ as recompute_batchnorm_
 from .calibrate import calibrate_ as calibrate_
+from .given import Given as Given
 from .predictor import Predictor as Predictor
 from .predictor import Reduce as Reduce
 from .predictor import predict as predict

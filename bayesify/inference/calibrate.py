@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..numeric import positive, real
 from ..posterior import bayesian_sites
 from ..scope import as_seed, at_mean
+from .given import Given
 from .running import Draws, check_batch, check_samples, evaluating
 from .summaries import class_logits, main_output
 
@@ -77,7 +78,7 @@ def calibrate_(
 
     with torch.no_grad(), evaluating(model):
         with at_mean(model):
-            reference = main_output(model(*inputs))
+            reference = main_output(Given(inputs).call(model))
         if target_change is None:
             class_logits(
                 reference,

@@ -19,6 +19,7 @@ from ..kernels.noise import fold
 from ..numeric import whole
 from ..posterior import Site, bayesian_sites, owner_state
 from ..scope import Scope, distinct_keys, grad_mode, held, modules_of, realise
+from .given import Given
 from .summaries import is_cache
 
 _FUNCTORCH: Any = torch._C._functorch
@@ -92,34 +93,35 @@ class Draws:
         """The output of each draw, in order."""
         if self.version != _version([*self.whole, *self.others]):
             self._look()
+        given = Given(inputs, kwargs)
         if self.plain or not grouped.possible():
-            yield from (self._one(k, None, inputs, kwargs) for k in range(self.num_samples))
+            yield from (self._one(k, None, given) for k in range(self.num_samples))
             return
         done, chunk = 0, self._together(inputs, kwargs)
         kind = _kind(inputs, kwargs)
         known = _VMAPS.setdefault(self.model, {})
         if chunk > 1 and kind not in known:
             # its code is traced here: under vmap it might seem to be code that cannot be
-            self._one(0, self._draw(0), inputs, kwargs)
+            self._one(0, self._draw(0), given)
             known[kind] = True
         while chunk > 1 and known[kind] and done < self.num_samples:
-            ready = self._vmapped(range(done, min(done + chunk, self.num_samples)), inputs, kwargs)
+            ready = self._vmapped(range(done, min(done + chunk, self.num_samples)), given)
             if ready is None:
                 known[kind] = False
                 break
             done += len(ready)
             yield from ready
         for k in range(done, self.num_samples):
-            yield self._one(k, self._draw(k), inputs, kwargs)
+            yield self._one(k, self._draw(k), given)
 
     # -- one after the other -----------------------------------------------------------------
 
-    def _one(self, k: int, drawn: list[Tensor] | None, inputs: Any, kwargs: Any) -> Any:
+    def _one(self, k: int, drawn: list[Tensor] | None, given: Given) -> Any:
         scope = Scope(torch.tensor(self.seed(k)), self.keys)
         if drawn is not None:
             self._give(scope, drawn, complete=not self.others)
         with held(self.modules, scope):
-            return self.model(*inputs, **kwargs)
+            return given.call(self.model)
 
     def _draw(self, k: int) -> list[Tensor]:
         assert self.repeated is not None
@@ -162,7 +164,7 @@ class Draws:
             self.kept = self.repeated.stack([self.seed(k) for k in range(self.num_samples)])
         return self.kept if everything else [v[chosen.start : chosen.stop] for v in self.kept]
 
-    def _vmapped(self, chosen: range, inputs: Any, kwargs: Any) -> list[Any] | None:
+    def _vmapped(self, chosen: range, given: Given) -> list[Any] | None:
         """The outputs of the chosen draws by one call; None, and a line in the log, if it fails."""
         stacked = self._stack(chosen)
         for site in self.others:
@@ -178,7 +180,7 @@ class Draws:
             scope = Scope(torch.tensor(self.seed(chosen.start)), self.keys)
             self._give(scope, drawn, complete=True)
             with held(self.modules, scope):
-                leaves, shape["structure"] = pytree.tree_flatten(self.model(*inputs, **kwargs))
+                leaves, shape["structure"] = pytree.tree_flatten(given.call(self.model))
             shape["leaves"] = [None if isinstance(v, Tensor) else v for v in leaves]
             shape["tensors"] = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
             return tuple(leaves[i] for i in shape["tensors"])

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from .. import __version__
 from ..classes import check_count, classes_of
 from ..data import ImageData, loader
-from ..inference import Predictor, class_logits
+from ..inference import Given, Predictor, class_logits
 from ..metrics import (
     ClassificationMetrics,
     Examples,
@@ -300,7 +300,7 @@ class _Run:
         kind = torch.device(self.device).type
         with torch.autocast(kind, torch.bfloat16, enabled=self.amp):
             with at_mean(self.model):
-                logits = class_logits(self.model(inputs), "report")
+                logits = class_logits(Given((inputs,)).call(self.model), "report")
             return logits, self.predictor(inputs)
 
     def examples(self, data: ImageData, indices: Sequence[int]) -> tuple[Example, ...]:

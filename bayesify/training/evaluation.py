@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ..classes import check_count, classes_of
 from ..data import ImageData
 from ..errors import ArgumentError
-from ..inference import Predictor, class_logits
+from ..inference import Given, Predictor, class_logits
 from ..metrics import (
     BrierDecomposition,
     BrierParts,
@@ -224,7 +224,7 @@ class _Runner:
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp),
             ):
                 with at_mean(model) if self.predictor else contextlib.nullcontext():
-                    logits = class_logits(model(inputs), "evaluate")
+                    logits = class_logits(Given((inputs,)).call(model), "evaluate")
                 summary = self.predictor(inputs) if self.predictor else None
         finally:
             model.train(was_training)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ..errors import ArgumentError
-from ..inference import class_logits
+from ..inference import Given, class_logits
 from ..posterior import bayesian_sites
 from ..scope import at_mean
 from .batches import pair
@@ -73,7 +73,7 @@ def fisher_diagonal(
         for inputs, labels in map(pair, batches):
             inputs = inputs.to(device)
             with torch.no_grad():
-                output = model(inputs)
+                output = Given((inputs,)).call(model)
             labels_checked.look(output, labels)  # the loss must be theirs, also where none is read
             weighted: list[tuple[Tensor, Tensor | None]]
             if kind == "empirical":
@@ -92,7 +92,7 @@ def fisher_diagonal(
                 for start in range(0, len(inputs), together):
                     part = slice(start, start + together)
                     factors = None if weights is None else weights[part]
-                    found = squares(means, inputs[part], classes[part], factors)
+                    found = squares(means, inputs[part].clone(), classes[part], factors)
                     for name, value in found.items():
                         total[name] += value
             count += len(inputs)

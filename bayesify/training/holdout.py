@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..inference import Predictor
+from ..inference import Given, Predictor
 from ..kernels.noise import fold
 from ..posterior import is_bayesian
 from ..scope import one_draw
@@ -47,10 +47,10 @@ def held_out_loss(
                 tiny = torch.finfo(drawn.mean.dtype).tiny
                 value = F.nll_loss(drawn.mean.clamp_min(tiny).log(), targets)
             else:
-                losses = []
+                losses, given = [], Given((inputs,))
                 for k in range(DRAWS):
                     with one_draw(model, seed=fold(seed, k)):
-                        losses.append(loss(model(inputs), targets))
+                        losses.append(loss(given.call(model), targets))
                 value = torch.stack(losses).mean()
             total += float(value) * len(inputs)
             count += len(inputs)

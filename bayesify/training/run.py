@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import update_bn
 
 from ..errors import BayesifyError, CheckpointError
-from ..inference import recompute_batchnorm_
+from ..inference import Given, recompute_batchnorm_
 from ..models import InputConfig
 from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
 from ..optim import check_optimizer, param_groups, warmup_cosine
@@ -236,9 +236,10 @@ class Run:
         """The loss of each batch at each draw; the weights are drawn when it is asked for."""
         for inputs, targets in group:
             inputs = inputs.to(self.device, non_blocking=True)
+            given = Given((inputs,))
             for _ in range(self.settings.draws_per_step):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
-                    outputs = self.model(inputs)
+                    outputs = given.call(self.model)
                     self.labels.look(outputs, targets)
                     loss = self.loss(outputs, targets.to(self.device, non_blocking=True))
                 yield loss
