@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import warnings
@@ -12,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .copies import copy_detached
 from .errors import (
     BayesifyError,
     BiasBeforeNormWarning,
@@ -121,20 +121,6 @@ def to_bbb(
         copied, skip=skip, only=only, preset=preset, prior=prior, logvar=logvar,
         estimator=estimator, config=config,
     )  # fmt: skip
-
-
-def copy_detached(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model that keeps results of its last call, without their graphs."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*module.__dict__.values(), *module._buffers.values()):
-            items = value if isinstance(value, list | tuple) else [value]
-            if isinstance(value, dict):
-                items = list(value.values())
-            for item in items:
-                if isinstance(item, Tensor) and not item.is_leaf:
-                    memo[id(item)] = item.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def to_bbb_(

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import bayesify
-from bayesify.convert import copy_detached
+from bayesify.copies import copy_detached
 from bayesify.posterior import sites
 from bayesify.rewriter import variants
 from bayesify.rewriter.variants import rungs

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("rewriter",),
     ("validation",),
     ("planning",),
-    ("unconverted",),
+    ("unconverted", "copies"),
     ("convert",),
     ("objective", "optim", "inference", "pruning", "metrics"),
     ("models", "classes", "zoo"),

@@ -14,7 +14,8 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from ..convert import copy_detached, to_deterministic
+from ..convert import to_deterministic
+from ..copies import copy_detached
 from ..errors import ArgumentError
 from ..posterior import is_bayesian
 from ..rewriter import caches
