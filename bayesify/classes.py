@@ -104,7 +104,8 @@ def check_count(classes: Sequence[str], outputs: int, data: str) -> None:
     if len(classes) != outputs and not _numbered(classes):
         raise DataError(
             f"The model has {outputs} outputs without names and {data!r} {len(classes)} classes "
-            f"({_listed(classes)}), so that nothing says which output is which class. Name them: "
+            f"({_listed(classes)}), so that nothing says which output is which class. Build it "
+            f"with num_classes={len(classes)}, or name its outputs: "
             "bayesify.classes.name_classes_(model, names), which bayesify.save writes too."
         )
 

@@ -48,6 +48,7 @@ from .priors import Prior
 from .rewriter.fallback import DrawnHook
 from .rewriter.owner import generated_class, original_class, regenerate
 from .rewriter.variants import adopt
+from .scope.unused import note_extension
 from .selection import Pattern
 from .unconverted import converted_parts, has_slot, settle
 from .validation import Found, check_model
@@ -404,6 +405,7 @@ def extend_(model: nn.Module) -> nn.Module:
             names = [(site.slot.name, site.name) for site in sites(part.module)]
             prefix = next((a.removesuffix(b) for a, b in names if a.endswith(b)), "")
             _apply(part.module, part.spec, chosen, prefix, undo)
+    note_extension()
     return model
 
 

@@ -28,6 +28,7 @@ from .pruning.shrinking import shrink_
 from .rewriter import caches
 from .scope import as_seed, draws
 from .storage import check_target, replacing
+from .unconverted import warn_of_unconverted
 
 INFO = "bayesify.json"
 """Name of the JSON text inside a .pt2 file; in an ONNX file it is the metadata ``bayesify``."""
@@ -104,6 +105,7 @@ def ensemble(
     """
     num_samples = count("num_samples", num_samples)
     bayesian_sites(model)
+    warn_of_unconverted(model, once=True)
     base = int(as_seed(seed))
     means = to_deterministic(model).eval().requires_grad_(False)
     members = []

@@ -72,7 +72,7 @@ class ByWrapped(ByLambda):
         def doubled(*args: Any) -> Any:
             return old(*args) * 2
 
-        self.l.forward = doubled  # type: ignore[method-assign]
+        self.l.forward = doubled  # type: ignore[method-assign,assignment]
         self.net = self.l
 
 

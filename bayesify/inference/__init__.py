@@ -9,3 +9,4 @@ from .predictor import predict as predict
 from .summaries import Moments as Moments
 from .summaries import ProbabilitySummary as ProbabilitySummary
 from .summaries import class_logits as class_logits
+from .summaries import warn_of_probabilities as warn_of_probabilities

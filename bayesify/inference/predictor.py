@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..scope import as_seed
+from ..unconverted import warn_of_unconverted
 from .running import Draws, check_batch, check_samples, evaluating
 from .summaries import Collector, Probabilities, RunningMoments, Stack
 
@@ -117,6 +118,7 @@ class Predictor:
                 f"predict: reduce must be None, 'probabilities' or 'moments', got {reduce!r}."
             )
         num_samples = check_samples("predict", num_samples)
+        warn_of_unconverted(model, once=True)
         self.model = model
         self.collector = _COLLECTORS[reduce]
         self.draws = Draws(model, num_samples, int(as_seed(seed)), keep)

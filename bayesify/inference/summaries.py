@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -145,6 +146,8 @@ class Probabilities(Collector):
         logits = class_logits(
             output, "predict: reduce='probabilities'", "Take reduce='moments' or None."
         )
+        if self.count == 0:
+            warn_of_probabilities(logits, "predict: reduce='probabilities'")
         log_probs = logits.to(_wide_dtype(logits)).log_softmax(-1)
         probs = log_probs.exp()
         entropy = torch.special.entr(probs).sum(-1)
@@ -198,6 +201,20 @@ def main_output(output: Any) -> Tensor:
             ".logits. Wrap the model in a module that returns the tensor."
         )
     return found
+
+
+def warn_of_probabilities(logits: Tensor, wanted_by: str) -> None:
+    """Say that what a model gave for logits look like probabilities, of which none is a softmax."""
+    if logits.dtype not in (torch.float32, torch.float64) or not logits.numel():
+        return
+    if bool((logits >= 0).all() & ((logits.sum(-1) - 1).abs() < 1e-5).all()):
+        warnings.warn(
+            f"{wanted_by} takes the model's output for logits, but every row of it is at least 0 "
+            "and sums to 1: it seems to end in a softmax, and another one is taken. Let it give "
+            "the logits.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def class_logits(output: Any, wanted_by: str, instead: str = "") -> Tensor:

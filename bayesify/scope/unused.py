@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from ..errors import UnsupportedModuleError
 from ..posterior import sites
 
 
@@ -43,12 +44,10 @@ def lead_to_posteriors(result: Any) -> Any:
     """
     # torch has no public way to ask; torch.compile asks so too
     wrapper: Any = DistributedDataParallel._active_ddp_module
-    if (
-        wrapper is None
-        or not wrapper.find_unused_parameters
-        or wrapper.static_graph
-        or not torch.is_grad_enabled()
-    ):
+    if wrapper is None:
+        return result
+    _check_complete(wrapper)
+    if not wrapper.find_unused_parameters or wrapper.static_graph or not torch.is_grad_enabled():
         return result
     parameters = [p for site in sites(wrapper.module) for p in site.tensors if p.requires_grad]
     found: list[Tensor] = []
@@ -62,6 +61,38 @@ def lead_to_posteriors(result: Any) -> Any:
         return result
     leading = iter(_Leads.apply(len(found), *found, *parameters))
     return _exchange(result, lambda _: next(leading))
+
+
+_EXTENSIONS: list[int] = [0]
+
+
+def note_extension() -> None:
+    """Say that posteriors have been added to a model, which a wrapper around it may not know."""
+    _EXTENSIONS[0] += 1
+
+
+def _check_complete(wrapper: Any) -> None:
+    """Refuse a wrapper that was made before some of its posteriors: it would not average theirs.
+
+    Raises:
+        UnsupportedModuleError: There are such; the processes would drift apart.
+    """
+    if wrapper.__dict__.get("_bayesify_extensions") == _EXTENSIONS[0]:
+        return
+    known = set(map(id, wrapper._module_parameters))
+    late = [
+        site.name
+        for site in sites(wrapper.module)
+        if any(p.requires_grad and id(p) not in known for p in site.tensors)
+    ]
+    if late:
+        raise UnsupportedModuleError(
+            f"{len(late)} posteriors were added after the model was wrapped, so that "
+            f"DistributedDataParallel does not average their gradients: {', '.join(late[:3])}"
+            f"{', ...' if len(late) > 3 else ''}. Call extend_ before DistributedDataParallel, or "
+            "wrap the model anew."
+        )
+    wrapper.__dict__["_bayesify_extensions"] = _EXTENSIONS[0]
 
 
 def _exchange(result: Any, by: Callable[[Tensor], Tensor]) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..classes import check_count
 from ..errors import ArgumentError
-from ..inference import class_logits
+from ..inference import class_logits, warn_of_probabilities
 
 
 class LabelCheck:
@@ -18,6 +20,7 @@ class LabelCheck:
         wanted: Whether the loss is a classification by whole class numbers.
         wanted_by: Who asks, for the messages.
         instead: What to do with other outputs or targets, a sentence.
+        named: The classes of the data set and its name, where the outputs are to get these names.
     """
 
     def __init__(
@@ -26,9 +29,11 @@ class LabelCheck:
         wanted_by: str = "fit with the loss cross_entropy",
         instead: str = "Or give a loss of your own, a mean negative log likelihood per example, "
         "such as torch.nn.CrossEntropyLoss() for soft labels.",
+        named: tuple[Sequence[str], str] | None = None,
     ) -> None:
         self.wanted, self.wanted_by, self.instead = wanted, wanted_by, instead
-        self.first_epoch = True
+        self.named = named
+        self.first_batch = self.first_epoch = True
         self.low: int | None = None
         self.high: int | None = None
 
@@ -38,6 +43,7 @@ class LabelCheck:
         Raises:
             ArgumentError: There is no table of logits, or the labels are soft, of several columns
                 or out of range.
+            DataError: The data set has another number of named classes than there are outputs.
         """
         if not self.wanted:
             return
@@ -50,6 +56,11 @@ class LabelCheck:
                 f"example, of the shape {tuple(logits.shape[:1])}. Of one-hot labels take "
                 f"targets.argmax(1). {self.instead}".rstrip()
             )
+        if self.first_batch:
+            self.first_batch = False
+            warn_of_probabilities(logits, self.wanted_by)
+            if self.named is not None:
+                check_count(self.named[0], logits.shape[1], self.named[1])
         if len(targets) == 0:
             return
         classes = logits.shape[1]

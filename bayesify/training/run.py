@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import update_bn
 
+from ..classes import classes_of
+from ..data import ImageData
 from ..errors import BayesifyError, CheckpointError
 from ..inference import Given, recompute_batchnorm_
 from ..models import InputConfig
@@ -92,7 +94,10 @@ class Run:
         )
         self.epoch_steps = self.order.batches // settings.accumulate
         self.steps = settings.epochs * self.epoch_steps
-        self.labels = LabelCheck(loss is F.cross_entropy)
+        unnamed = isinstance(train, ImageData) and classes_of(model) is None
+        self.labels = LabelCheck(
+            loss is F.cross_entropy, named=(train.classes, train.name) if unnamed else None
+        )
 
         model.to(device)
         self.bayesian = is_bayesian(model)
