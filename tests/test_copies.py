@@ -36,7 +36,8 @@ class ByLambda(nn.Module):
 class ByPartial(ByLambda):
     def set(self) -> None:
         def run(scale: float, z: Tensor) -> Tensor:
-            return self.l(z) * scale
+            out: Tensor = self.l(z) * scale
+            return out
 
         self.net = functools.partial(run, 2.0)
 

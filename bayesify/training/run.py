@@ -94,10 +94,10 @@ class Run:
         )
         self.epoch_steps = self.order.batches // settings.accumulate
         self.steps = settings.epochs * self.epoch_steps
-        unnamed = isinstance(train, ImageData) and classes_of(model) is None
-        self.labels = LabelCheck(
-            loss is F.cross_entropy, named=(train.classes, train.name) if unnamed else None
-        )
+        named = None
+        if isinstance(train, ImageData) and classes_of(model) is None:
+            named = train.classes, train.name
+        self.labels = LabelCheck(loss is F.cross_entropy, named=named)
 
         model.to(device)
         self.bayesian = is_bayesian(model)
