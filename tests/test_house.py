@@ -55,7 +55,7 @@ RECIPE_FLOORS: tuple[tuple[str, ...], ...] = (
 )
 RECIPE_FLOOR_OF = {unit: floor for floor, units in enumerate(RECIPE_FLOORS) for unit in units}
 HEAVY = {"timm", "torchvision"}
-NOT_AT_IMPORT = {"matplotlib", "rich", "timm", "torchvision", "typer"}
+NOT_AT_IMPORT = {"matplotlib", "numpy", "rich", "timm", "torch", "torchvision", "typer"}
 
 
 class Import(NamedTuple):

@@ -128,9 +128,7 @@ def _modes() -> tuple[bool, bool]:
     return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
 
-def _fill(
-    blocks: list[_Block], std: float, then: Then | None, modes: tuple[bool, bool]
-) -> None:
+def _fill(blocks: list[_Block], std: float, then: Then | None, modes: tuple[bool, bool]) -> None:
     generator = torch.Generator()
     inference, gradient = modes
     with torch.inference_mode(inference), torch.set_grad_enabled(gradient and not inference):
