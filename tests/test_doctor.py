@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 from importlib import metadata
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import bayesify
 from bayesify.cli import doctor
 from bayesify.cli.app import app
 from bayesify.kernels import native
@@ -64,3 +66,33 @@ def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
     found = doctor.examine()
     assert found["packages"] == []
     assert "runs from a checkout" in found["problems"][0]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_terminal_of_80_columns_shows_all(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = [f"absent-{i}>=1; extra == 'many'" for i in range(30)]
+    requires(monkeypatch, "torch>=2.0", *lacking)
+    monkeypatch.setattr(native, "there", lambda: compiled)
+    monkeypatch.setattr(doctor, "_memory", lambda: 7 << 29)
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run()
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines[1:])) <= 80
+    assert len(lines) < 25
+    words = " ".join(result.stdout.split())
+    assert f"bayesify {bayesify.__version__}, Python {platform.python_version()}" in words
+    assert f"torch {metadata.version('torch')} >=2.0 ok" in words
+    assert "many not there absent-0>=1, absent-1>=1" in words
+    assert "and 25 more" in words
+    assert f"cpu 3.5 {'C library' if compiled else 'plain torch'}" in words
+    assert compiled or "pip install -e ." in result.stderr
+
+
+def test_a_system_that_does_not_tell_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows."""
+    monkeypatch.delattr("os.sysconf")
+    assert doctor.examine()["devices"][0]["memory"] is None
+    result = run()
+    assert result.exit_code == 0, result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import bayesify
 from bayesify import scope
-from bayesify.kernels import grouped
+from bayesify.kernels import cpu_draw, grouped, native
 from bayesify.kernels.buffers import Buffers
 from bayesify.kernels.noise import BLOCK, fill_by_generators, fill_normal, fold
 from bayesify.posterior import sites
@@ -512,3 +513,47 @@ def test_a_copy_has_memory_of_its_own() -> None:
     layer(torch.ones(1, 8))
     other = copy.deepcopy(layer)
     assert next(sites(other)).slot.buffers is not next(sites(layer)).slot.buffers
+
+
+# -- plain torch -----------------------------------------------------------------------------
+
+
+def test_draws_without_the_library_are_those_of_one_thread_and_plain_expressions(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are finished where their noise was made, in strips: every bit is the same."""
+    monkeypatch.setattr(native, "_library", lambda: None)
+    sizes = [1, 5, BLOCK - 16, 2 * BLOCK + (1 << 15) + 5]
+    items = [
+        grouped.Item(nn.Parameter(torch.randn(n)), nn.Parameter(torch.randn(n)), n, Buffers())
+        for n in sizes
+    ]
+    for (value, hook), item in zip(grouped.draw(items, torch.tensor(9)), items, strict=True):
+        blocks = range(0, item.mean.numel(), BLOCK)
+        seeds = [fold(fold(9, item.key), i) if i else fold(9, item.key) for i in range(len(blocks))]
+        noise = torch.cat([
+            torch.empty(min(BLOCK, item.mean.numel() - start))
+            .normal_(generator=torch.Generator().manual_seed(seed))
+            for start, seed in zip(blocks, seeds, strict=True)
+        ])  # fmt: skip
+        std = torch.exp(0.5 * item.logvar.detach())
+        torch.testing.assert_close(value, item.mean + std * noise, rtol=1e-6, atol=1e-6)
+        assert hook is not None
+        assert hook.node.half is not None
+        assert torch.equal(value, item.mean + 2 * hook.node.half)
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_expm1_is_that_of_torch(far: bool) -> None:
+    """Also where posterior and prior nearly agree, and where they do not at all."""
+    x = torch.linspace(-20, -0.5001, 4000)
+    if not far:
+        near = torch.logspace(-10, 1.9, 4000)
+        x = torch.cat([x, near, -near, torch.tensor([0.0, -0.5, 90.0, math.inf])])
+    x = torch.cat([x, torch.tensor([-math.inf, -200.0])])
+    assert cpu_draw._expm1(torch.tensor([-1.0, math.nan])).isnan().tolist() == [False, True]
+    found, wide = cpu_draw._expm1(x), torch.expm1(x.double())
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, wide.float(), rtol=2e-7, atol=2e-16, equal_nan=True)
+    excess = found.sub_(x)
+    torch.testing.assert_close(excess, torch.expm1(x) - x, rtol=1e-6, atol=1e-7, equal_nan=True)

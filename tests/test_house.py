@@ -57,7 +57,7 @@ RECIPE_FLOORS: tuple[tuple[str, ...], ...] = (
 RECIPE_FLOOR_OF = {unit: floor for floor, units in enumerate(RECIPE_FLOORS) for unit in units}
 NOT_PACKAGED = {"paper"}  # only a checkout has it
 HEAVY = {"timm", "torchvision"}
-NOT_AT_IMPORT = {"matplotlib", "rich", "timm", "torchvision", "typer"}
+NOT_AT_IMPORT = {"matplotlib", "numpy", "rich", "timm", "torch", "torchvision", "typer"}
 
 
 class Import(NamedTuple):

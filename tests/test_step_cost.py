@@ -19,14 +19,14 @@ from bayesify.kernels.cpu_draw import _PIECE, _STRIP
 
 # By what they work on: each of these goes through all elements of its tensors.
 KERNELS = (
-    "normal_", "mul", "mul_", "exp_", "exp", "add", "add_", "sub", "sub_", "expm1", "expm1_",
-    "square_", "div", "div_", "sum", "amax", "log", "zero_", "clone", "cat", "addcmul_",
+    "normal_", "mul", "mul_", "exp_", "exp", "exp2_", "add", "add_", "sub", "sub_", "expm1",
+    "expm1_", "square_", "div", "div_", "sum", "amax", "log", "zero_", "clone", "cat", "addcmul_",
     "_fused_adamw_", "_foreach_add_",
 )  # fmt: skip
 # Of plain torch, by pieces of tensors: the draw in strips of them.
 NOISE = Counter({"normal_": 1})
 DRAW = Counter({"mul": 1, "exp_": 1, "mul_": 1, "add": 1})
-EXPM1 = Counter({"amax": 1, "exp": 1, "sub_": 1})
+EXPM1 = Counter({"amax": 1, "mul": 1, "exp2_": 1, "sub_": 1})
 KL = EXPM1 + Counter({"sub_": 1, "addcmul_": 1, "sum": 1})  # to a standard normal prior
 KL_BACKWARD = EXPM1 + Counter({"add": 1, "add_": 1})
 # Of either, by tensors.

@@ -17,6 +17,9 @@ from .options import Debug, Json
 NEWEST_TORCH = "2.15"
 """The newest minor version of torch that the tests ran with."""
 
+MOST_SHOWN = 5
+"""Packages in one cell of a table."""
+
 
 def doctor(
     json: Json = False,
@@ -36,16 +39,19 @@ def doctor(
         if json:
             render.as_json(found)
         else:
+            render.text(
+                f"bayesify {found['bayesify']}, Python {found['python']}, {found['platform']}"
+            )
             render.table(("package", "installed", "wanted", ""), [
                 (p["name"], p["installed"] or "not installed", p["wanted"], p["verdict"])
                 for p in found["packages"]
             ])  # fmt: skip
             render.table(("extra", "", "packages that it lacks"), [
-                (e["name"], "there" if not e["missing"] else "not there", ", ".join(e["missing"]))
+                (e["name"], "there" if not e["missing"] else "not there", _first(e["missing"]))
                 for e in found["extras"]
             ])  # fmt: skip
             render.table(("device", "memory in GiB", "draws by", "what it is"), [
-                (d["device"], round(d["memory"] / 2**30, 1), d["draws_by"], d["name"])
+                (d["device"], _gibibytes(d["memory"]), d["draws_by"], d["name"])
                 for d in found["devices"]
             ])  # fmt: skip
             for problem in found["problems"]:
@@ -54,6 +60,16 @@ def doctor(
                 render.text("Nothing is wrong.")
         if strict and found["problems"]:
             raise typer.Exit(1)
+
+
+def _first(packages: list[str]) -> str:
+    """Some of them; JSON has all."""
+    rest = len(packages) - MOST_SHOWN
+    return ", ".join(packages[:MOST_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _gibibytes(count: int | None) -> float | None:
+    return None if count is None else round(count / 2**30, 1)
 
 
 def examine() -> dict[str, Any]:
@@ -142,7 +158,7 @@ def _devices(problems: list[str]) -> list[dict[str, Any]]:
         {
             "device": "cpu",
             "name": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory": _memory(),
             "draws_by": "C library" if compiled else "plain torch",
         }
     ]
@@ -162,3 +178,10 @@ def _devices(problems: list[str]) -> list[dict[str, Any]]:
                 f"Triton does not work on {device}: draws there are the same numbers, made slower."
             )
     return devices
+
+
+def _memory() -> int | None:
+    """Bytes of this machine; None where Python cannot tell, as on Windows."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DTYPES = frozenset({torch.float32, torch.float64})
 _PIECE = 1 << 17
 """Elements whose intermediate results stay in the cache, enough for all threads of torch."""
+_LOG2_E = math.log2(math.e)
 _STRIP = 1 << 15
 """Elements that torch works on in the thread that asks, which is one of those that make noise."""
 
@@ -240,7 +241,7 @@ def _expm1(x: Tensor) -> Tensor:
     if x.dtype is not torch.float32 or not x.numel():
         return torch.expm1(x)
     if float(x.amax()) < -0.5:  # most posteriors are narrower than their prior: nothing cancels
-        return torch.exp(x).sub_(1.0)
+        return torch.mul(x, _LOG2_E).exp2_().sub_(1.0)
     return torch.exp(x.double()).sub_(1.0).float()
 
 
