@@ -20,7 +20,6 @@ from recipes.byov import train
 from recipes.byov.config import HeadNorm, PredictorName, RunConfig
 from recipes.byov.model import build_student, convert_
 from recipes.byov.runtime import checkpoint
-from recipes.byov.runtime.failures import interruptible
 from recipes.byov.runtime.log import read_log
 from recipes.byov.step import key_of
 
@@ -312,13 +311,3 @@ def test_keys_differ_in_seed_step_and_index() -> None:
     keys = [key_of(s, t, i) for s in range(3) for t in range(20) for i in range(4)]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**63 for key in keys)
-
-
-def test_signals_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with interruptible() as asked:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before

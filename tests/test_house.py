@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; units on one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("gaussian", "numeric", "spacing"),
+    ("gaussian", "numeric", "signals", "spacing"),
     ("kernels",),
     ("priors",),
     ("posterior",),
@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("unconverted",),
     ("convert",),
     ("objective", "optim", "inference", "pruning", "metrics"),
-    ("models", "classes", "zoo"),
+    ("models", "classes", "loading", "zoo"),
     ("data", "storage"),
     ("training", "export"),
     ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`

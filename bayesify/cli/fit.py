@@ -193,8 +193,8 @@ def fit(
     """Train the posterior in FILE on the training images of DATA.
 
     The loss is that of Bayes by Backprop: cross entropy plus beta times s times the KL to the
-    prior. Ctrl-C and SIGTERM end the fit after the step that it is in; --resume goes on as if
-    nothing had happened.
+    prior. Ctrl-C, SIGTERM and SIGHUP end the fit after the step that it is in; --resume goes on
+    as if nothing had happened.
     """
     with guard(debug):
         from .. import storage, training

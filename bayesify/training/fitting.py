@@ -15,6 +15,7 @@ from ..data import ImageData
 from ..errors import ArgumentError
 from ..models import InputConfig
 from ..objective import KLReduction
+from ..signals import waiting_signals
 from .augmentation import Augment
 from .autocast import check_amp
 from .batches import (
@@ -29,7 +30,6 @@ from .randomness import seeded
 from .resume import (
     check_checkpoint,
     read_state,
-    waiting_signals,
 )
 from .run import Run
 from .settings import KLShape, Settings
@@ -118,7 +118,7 @@ def fit(
         freeze_batchnorm: BatchNorm normalises with the running statistics that it has, as in
             ``eval()``, and keeps them: for the fine-tuning of a pretrained network.
         checkpoint: File of the fit's state, written after every epoch, every ten minutes, and on
-            Ctrl-C and SIGTERM, which then end the fit after the step that it is in. It stays:
+            Ctrl-C, SIGTERM and SIGHUP, which then end the fit after the step that it is in. It stays:
             remove it once the model is saved.
         resume: Go on with the state in ``checkpoint``, with the same model, data and arguments. On
             the CPU the result is that of a fit without interruption, bit for bit (with ``workers``
@@ -142,7 +142,7 @@ def fit(
             model holds the weights before that step.
         CheckpointError: ``checkpoint`` cannot be written or resumed.
         DataError: ``train`` has classes that are not among those that the model knows.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the message says how to go on.
 
     Reference:
         Blundell et al., 2015, arXiv:1505.05424, section 3; Loshchilov and Hutter, 2019,

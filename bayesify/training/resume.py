@@ -1,15 +1,11 @@
-"""A fit that was interrupted goes on: its state in one file, and signals that wait for a step."""
+"""A fit that was interrupted goes on: its state in one file."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -25,7 +21,7 @@ FORMAT = 1
 
 
 class Interrupted(KeyboardInterrupt):
-    """A fit ended by Ctrl-C or SIGTERM, with its state in a file."""
+    """A fit ended by Ctrl-C, SIGTERM or SIGHUP, with its state in a file."""
 
 
 class FitState(NamedTuple):
@@ -109,37 +105,6 @@ def check_names(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tenso
             f"{path} holds the fit of another model: {len(wrong)} tensors differ in name or "
             f"shape ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})."
         )
-
-
-class Signals:
-    """Whether Ctrl-C or SIGTERM has asked for an end."""
-
-    requested = False
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: at once
-        self.requested = True
-
-
-@contextlib.contextmanager
-def waiting_signals(wanted: bool) -> Iterator[Signals]:
-    """In the block, Ctrl-C and SIGTERM only set a flag, so that a step is never cut in two.
-
-    Where they cannot be caught, outside the main thread, they do what they always do.
-    """
-    signals = Signals()
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    before = {
-        number: signal.signal(number, signals._ask) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def check_checkpoint(path: str | os.PathLike[str] | None, resume: bool) -> Path | None:

@@ -23,6 +23,7 @@ from ..optim import check_optimizer, param_groups
 from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
+from ..signals import Signals
 from .augmentation import Augment
 from .averaging import TailAverage
 from .batches import (
@@ -43,7 +44,6 @@ from .randomness import RandomState, current, restore
 from .resume import (
     FitState,
     Interrupted,
-    Signals,
     check_names,
     check_same,
     write_state,

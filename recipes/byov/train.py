@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bayesify import kl_schedule
+from bayesify.signals import Signals, waiting_signals
 
 from .config import BYOVConfig, RunConfig
 from .data.training import batches_of, open_images, steps_of_epoch
@@ -16,7 +16,6 @@ from .evaluation.features import Reading, refresh_batchnorm_
 from .export import Results, export
 from .optimizer import lr_factor, set_lr
 from .runtime.distributed import World, joined
-from .runtime.failures import interruptible
 from .step import Stepper
 from .teacher import TauSchedule
 from .train_log import TrainLog, Watcher, checkpoint_to_resume
@@ -45,7 +44,7 @@ def train(
     """Train an encoder without labels; write log, checkpoints and results into ``run.out``.
 
     The draw of the weights, the views and dropout are functions of (seed, step, index) alone,
-    process r or micro-batch r having the index r. SIGTERM and Ctrl-C end the run after the present
+    process r or micro-batch r having the index r. Ctrl-C, SIGTERM and SIGHUP end the run after the present
     step with a checkpoint. Torch's global random state is as before.
 
     Args:
@@ -61,10 +60,10 @@ def train(
         BayesifyError: The loss is not finite any more, or the embeddings have collapsed.
     """
     watcher = watcher or Watcher()
-    with joined(run.device) as world, interruptible() as stop_asked:
+    with joined(run.device) as world, waiting_signals() as signals:
         devices = [world.device] if world.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            return _train(config, run, resume, watcher, world, stop_asked)
+            return _train(config, run, resume, watcher, world, signals)
 
 
 def _train(
@@ -73,7 +72,7 @@ def _train(
     resume: bool,
     watcher: Watcher,
     world: World,
-    stop_asked: Callable[[], bool],
+    signals: Signals,
 ) -> Outcome:
     # What is trained on
     source = open_images(config, run).to(world.device)
@@ -102,7 +101,7 @@ def _train(
         log.check(step, gradients)
         stepper.advance(tau(step))
         log.add(step, gradients, rates[step], beta(step), tau(step), warming_up=step < warmup)
-        stopped = log.end_step(step, stop_asked)
+        stopped = log.end_step(step, signals)
         if stopped and step + 1 < steps:
             return Outcome(step + 1, steps, log.newest, None)
 

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from bayesify import ArgumentError, DataError
 from bayesify.data import InMemory, resize_and_crop
+from bayesify.loading import Loader
 from bayesify.models import InputConfig
 
 from .image_ops import normalise
@@ -396,7 +397,7 @@ def _load(
     workers: int,
 ) -> Iterator[list[Tensor]]:
     """Tensors of each batch on the device; broken images are noted in the source."""
-    loader: DataLoader[Any] = DataLoader(
+    loader: Loader[Any] = Loader(
         items,
         batch_sampler=[rows.tolist() for rows, _ in batches],
         num_workers=workers,
