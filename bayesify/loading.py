@@ -6,13 +6,14 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
-from torch.utils.data._utils.signal_handling import _remove_worker_pids
+from torch.utils.data._utils import signal_handling
 
 from .signals import ASKING
 
@@ -27,8 +28,9 @@ class Loader(DataLoader[_Item]):
     workers go on until their process ends them, by SIGKILL if need be, or has died.
     """
 
-    def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(dataset, *args, worker_init_fn=_leave_signals_to_parent, **kwargs)
+    def __init__(self, dataset: Any, batch_size: int | None = 1, **options: Any) -> None:
+        start = _leave_signals_to_parent
+        super().__init__(dataset, batch_size, worker_init_fn=start, **options)
 
     def __iter__(self) -> Any:
         if self.num_workers == 0:
@@ -36,13 +38,15 @@ class Loader(DataLoader[_Item]):
         with _blocked():  # a new process has the mask, so that no signal comes too early for it
             batches = super().__iter__()
         for worker in getattr(batches, "_workers", ()):
-            worker._popen.terminate = partial(_kill, worker._popen, id(batches))
+            worker._popen.terminate = partial(_kill, worker._popen, weakref.ref(batches))
         return batches
 
 
-def _kill(worker: Any, batches: int) -> None:
-    with suppress(ValueError):  # ValueError: it was shut down in good order
-        _remove_worker_pids(batches)  # else torch calls this end a failure
+def _kill(worker: Any, reference: weakref.ref[Any]) -> None:
+    batches = reference()
+    if batches is not None and batches._worker_pids_set:  # else torch calls this end a failure
+        signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
+        batches._worker_pids_set = False
     worker.kill()
 
 

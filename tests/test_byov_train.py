@@ -1,7 +1,6 @@
 """The loop: what it logs, how it goes on after a stop, what ends it."""
 
 import math
-import os
 import random
 import signal
 import time

@@ -681,8 +681,9 @@ def test_wrong_usage_is_2() -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = run("convert", "resnet5000", "--debug", code=1)
-    assert isinstance(result.exception, bayesify.ModelError)
+    result = run("convert", "resnet5000", "--debug", code=2)
+    assert "Traceback" in result.stderr
+    assert "bayesify.errors.ModelError: " in result.stderr
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

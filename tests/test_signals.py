@@ -5,26 +5,35 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import bayesify
+from bayesify import BayesifyError
 from bayesify.loading import Loader
 from bayesify.signals import ASKING, waiting_signals
 from bayesify.training import Interrupted, Progress, fit
+from byov_small import CONFIG
+from recipes.byov import train, train_log
+from recipes.byov.config import RunConfig
+from recipes.byov.runtime import checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
-PATIENCE = 120.0
+PATIENCE = 60.0
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -159,7 +168,7 @@ class Stuck(TensorDataset):
             Path(str(self.path)).write_text(str(os.getpid()))
             while True:
                 time.sleep(60)
-        return super().__getitem__(index)
+        return self.tensors[0][index]
 
     path: Path
 
@@ -211,3 +220,89 @@ def test_hangup_ends_a_fit_that_can_go_on(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="after step 2"):
         fit(model, points(), epochs=1, batch_size=10, lr=0.01, checkpoint=tmp_path / "state",
             on_step=on_step)  # fmt: skip
+
+
+def train_until_told(folder: Path, rank: int, port: int) -> None:
+    """One process of a run of BYOV, with a worker, that stands still at a step."""
+    own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(own | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+
+    def on_step(progress: train_log.Progress) -> None:
+        if progress.step == 2:
+            publish(folder / f"ready{rank}", str(multiprocessing.active_children()[0].pid))
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+
+    run = RunConfig(data=str(folder / "images"), out=folder / "run", device="cpu", workers=1,
+                    stop_on_collapse=False, log_every=1, monitor_images=8)  # fmt: skip
+    config = replace(CONFIG, head_norm="layer", batch_size=8)
+    try:
+        train.train(config, run, resume=True, watcher=train_log.Watcher(on_step=on_step))
+    except BayesifyError as error:
+        (folder / f"error{rank}").write_text(str(error))
+        sys.exit(1)
+
+
+def two_ranks(folder: Path) -> list[ForkServerProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [started(train_until_told, folder, rank, port) for rank in range(2)]
+
+
+def image_files(folder: Path) -> Path:
+    """16 images in two folders."""
+    for number in range(16):
+        path = folder / "images" / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((28, 28), 10 * number, np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def at_step(folder: Path) -> list[int]:
+    """The workers of both processes, which stand still."""
+    ready = [folder / f"ready{rank}" for rank in range(2)]
+    wait_for(lambda: all(map(written, ready)), "a step")
+    return [int(written(path)) for path in ready]
+
+
+def test_signals_to_all_processes_of_a_run_end_it_after_its_step(tmp_path: Path) -> None:
+    """As torchrun does, which may send SIGTERM more than once; then all go on."""
+    ranks = two_ranks(image_files(tmp_path))
+    try:
+        workers = at_step(tmp_path)
+        for number in (signal.SIGTERM, signal.SIGTERM):
+            for process in ranks:
+                os.killpg(process.pid or 0, number)
+            time.sleep(0.05)  # so that both arrive
+        (tmp_path / "go").touch()
+        for process in ranks:
+            process.join(PATIENCE)
+        assert [process.exitcode for process in ranks] == [0, 0]
+        newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+        assert newest == checkpoint.path_of(tmp_path / "run" / "checkpoints", 2)
+        wait_for(lambda: not any(map(alive, workers)), "the end of the workers")
+        ranks += two_ranks(tmp_path)
+        for process in ranks[2:]:
+            process.join(PATIENCE)
+        assert [process.exitcode for process in ranks] == [0] * 4
+        assert (tmp_path / "run" / "encoder.safetensors").exists()
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
+    ranks = two_ranks(image_files(tmp_path))
+    try:
+        workers = at_step(tmp_path)
+        ranks[1].kill()
+        (tmp_path / "go").touch()
+        ranks[0].join(PATIENCE)
+        assert ranks[0].exitcode == 1
+        assert "Process 0 of 2 has lost another one" in written(tmp_path / "error0")
+        wait_for(lambda: not any(map(alive, workers)), "the end of the workers")
+    finally:
+        for process in ranks:
+            process.kill()

@@ -22,6 +22,7 @@ from .files import check_target as check_target
 from .files import replacing as replacing
 from .layout import describe as describe
 from .layout import read_header as read_header
+from .locks import locked as locked
 from .reading import load as load
 from .reading import read_stats as read_stats
 from .writing import save as save

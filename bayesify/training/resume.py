@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
-from ..storage import replacing
+from ..storage import check_target, locked, replacing
 from .settings import CHANGEABLE
 
 KEY = "bayesify.fit"
@@ -107,22 +108,25 @@ def check_names(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tenso
         )
 
 
-def check_checkpoint(path: str | os.PathLike[str] | None, resume: bool) -> Path | None:
-    """The file of the state, asked before long work.
+@contextmanager
+def held_checkpoint(path: str | os.PathLike[str] | None, resume: bool) -> Iterator[Path | None]:
+    """The file of the state, asked before long work, and no other fit's in the block.
 
     Raises:
         ArgumentError: ``resume`` without a file.
-        CheckpointError: It cannot be written, or exists and is not to be resumed.
+        CheckpointError: It cannot be written, exists and is not to be resumed, or another fit has
+            it.
     """
-    from ..storage import check_target
-
     if path is None:
         if resume:
             raise ArgumentError("fit: resume needs checkpoint, the file to go on from.")
-        return None
-    if Path(path).exists() and not resume:
-        raise CheckpointError(
-            f"{path} holds the state of a fit that did not end: go on with it (resume=True, "
-            "--resume), or remove it."
-        )
-    return check_target(path, overwrite=True)
+        yield None
+        return
+    target = check_target(path, overwrite=True)
+    with locked(target.with_name(f".{target.name}.lock"), f"{path}, the state of a fit,"):
+        if target.exists() and not resume:
+            raise CheckpointError(
+                f"{path} holds the state of a fit that did not end: go on with it (resume=True, "
+                "--resume), or remove it."
+            )
+        yield target

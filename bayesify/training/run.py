@@ -68,10 +68,12 @@ class Run:
         model_config: InputConfig | None,
         workers: int,
         path: Path | None,
+        unreadable: list[int],
         on_step: Callable[[Progress], None] | None,
     ) -> None:
         self.model, self.settings, self.loss = model, settings, loss
         self.device, self.path, self.on_step = device, path, on_step
+        self.unreadable = unreadable
         size = check_data(train)
         indices, held = split(size, settings.holdout, settings.seed)
         self.num_data = len(indices)
@@ -294,6 +296,7 @@ class Run:
             logvars=logvars,
             holdout_losses=tuple(self.held_losses),
             best_epoch=self._best_epoch(),
+            unreadable=len(self.unreadable),
         )
 
     # -- what can go wrong ----------------------------------------------------------------------
@@ -366,6 +369,7 @@ class Run:
             "holdout_losses": [None if math.isinf(v) else v for v in self.held_losses],
             "seconds": self._seconds(),
             "random": random.others,
+            "unreadable": self.unreadable,
         }
         return FitState(tensors, values)
 

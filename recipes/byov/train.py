@@ -44,8 +44,8 @@ def train(
     """Train an encoder without labels; write log, checkpoints and results into ``run.out``.
 
     The draw of the weights, the views and dropout are functions of (seed, step, index) alone,
-    process r or micro-batch r having the index r. Ctrl-C, SIGTERM and SIGHUP end the run after the present
-    step with a checkpoint. Torch's global random state is as before.
+    process r or micro-batch r having the index r. Ctrl-C, SIGTERM and SIGHUP end the run after the
+    present step with a checkpoint. Torch's global random state is as before.
 
     Args:
         config: What is trained.

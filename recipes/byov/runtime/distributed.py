@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bayesify import ArgumentError
+from bayesify import ArgumentError, BayesifyError
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def joined(device: str) -> Iterator[World]:
 
     Raises:
         ArgumentError: There is no such device here.
+        BayesifyError: Another process has died.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -79,5 +80,19 @@ def joined(device: str) -> Iterator[World]:
     )
     try:
         yield World(dist.get_rank(), dist.get_world_size(), found)
+    except RuntimeError as error:
+        if not _of_connection(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise BayesifyError(
+            f"Process {dist.get_rank()} of {size} has lost another one, which ended before its "
+            f"time ({reason}). Look for its own message; the run goes on from the newest "
+            "checkpoint with --resume."
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _of_connection(error: RuntimeError) -> bool:
+    """Whether the processes have lost each other; gloo has no error kind of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
