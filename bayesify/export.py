@@ -262,7 +262,7 @@ def export_torch(
     )
     with replacing(path, overwrite=overwrite) as temporary, open(temporary, "wb") as file:
         checked = _Checked(file)
-        torch.export.save(program, checked, extra_files={INFO: text})
+        torch.export.save(program, checked, extra_files={INFO: text})  # type: ignore[arg-type]
         if checked.error is not None:
             raise checked.error
 

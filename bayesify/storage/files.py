@@ -33,7 +33,9 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     """
     try:
         target = Path(os.path.realpath(path))
-        found = target.lstat() if os.path.lexists(target) else None
+        found = target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no name of a file ({error}).") from error
     if found is not None and stat.S_ISDIR(found.st_mode):

@@ -13,9 +13,9 @@ from bayesify.signals import Signals, waiting_signals
 from .config import BYOVConfig, RunConfig
 from .data.training import batches_of, open_images, steps_of_epoch
 from .evaluation.features import Reading, refresh_batchnorm_
-from .export import Results, export
+from .export import Results, check_files, export
 from .optimizer import lr_factor, set_lr
-from .runtime.distributed import World, joined
+from .runtime.distributed import World, alone, joined
 from .step import Stepper
 from .teacher import TauSchedule
 from .train_log import TrainLog, Watcher, checkpoint_to_resume
@@ -55,14 +55,16 @@ def train(
 
     Raises:
         ArgumentError: Something in the configs cannot work with this data or these processes.
-        CheckpointError: ``run.out`` holds a checkpoint of another run, or one and no ``resume``.
+        CheckpointError: ``run.out`` holds a checkpoint of another run, or one and no ``resume``; is
+            in use by another run; or a result could not be written there.
         DataError: The data cannot be read.
         BayesifyError: The loss is not finite any more, or the embeddings have collapsed.
     """
     watcher = watcher or Watcher()
     with joined(run.device) as world, waiting_signals() as signals:
         devices = [world.device] if world.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), alone(run.out, world):
+            check_files(run.out)
             return _train(config, run, resume, watcher, world, signals)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bayesify import ArgumentError, BayesifyError
+from bayesify import ArgumentError, BayesifyError, CheckpointError
+from bayesify.storage import locked
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,36 @@ def joined(device: str) -> Iterator[World]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def alone(folder: Path, world: World) -> Iterator[None]:
+    """A block in which no other run uses a folder, which is made if need be.
+
+    Raises:
+        CheckpointError: Another run does, in every process of this one.
+    """
+    made = not folder.exists()
+    refusal: CheckpointError | None = None
+    with ExitStack() as stack:
+        if world.first:
+            if made:
+                stack.callback(_remove_if_empty, folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder / ".lock", f"The folder {folder}"))
+            except OSError as error:
+                refusal = CheckpointError(f"The folder {folder} cannot be made ({error}).")
+            except CheckpointError as error:
+                refusal = error
+        if world.any(refusal is not None):
+            raise refusal or CheckpointError(f"The folder {folder} is in use by another run.")
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _of_connection(error: RuntimeError) -> bool:

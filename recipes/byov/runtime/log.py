@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bayesify import CheckpointError
 from bayesify.storage import replacing
 
 from .tensorboard import TensorBoardWriter
@@ -29,8 +30,11 @@ class RunLog:
         """Append a line; a number that is not finite, which JSON lacks, becomes null."""
         if self.path is not None:
             line = json.dumps({"kind": kind, "step": step, **_finite(values)}, allow_nan=False)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise CheckpointError(f"{self.path} cannot be written ({error}).") from error
         if self.tensorboard is not None and kind != "start":
             self.tensorboard.add(kind, step, values)
 
