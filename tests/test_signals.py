@@ -234,7 +234,7 @@ def train_until_told(folder: Path, rank: int, port: int) -> None:
                 time.sleep(0.01)
 
     run = RunConfig(data=str(folder / "images"), out=folder / "run", device="cpu", workers=1,
-                    stop_on_collapse=False, log_every=1, monitor_images=8)  # fmt: skip
+                    stop_on_collapse=False, log_every=1, eval_every=0)  # fmt: skip
     config = replace(CONFIG, head_norm="layer", batch_size=8)
     try:
         train.train(config, run, resume=True, watcher=train_log.Watcher(on_step=on_step))
