@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from recipes.byov.runtime import checkpoint
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
 PATIENCE = 60.0
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -124,6 +127,7 @@ def test_a_signal_to_the_group_ends_a_fit_after_its_step(
             os.killpg(process.pid or 0, number)
         for pid in pids:  # as Slurm and systemd do
             os.kill(pid, sent[0])
+        time.sleep(0.3)  # long enough for the end of a worker that answers
         (tmp_path / "go").touch()
         process.join(PATIENCE)
         assert process.exitcode == 130
@@ -306,3 +310,55 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> N
     finally:
         for process in ranks:
             process.kill()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def last_step(log: Path) -> int:
+    lines = [json.loads(line) for line in written(log).splitlines(keepends=True) if "\n" in line]
+    return max((line["step"] for line in lines), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_torchrun_restarts_a_run_and_ends_it_after_its_step(tmp_path: Path) -> None:
+    """A process is killed; then SIGTERM comes to the whole group of torchrun."""
+    image_files(tmp_path)
+    small = {"patch_size": 14, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--max-restarts", "1", "-m", "recipes.byov", "train", "--resume",
+        "--data", "images", "--out", "run", "--device", "cpu", "--workers", "1",
+        "--log-every", "1", "--eval-every", "0", "--no-stop-on-collapse",
+        "--encoder", "vit_tiny_patch16_224", "--encoder-args", json.dumps(small),
+        "--image-size", "28", "--batch-size", "8", "--epochs", "5000", "--head-norm", "layer",
+        "--projector-hidden", "16", "--projector-out", "8", "--warmup-epochs", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log, said = tmp_path / "run" / "log.jsonl", tmp_path / "stderr"
+    with said.open("w") as stderr:
+        torchrun = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stderr=stderr, start_new_session=True
+        )
+    try:
+        wait_for(lambda: last_step(log) >= 4 or torchrun.poll() is not None, "four steps")
+        first = children(torchrun.pid)
+        os.kill(first[1], signal.SIGKILL)
+        wait_for(lambda: "Going on from" in written(said), "the restart")
+        begun = last_step(log)
+        wait_for(lambda: last_step(log) > begun + 2, "steps after the restart")
+        ranks = children(torchrun.pid)
+        workers = [worker for rank in ranks for worker in children(rank)]
+        assert set(ranks).isdisjoint(first)
+        os.killpg(torchrun.pid, signal.SIGTERM)
+        torchrun.wait(PATIENCE)
+        assert f"Stopped at step {last_step(log):,} of" in " ".join(written(said).split())
+        checkpoints = tmp_path / "run" / "checkpoints"
+        assert checkpoint.latest(checkpoints) == checkpoint.path_of(checkpoints, last_step(log))
+        wait_for(lambda: not any(map(alive, [*ranks, *workers])), "the end of all")
+    finally:
+        torchrun.kill()
