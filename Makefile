@@ -71,7 +71,8 @@ $(AUDIT): $(INSTALLED)
 	@touch $@
 
 audit: $(AUDIT) ## look up the known vulnerabilities of all that is installed, at pypi.org
-	$(BIN)/python -m pip_audit --skip-editable
+	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audit.txt
+	$(BIN)/python -m pip_audit --strict --no-deps --disable-pip --requirement $(VENV)/audit.txt
 
 $(PEERS): $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[peers]'

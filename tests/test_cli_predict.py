@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import bayesify
-from bayesify.cli.app import app
+from bayesify.cli.app import app, main
 from bayesify.data import prepare
 from bayesify.models import input_config
 from bayesify.storage import load
@@ -174,3 +174,35 @@ def test_a_fit_of_images_none_of_which_can_be_read() -> None:
         path.write_bytes(b"no image")
     message = run(*FIT, "--out", "o", "--skip-unreadable", code=2).stderr
     assert "4 of 4 images" in message
+
+
+# -- errors as JSON ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [
+        (["predict", "--json"], 2, "MissingParameter"),
+        (["predict", "net", "flat", "--nonsense", "--json"], 2, "NoSuchOption"),
+        (["eval", "net", "flat", "--split", "x", "--json"], 2, "BadParameter"),
+        (["inspect", "broken.png", "--json"], 1, "CheckpointError"),
+        (["inspect", "net", "--json"], 0, None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_error_is_json_under_json(
+    arguments: list[str], code: int, kind: str | None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["bayesify", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    if kind is None:
+        assert "error" not in document
+    else:
+        assert (document["error"]["kind"], document["error"]["exit_code"]) == (kind, code)
+        assert printed.err == ""
