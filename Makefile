@@ -8,12 +8,13 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 UV := $(VENV)/.uv
 BUILD := $(VENV)/.build
+AUDIT := $(VENV)/.audit
 OTHERS := $(VENV)/.others
 # Several workers with a thread pool each would fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv browser demo test test-all test-oldest test-newest test-python wheel test-dist lint types format bench zoo zoo-others trust clean distclean
+.PHONY: help venv browser demo test test-all test-oldest test-newest test-python wheel test-dist lint types format audit bench zoo zoo-others trust clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +76,14 @@ types: venv ## mypy --strict
 format: venv ## let ruff fix and format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+$(AUDIT): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check pip-audit
+	@touch $@
+
+audit: $(AUDIT) ## look up the known vulnerabilities of all that is installed, at pypi.org
+	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audit.txt
+	$(BIN)/python -m pip_audit --strict --no-deps --disable-pip --requirement $(VENV)/audit.txt
 
 $(PEERS): $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[peers]'

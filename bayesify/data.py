@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .errors import DataError
 from .images import check_size, to_tensor
 from .images import read_image as read_image
+from .loading import Loader
 from .models import InputConfig
 from .numeric import count, seed_number
 
@@ -183,7 +184,7 @@ def loader(
     workers = count("workers", workers, least=0, kind=DataError)
     seed = seed_number(seed)
     dataset: Any = data.dataset(model_config)  # of single images, the loader gives batches
-    return DataLoader(
+    return Loader(
         dataset,
         batch_size,
         shuffle=shuffle,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save_file
@@ -269,7 +270,10 @@ def export_torch(
         model, *inputs, num_samples=num_samples, seed=seed, per_draw=per_draw, shrink=shrink
     )
     with replacing(path, overwrite=overwrite) as temporary, open(temporary, "wb") as file:
-        torch.export.save(program, file, extra_files={INFO: text})
+        checked = _Checked(file)
+        torch.export.save(program, checked, extra_files={INFO: text})  # type: ignore[arg-type]
+        if checked.error is not None:
+            raise checked.error
 
 
 def export_onnx(
@@ -345,6 +349,32 @@ def export_onnx(
     written.model.metadata_props["bayesify"] = text
     with replacing(path, overwrite=overwrite) as temporary:
         written.save(temporary, external_data=False)
+
+
+class _Checked(io.RawIOBase):
+    """A file for torch's writer, which ends the whole process where a write fails."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return offset  # to the beginning, when all is written
 
 
 def _is_odd_attention(node: torch.fx.Node) -> bool:

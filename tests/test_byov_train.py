@@ -1,7 +1,6 @@
 """The loop: what it logs, how it goes on after a stop, what ends it."""
 
 import math
-import os
 import random
 import signal
 import time
@@ -20,7 +19,6 @@ from recipes.byov import train
 from recipes.byov.config import HeadNorm, PredictorName, RunConfig
 from recipes.byov.model import build_student, convert_
 from recipes.byov.runtime import checkpoint
-from recipes.byov.runtime.failures import interruptible
 from recipes.byov.runtime.log import read_log
 from recipes.byov.runtime.seeds import key_of, seed_of
 
@@ -317,13 +315,3 @@ def test_keys_differ_in_seed_step_and_index() -> None:
 def test_seeds_are_those_of_earlier_runs() -> None:
     assert [seed_of(0, 0), seed_of(3, 1, 20, 2)] == [7896617691693857887, 1729708858118787290]
     assert [key_of(0, 0, 0), key_of(3, 20, 2)] == [4808561972376111626, 6884490688545010477]
-
-
-def test_signals_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with interruptible() as asked:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before

@@ -402,7 +402,7 @@ def test_predict_on_files_into_files() -> None:
     assert [line.split()[0] for line in shown[2:4]] == ["red.png", "grey.png"]
     rows = json.loads(run(*command, "--json").stdout)
     assert [sorted(row) for row in rows] == [
-        ["class", "entropy", "image", "mutual information", "probability"]
+        ["class", "entropy", "error", "image", "mutual information", "probability"]
     ] * 2
     run(*command, "--out", "a.json")
     assert json.loads(Path("a.json").read_text()) == rows
@@ -503,7 +503,7 @@ def test_prune_units() -> None:
     assert found["blocks.0.linear.bias"] == (3, 3)
     assert document["pruned"] == 21
     assert "no multiples of 4" in failure(
-        *command, "--unit", "2:4", "--only", "stem", "--out", "b", code=2
+        *command[:-1], "--unit", "2:4", "--only", "stem", "--out", "b", code=2
     )
 
 
@@ -615,7 +615,6 @@ def test_prune_draws_a_curve() -> None:
         (["eval", "tiny.bbb.safetensors", "DATA", "MODEL", "--device", "abacus"], 2, "'abacus'"),
         (["predict", "tiny.bbb.safetensors", "DATA", "MODEL", "-k", "0"], 2, "num_samples"),
         (["predict", "tiny.bbb.safetensors", "a.png", "MODEL"], 2, "no image file 'a.png'"),
-        (["predict", "tiny.bbb.safetensors", "bad.png", "MODEL"], 2, "bad.png cannot be read"),
         (["fit", "tiny.bbb.safetensors", "DATA", "MODEL", "-o", "old"], 1, "old exists"),
         (["fit", "tiny.bbb.safetensors", "DATA", "MODEL", "-o", "x", "--epochs", "0"], 2, "epochs"),
         (["fit", "tiny.bbb.safetensors", "fashion-sample", "MODEL", "-o", "x"], 2, "out of range"),
@@ -641,7 +640,6 @@ def test_failures(arguments: list[str], code: int, message: str) -> None:
     converted()
     data = dataset()
     Path("old").write_bytes(b"something else")
-    Path("bad.png").write_bytes(b"no image")
     state = models.create_model("tinyfactory:tiny").state_dict()
     state["head.weight"][0, 0] = torch.nan
     save_file(state, "nan.safetensors")
@@ -681,8 +679,9 @@ def test_wrong_usage_is_2() -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = run("convert", "resnet5000", "--debug", code=1)
-    assert isinstance(result.exception, bayesify.ModelError)
+    result = run("convert", "resnet5000", "--debug", code=2)
+    assert "Traceback" in result.stderr
+    assert "bayesify.errors.ModelError: " in result.stderr
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; units on one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("gaussian", "images", "numeric", "spacing", "devices", "json_numbers", "welford"),
+    ("gaussian", "images", "numeric", "signals", "spacing", "devices", "json_numbers", "welford"),
     ("kernels",),
     ("priors",),
     ("posterior",),
@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("unconverted", "copies"),
     ("convert",),
     ("objective", "optim", "inference", "pruning", "metrics"),
-    ("models", "classes", "zoo"),
+    ("models", "classes", "loading", "zoo"),
     ("data", "storage", "corruptions"),
     ("training", "export"),
     ("bayesify",),  # bayesify/__init__.py, that is `from bayesify import to_bbb`

@@ -27,8 +27,8 @@ import bayesify
 from bayesify.data import ImageData, InMemory, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError, CheckpointError
 from bayesify.models import InputConfig
+from bayesify.signals import waiting_signals
 from bayesify.training import FitResult, Interrupted, Progress, fit
-from bayesify.training.resume import waiting_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = InputConfig(size=(1, 28, 28), mean=(0.286,), std=(0.353,))

@@ -82,4 +82,18 @@ def main() -> None:
     # A script's folder is searched for modules, not the one it is called in. At the end, so that
     # no file of the user's takes the place of a library.
     sys.path.append(os.getcwd())
-    app(prog_name="bayesify")
+    if "--json" not in sys.argv:
+        app(prog_name="bayesify")
+        return
+    try:
+        code = app(prog_name="bayesify", standalone_mode=False)
+    except Exception as error:  # of typer's own, which is of wrong usage
+        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+            raise
+        from . import render
+
+        kind, message = type(error).__name__, error.format_message()
+        about = {"kind": kind, "message": message, "exit_code": error.exit_code}
+        render.as_json({"error": about})
+        code = error.exit_code
+    sys.exit(code or 0)

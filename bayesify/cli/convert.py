@@ -113,7 +113,7 @@ def convert(
 
     For example: bayesify convert resnet50 --skip BatchNorm2d --pretrained
     """
-    with guard(debug):
+    with guard(debug, json=json):
         import torch
 
         from .. import storage

@@ -32,7 +32,7 @@ def doctor(
 
     Nothing is changed and nothing is downloaded.
     """
-    with guard(debug):
+    with guard(debug, json=json):
         from . import render
 
         found = examine()

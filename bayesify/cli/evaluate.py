@@ -65,7 +65,7 @@ def evaluate(
     first. The Brier score sums over the classes, from 0 to 2; its parts by predicted class add up:
     UNC - RES + REL + rest. Higher is better for top-1, top-5, RES and AUROC.
     """
-    with guard(debug):
+    with guard(debug, json=json):
         from dataclasses import asdict
 
         from .. import training

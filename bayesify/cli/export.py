@@ -83,7 +83,7 @@ def export(
     Programs take float images (batch, channels, height, width), normalised as FILE says; batches
     of any size. The file tells mean, standard deviation and classes in its metadata.
     """  # fmt: skip
-    with guard(debug):
+    with guard(debug, json=json):
         import torch
 
         from ..errors import ArgumentError

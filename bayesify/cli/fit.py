@@ -29,7 +29,10 @@ from .options import (
 from .outputs import check_outputs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..training import FitResult, LaplaceResult
+    from .render import Bar
 
 _SCHEDULE = "Learning rates and KL"
 _DATA = "Data and draws"
@@ -179,6 +182,14 @@ def fit(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a fit that was interrupted.")
     ] = False,
+    skip_unreadable: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unreadable",
+            help="Leave out images that cannot be read, which are an error else.",
+            rich_help_panel=_DATA,
+        ),
+    ] = False,
     model: ModelName = None,
     model_args: ModelArgs = None,
     workers: Workers = 0,
@@ -193,10 +204,10 @@ def fit(
     """Train the posterior in FILE on the training images of DATA.
 
     The loss is that of Bayes by Backprop: cross entropy plus beta times s times the KL to the
-    prior. Ctrl-C and SIGTERM end the fit after the step that it is in; --resume goes on as if
-    nothing had happened.
+    prior. Ctrl-C, SIGTERM and SIGHUP end the fit after the step that it is in; --resume goes on
+    as if nothing had happened.
     """
-    with guard(debug):
+    with guard(debug, json=json):
         from .. import storage, training
         from ..classes import classes_of
         from ..data import load_dataset
@@ -214,6 +225,7 @@ def fit(
         opened = open_model(file, model, model_args, target_device)
         common: dict[str, Any] = {
             "device": target_device, "model_config": opened.input, "workers": workers,
+            "skip_unreadable": skip_unreadable,
         }  # fmt: skip
         arguments: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
         result: FitResult | LaplaceResult
@@ -225,8 +237,9 @@ def fit(
             }  # fmt: skip
             with render.progress("Fisher information") as bar:
                 result = training.fit_laplace_(
-                    opened.model, train, **arguments, **common, on_step=bar.to
-                )
+                    opened.model, train, **arguments, **common,
+                    on_look=looking(bar), on_step=bar.to,
+                )  # fmt: skip
         else:
             arguments |= {
                 "epochs": epochs, "lr": lr, "logvar_lr": logvar_lr, "kl_weight": kl_weight,
@@ -244,6 +257,7 @@ def fit(
                     **common,
                     checkpoint=state,
                     resume=resume,
+                    on_look=looking(bar),
                     on_start=(lambda line: None) if quiet else bar.say,
                     on_step=lambda p: bar.to(
                         p.step, p.steps, f"epoch {p.epoch + 1} loss {p.loss:.3f}"
@@ -269,6 +283,11 @@ def fit(
             else:
                 _print_laplace(result)
                 render.text(f"{seconds:.0f} s. Wrote {out}.")
+
+
+def looking(bar: Bar) -> Callable[[int, int], None]:
+    """Say on a bar how many images were looked at before the work."""
+    return lambda done, total: bar.to(done, total, "Looking at the images")
 
 
 def _check_options(context: typer.Context, method: str) -> None:

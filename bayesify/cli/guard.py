@@ -1,21 +1,38 @@
-"""What happens around every command: warnings, errors and exit codes."""
+"""What happens around every command: warnings, errors and exit codes.
+
+== ==============================================================================================
+0  done
+1  failed: a file, the disk, the device, or a number that is not finite
+2  wrong usage: an argument, a model or a data set cannot be used as given
+3  done, but for inputs that could not be read: their rows say why, all others are there
+130 ended by Ctrl-C, SIGTERM or SIGHUP; a fit goes on with --resume
+== ==============================================================================================
+"""
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
-USAGE = 2
 FAILURE = 1
+USAGE = 2
+PARTIAL = 3
 INTERRUPTED = 130
 
 
 @contextmanager
-def guard(debug: bool) -> Iterator[None]:
-    """Turn an exception into a red panel on stderr and an exit code: 2 wrong usage, 1 failure."""
+def guard(debug: bool, *, json: bool = False) -> Iterator[None]:
+    """Turn an exception into a message and an exit code, by the rule above.
+
+    Args:
+        debug: Show the traceback too.
+        json: The message is a JSON document on stdout, ``{"error": {"kind", "message",
+            "exit_code"}}``; else a red panel on stderr.
+    """
     from ..errors import (
         ArgumentError,
         BayesifyError,
@@ -34,22 +51,29 @@ def guard(debug: bool) -> Iterator[None]:
             yield
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
-    except KeyboardInterrupt as interrupt:
-        render.error(str(interrupt) or "Interrupted. What was being written is not there.")
-        raise typer.Exit(INTERRUPTED) from None
-    except BayesifyError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        advice = ""
+        code = FAILURE
+        if isinstance(error, KeyboardInterrupt):
+            code = INTERRUPTED
+            message = str(error) or "Interrupted. What was being written is not there."
+        elif isinstance(error, BayesifyError):
+            code = USAGE if isinstance(error, ArgumentError) else FAILURE
+            message = _message(error)
+        elif type(error).__name__ == "OutOfMemoryError":
+            message = str(error)
+            advice = "\nLower --batch-size, or compute in bfloat16: --amp."
+        else:
+            message = f"{type(error).__name__}: {error}"
+            advice = "\nRun it with --debug to see where."
         if debug:
-            raise
-        render.error(_message(error))
-        raise typer.Exit(USAGE if isinstance(error, ArgumentError) else FAILURE) from None
-    except Exception as error:
-        if debug:
-            raise
-        if type(error).__name__ == "OutOfMemoryError":
-            render.error(f"{error}\nLower --batch-size, or compute in bfloat16: --amp.")
-            raise typer.Exit(FAILURE) from None
-        render.error(f"{type(error).__name__}: {error}\nRun it with --debug to see where.")
-        raise typer.Exit(FAILURE) from None
+            render.trace(traceback.format_exc())
+        if json:
+            name = type(error).__name__
+            render.as_json({"error": {"kind": name, "message": message, "exit_code": code}})
+        elif not debug:
+            render.error(message + advice)
+        raise typer.Exit(code) from None
 
 
 def _message(error: Exception) -> str:

@@ -12,7 +12,7 @@ def inspect(file: File, json: Json = False, debug: Debug = False) -> None:
     Sigma is the posterior standard deviation, SNR the signal-to-noise ratio |mean| / sigma. The
     model is not built, so that no code of it runs.
     """
-    with guard(debug):
+    with guard(debug, json=json):
         from .. import storage
         from . import render
 

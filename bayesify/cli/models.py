@@ -32,7 +32,7 @@ def models(
     gradients are those of the plain model with the drawn weights, bit for bit ("as X": not
     compared itself, but X, which has the same modules, was).
     """
-    with guard(debug):
+    with guard(debug, json=json):
         from ..errors import ArgumentError
         from ..zoo import verified
         from . import render

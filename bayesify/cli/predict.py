@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json as json_format
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .guard import guard
+from .guard import PARTIAL, guard
 from .options import (
     Amp,
     BatchSize,
@@ -32,20 +31,29 @@ from .outputs import check_outputs
 if TYPE_CHECKING:
     import torch
 
-    from ..data import ImageData
     from .checkpoint import Opened
+    from .images import Wanted
 
 
 def predict(
     file: File,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Image files, or one data set.")
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Image files, folders or patterns of them, .txt files with a path on each line, "
+            "- for such lines on stdin; or one data set.",
+        ),
     ],
     num_samples: NumSamples = 20,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write a .csv or .json file instead."),
     ] = None,
+    probabilities: Annotated[
+        bool,
+        typer.Option("--probabilities", help="Of all classes; with --out or --json."),
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="The first images only.")] = None,
     split: Split = "test",
     batch_size: BatchSize = 64,
@@ -62,56 +70,56 @@ def predict(
     """Classify images by the mean of K draws, and say how sure the model is.
 
     Entropy (in nats) is the whole uncertainty; mutual information is the part of it about the
-    weights, which more training data would remove.
+    weights, which more training data would remove. An image that cannot be read has the reason in
+    its row, and the exit code is 3.
     """
-    with guard(debug):
+    with guard(debug, json=json):
+        from ..errors import ArgumentError
         from . import render
         from .checkpoint import open_model
+        from .images import wanted_images
+        from .rows import written_rows
 
         if out is not None:
             _check_format(out)
+        if probabilities and out is None and not json:
+            raise ArgumentError("--probabilities needs --out or --json: a table has no room.")
         check_outputs({"--out": out}, {"FILE": file, "INPUT": inputs}, force=force)
         target_device = resolve_device(device)
-        images, names = _images(inputs, split)
+        images = wanted_images(inputs, split)
         opened = open_model(file, model, model_args, target_device)
-        total = min(limit or len(images), len(images))
-        rows = []
-        with render.progress("Predicting", total) as bar:
-            for row in _rows(opened, images, names, total, num_samples, batch_size, workers, seed,
-                             target_device, amp):  # fmt: skip
-                rows.append(row)
-                bar.to(len(rows))
-        if out is not None:
-            _write(rows, out, force)
+        total = min(limit or len(images.names), len(images.names))
+        kept: list[dict[str, Any]] = []
+        failed = done = 0
+        with (
+            nullcontext() if out is None else written_rows(out, overwrite=force) as write,
+            render.progress("Predicting", total) as bar,
+        ):
+            for row in _rows(opened, images, total, num_samples, batch_size, workers, seed,
+                             target_device, amp, probabilities):  # fmt: skip
+                failed += row["error"] is not None
+                done += 1
+                if write is not None:
+                    write(row)
+                if json or out is None:
+                    kept.append(row)
+                bar.to(done)
         if json:
-            render.as_json(rows)
+            render.as_json(kept)
         elif out is not None:
-            render.text(f"Wrote {out} ({len(rows):,} images).")
+            render.text(f"Wrote {out} ({total:,} images).")
         else:
-            render.table(list(rows[0]), [list(row.values()) for row in rows])
-
-
-def _images(inputs: list[str], split: Any) -> tuple[ImageData, list[str] | None]:
-    """The images that were named, and their names if they are files."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    from ..data import Files, ImageData, load_dataset
-    from ..errors import DataError
-
-    if len(inputs) == 1 and not inputs[0].lower().endswith(IMG_EXTENSIONS):
-        return load_dataset(inputs[0], split=split), None
-    missing = [name for name in inputs if not Path(name).is_file()]
-    if missing:
-        raise DataError(
-            f"There is no image file {missing[0]!r}. Give image files, or the name of one data set."
-        )
-    return ImageData("images", "all", ("",), Files([(name, 0) for name in inputs])), inputs
+            columns = [name for name in kept[0] if name != "error" or failed]
+            render.table(columns, [[row[name] for name in columns] for row in kept])
+        if failed:
+            if not json:
+                render.note(f"{failed:,} of {total:,} images could not be read.")
+            raise typer.Exit(PARTIAL)
 
 
 def _rows(
     opened: Opened,
-    images: ImageData,
-    names: list[str] | None,
+    images: Wanted,
     total: int,
     num_samples: int,
     batch_size: int,
@@ -119,38 +127,66 @@ def _rows(
     seed: int,
     device: torch.device,
     amp: bool,
+    probabilities: bool,
 ) -> Iterator[dict[str, Any]]:
     """One row for each image, in order."""
     import torch
+    from torch.utils.data import Subset
 
-    from ..data import loader
     from ..inference import Predictor
+    from ..loading import Loader
+    from ..numeric import count
     from ..storage import classes_in
+    from ..training.readable import Tried
 
     known = classes_in(opened.header)
-    index = 0
     predictor = Predictor(opened.model, num_samples=num_samples, seed=seed, reduce="probabilities")
-    for batch, labels in loader(images, batch_size, model_config=opened.input, workers=workers):
-        batch, labels = batch[: total - index], labels[: total - index]
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            summary = predictor(batch.to(device))
-        classes = known if len(known) == summary.mean.shape[1] else ()
-        probability, predicted = summary.mean.max(dim=1)
-        columns = (predicted, probability, summary.predictive_entropy, summary.mutual_information)
-        for number, p, entropy, information in zip(*(c.tolist() for c in columns), strict=True):
-            row = {"image": str(index) if names is None else names[index]}
-            if names is None:
-                row["label"] = images.classes[int(labels[index % batch_size])]
-            yield {
-                **row,
-                "class": classes[number] if classes else str(number),
-                "probability": p,
-                "entropy": entropy,
-                "mutual information": information,
-            }
-            index += 1
-        if index == total:
-            return
+    batches: Loader[Any] = Loader(
+        Subset(Tried(images.data, opened.input), range(total)),
+        count("batch_size", batch_size),
+        collate_fn=list,
+        generator=torch.Generator(),
+        num_workers=count("workers", workers, least=0),
+    )
+    names = iter(images.names)
+    for batch in batches:
+        found: Iterator[dict[str, Any]] = iter(())
+        read = [image for image, _, _ in batch if image is not None]
+        if read:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                summary = predictor(torch.stack(read).to(device))
+            found = _described(summary, known, probabilities)
+        for image, label, error in batch:
+            row: dict[str, Any] = {"image": next(names)}
+            if images.labelled:
+                row["label"] = None if image is None else images.data.classes[label]
+            answer = dict.fromkeys(_ANSWER) if image is None else next(found)
+            if probabilities:
+                answer.setdefault("probabilities", None)
+            yield {**row, **answer, "error": error}
+
+
+_ANSWER = ("class", "probability", "entropy", "mutual information")
+
+
+def _described(
+    summary: Any, known: list[str] | tuple[str, ...], probabilities: bool
+) -> Iterator[dict[str, Any]]:
+    """The answer for each image of a batch."""
+    classes = [str(number) for number in range(summary.mean.shape[1])]
+    if len(known) == len(classes):
+        classes = list(known)
+    by_name = classes if len(set(classes)) == len(classes) else list(map(str, range(len(classes))))
+    probability, predicted = summary.mean.max(dim=1)
+    columns = (
+        predicted, probability, summary.predictive_entropy, summary.mutual_information,
+        summary.mean,
+    )  # fmt: skip
+    for number, p, entropy, information, all_p in zip(*(c.tolist() for c in columns), strict=True):
+        row = dict(zip(_ANSWER, (classes[number], p, entropy, information), strict=True))
+        if probabilities:
+            row["probabilities"] = dict(zip(by_name, all_p, strict=True))
+        yield row
 
 
 def _check_format(out: Path) -> None:
@@ -158,18 +194,3 @@ def _check_format(out: Path) -> None:
 
     if out.suffix not in (".csv", ".json"):
         raise ArgumentError(f"--out must end in .csv or .json, not {out.name!r}.")
-
-
-def _write(rows: list[dict[str, Any]], out: Path, force: bool) -> None:
-    from ..storage import replacing
-
-    with (
-        replacing(out, overwrite=force) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        if out.suffix == ".json":
-            json_format.dump(rows, file, indent=2)
-        else:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)

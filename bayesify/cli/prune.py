@@ -97,7 +97,7 @@ def prune(
 
     For example: bayesify prune resnet50.bbb.safetensors --sparsity 0.8
     """
-    with guard(debug):
+    with guard(debug, json=json):
         from .. import storage
         from . import render
         from .checkpoint import note_on_classes, open_model

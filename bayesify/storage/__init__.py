@@ -25,6 +25,7 @@ from .layout import classes_in as classes_in
 from .layout import describe as describe
 from .layout import input_of as input_of
 from .layout import read_header as read_header
+from .locks import locked as locked
 from .reading import load as load
 from .reading import read_stats as read_stats
 from .undoing import left_as_it_was as left_as_it_was

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from ..data import ImageData
 from ..errors import ArgumentError
 from ..kernels.noise import fold
+from ..loading import Loader
 from ..models import InputConfig, input_config
 from ..numeric import count
 from .augmentation import Augment, Augmented, augmentation
@@ -85,13 +85,12 @@ def shuffled_batches(
         )
     dataset = _dataset(data, model_config, augment)
     order = Order(indices, batch_size, batches // accumulate * accumulate, seed, augment != "none")
-    loader = DataLoader(
+    loader: Loader[Any] = Loader(
         dataset,
         batch_sampler=order,
         generator=torch.Generator().manual_seed(seed),
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_interrupts_to_parent,
         pin_memory=pin,
     )
     return loader, order
@@ -115,13 +114,12 @@ def batches_in_order(
     chosen: list[Any] = list(range(check_data(data)) if indices is None else indices)
     if augment != "none":
         chosen = [(index, fold(seed, index)) for index in chosen]
-    return DataLoader(
+    return Loader(
         Subset(_dataset(data, model_config, augment), chosen),
         batch_size,
         generator=torch.Generator(),  # else a number of the global generator goes to each pass
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_interrupts_to_parent,
     )
 
 
@@ -202,8 +200,3 @@ def device_of(model: nn.Module) -> torch.device:
     if first is None:
         raise ArgumentError(f"{type(model).__name__} has no parameter: there is nothing to fit.")
     return first.device
-
-
-def _leave_interrupts_to_parent(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the fit decides when its workers end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

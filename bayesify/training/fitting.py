@@ -15,6 +15,7 @@ from ..data import ImageData
 from ..errors import ArgumentError
 from ..models import InputConfig
 from ..objective import KLReduction
+from ..signals import waiting_signals
 from .augmentation import Augment
 from .autocast import check_amp
 from .batches import (
@@ -26,11 +27,8 @@ from .batches import (
 from .matching import by_name
 from .progress import FitResult, Progress
 from .randomness import seeded
-from .resume import (
-    check_checkpoint,
-    read_state,
-    waiting_signals,
-)
+from .readable import readable
+from .resume import held_checkpoint, read_state
 from .run import Run
 from .settings import KLShape, Settings
 
@@ -67,6 +65,8 @@ def fit(
     amp: bool = False,
     model_config: InputConfig | None = None,
     workers: int = 0,
+    skip_unreadable: bool = False,
+    on_look: Callable[[int, int], None] | None = None,
     on_start: Callable[[str], None] = logger.info,
     on_step: Callable[[Progress], None] | None = None,
 ) -> FitResult:
@@ -118,8 +118,8 @@ def fit(
         freeze_batchnorm: BatchNorm normalises with the running statistics that it has, as in
             ``eval()``, and keeps them: for the fine-tuning of a pretrained network.
         checkpoint: File of the fit's state, written after every epoch, every ten minutes, and on
-            Ctrl-C and SIGTERM, which then end the fit after the step that it is in. It stays:
-            remove it once the model is saved.
+            Ctrl-C, SIGTERM and SIGHUP, which then end the fit after the step that it is in. It
+            stays: remove it once the model is saved.
         resume: Go on with the state in ``checkpoint``, with the same model, data and arguments. On
             the CPU the result is that of a fit without interruption, bit for bit (with ``workers``
             unless the data set draws random numbers of its own).
@@ -129,6 +129,9 @@ def fit(
             without bfloat16 arithmetic is slower with it; a warning says so.
         model_config: How images are prepared, for an ``ImageData``; None asks the model.
         workers: Processes that read the data.
+        skip_unreadable: Leave out the images of an ``ImageData`` that cannot be read, with a
+            warning; else they are an error. All are read once before the first step.
+        on_look: Gets the number of images that were looked at for that, and of all.
         on_start: Gets one line on the KL's scale and the noise budget.
         on_step: Gets a :class:`Progress` after every step.
 
@@ -141,8 +144,9 @@ def fit(
         BayesifyError: Loss or gradient is not finite; the message names the step and the layer, the
             model holds the weights before that step.
         CheckpointError: ``checkpoint`` cannot be written or resumed.
-        DataError: ``train`` has classes that are not among those that the model knows.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on.
+        DataError: ``train`` has classes that are not among those that the model knows, or images
+            that cannot be read.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the message says how to go on.
 
     Reference:
         Blundell et al., 2015, arXiv:1505.05424, section 3; Loshchilov and Hutter, 2019,
@@ -178,26 +182,33 @@ def fit(
         seed=seed,
         amp=amp,
     )
-    path = check_checkpoint(checkpoint, resume)
     if not any(p.requires_grad for p in model.parameters()):
         raise ArgumentError(f"{type(model).__name__} has no trainable parameter: nothing to fit.")
     classifies = loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
-    if classifies:
-        train = by_name(train, model)
-    target = device_of(model) if device is None else torch.device(device)
-    check_amp(target, amp)
-    run = Run(model, train, settings, loss, augment, target, model_config, workers, path, on_step)
-    saved = read_state(path) if path is not None and resume else None
-    if saved is not None:
-        run.check_resumable(saved)
-    if run.bayesian:
-        on_start(run.line_on_kl())
-    with seeded(settings.seed, target):
+    with held_checkpoint(checkpoint, resume) as path:
+        saved = read_state(path) if path is not None and resume else None
+        known = None if saved is None else saved.values.get("unreadable")
+        train, unreadable = readable(
+            train, workers=workers, skip=skip_unreadable, known=known, on_look=on_look
+        )
+        if classifies:
+            train = by_name(train, model)
+        target = device_of(model) if device is None else torch.device(device)
+        check_amp(target, amp)
+        run = Run(
+            model, train, settings, loss, augment, target, model_config, workers, path, unreadable,
+            on_step,
+        )  # fmt: skip
         if saved is not None:
-            run.load(saved)
-        with waiting_signals(path is not None) as signals:
-            run.train(signals)
-        result = run.finish()
-    if classifies and isinstance(train, ImageData) and classes_of(model) is None:
-        name_classes_(model, train.classes)
-    return result
+            run.check_resumable(saved)
+        if run.bayesian:
+            on_start(run.line_on_kl())
+        with seeded(settings.seed, target):
+            if saved is not None:
+                run.load(saved)
+            with waiting_signals(path is not None) as signals:
+                run.train(signals)
+            result = run.finish()
+        if classifies and isinstance(train, ImageData) and classes_of(model) is None:
+            name_classes_(model, train.classes)
+        return result

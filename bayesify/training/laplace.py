@@ -32,6 +32,7 @@ from .batches import (
 from .fisher import FisherKind, fisher_diagonal
 from .holdout import held_out_loss
 from .matching import by_name
+from .readable import readable
 
 _EXPONENTS = tuple(0.5 * i for i in range(14, -1, -1))
 """Exponents of ten of the prior precisions that held-out examples are asked for, times 1/RMS**2."""
@@ -50,6 +51,7 @@ class LaplaceResult:
             where it was not asked for.
         tried: Pairs of prior precision and held-out loss, where that chose.
         seconds: Wall time.
+        unreadable: Images that were left out because they cannot be read.
     """
 
     prior_precision: float
@@ -59,6 +61,7 @@ class LaplaceResult:
     log_marginal_likelihood: float | None
     tried: tuple[tuple[float, float], ...]
     seconds: float
+    unreadable: int = 0
 
 
 def fit_laplace_(
@@ -76,6 +79,8 @@ def fit_laplace_(
     device: torch.device | str | None = None,
     model_config: InputConfig | None = None,
     workers: int = 0,
+    skip_unreadable: bool = False,
+    on_look: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> LaplaceResult:
     r"""Set every log variance from one pass of Fisher information; the means stay as they are.
@@ -109,6 +114,8 @@ def fit_laplace_(
         device: Where the model is moved to; None leaves it where it is.
         model_config: As in :func:`fit`.
         workers: Processes that read the data.
+        skip_unreadable: As in :func:`fit`.
+        on_look: As in :func:`fit`.
         on_step: Gets the number of examples done and of all, after every batch.
 
     Returns:
@@ -131,7 +138,7 @@ def fit_laplace_(
     1.0
     """
     started = time.perf_counter()
-    size = check_data(train)
+    check_data(train)
     batch_size, seed = count("batch_size", batch_size), seed_number(seed)
     if prior_precision not in ("marglik", "holdout"):
         expected = "a finite number above 0, 'marglik' or 'holdout'"
@@ -157,6 +164,8 @@ def fit_laplace_(
                 f"fit_laplace_ needs Gaussian priors; that of {site.name!r} is {site.slot.prior}. "
                 "Set another with set_prior_(model, GaussianPrior(1.0))."
             )
+    train, unreadable = readable(train, workers=workers, skip=skip_unreadable, on_look=on_look)
+    size = check_data(train)
     train = by_name(train, model)
     target = device_of(model) if device is None else torch.device(device)
     model.to(target)
@@ -227,6 +236,7 @@ def fit_laplace_(
         log_marginal_likelihood=evidence,
         tried=tuple(tried),
         seconds=time.perf_counter() - started,
+        unreadable=len(unreadable),
     )
 
 

@@ -57,6 +57,7 @@ class FitResult:
         logvars: How far the log variances went, None for a deterministic model.
         holdout_losses: Loss on the held-out examples after each epoch; empty without any.
         best_epoch: The epoch, from 1, whose weights the model has; None without held-out examples.
+        unreadable: Images that were left out because they cannot be read.
     """
 
     losses: tuple[float, ...]
@@ -69,6 +70,7 @@ class FitResult:
     logvars: LogvarTravel | None = None
     holdout_losses: tuple[float, ...] = ()
     best_epoch: int | None = None
+    unreadable: int = 0
 
 
 def travel(start: list[Tensor], end: list[Tensor], bound: float) -> LogvarTravel:

@@ -1,15 +1,12 @@
-"""A fit that was interrupted goes on: its state in one file, and signals that wait for a step."""
+"""A fit that was interrupted goes on: its state in one file."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
@@ -17,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
-from ..storage import parse_json, replacing
+from ..storage import check_target, locked, parse_json, replacing
 from .settings import CHANGEABLE
 
 KEY = "bayesify.fit"
@@ -25,7 +22,7 @@ FORMAT = 1
 
 
 class Interrupted(KeyboardInterrupt):
-    """A fit ended by Ctrl-C or SIGTERM, with its state in a file."""
+    """A fit ended by Ctrl-C, SIGTERM or SIGHUP, with its state in a file."""
 
 
 class FitState(NamedTuple):
@@ -155,53 +152,25 @@ def like(own: Tensor, saved: Tensor) -> Tensor:
     return saved
 
 
-class Signals:
-    """Whether Ctrl-C or SIGTERM has asked for an end."""
-
-    requested = False
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: at once
-        self.requested = True
-
-
-@contextlib.contextmanager
-def waiting_signals(wanted: bool) -> Iterator[Signals]:
-    """In the block, Ctrl-C and SIGTERM only set a flag, so that a step is never cut in two.
-
-    Where they cannot be caught, outside the main thread, they do what they always do.
-    """
-    signals = Signals()
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    before = {
-        number: signal.signal(number, signals._ask) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def check_checkpoint(path: str | os.PathLike[str] | None, resume: bool) -> Path | None:
-    """The file of the state, asked before long work.
+@contextmanager
+def held_checkpoint(path: str | os.PathLike[str] | None, resume: bool) -> Iterator[Path | None]:
+    """The file of the state, asked before long work, and no other fit's in the block.
 
     Raises:
         ArgumentError: ``resume`` without a file.
-        CheckpointError: It cannot be written, or exists and is not to be resumed.
+        CheckpointError: It cannot be written, exists and is not to be resumed, or another fit has
+            it.
     """
-    from ..storage import check_target
-
     if path is None:
         if resume:
             raise ArgumentError("fit: resume needs checkpoint, the file to go on from.")
-        return None
-    if Path(path).exists() and not resume:
-        raise CheckpointError(
-            f"{path} holds the state of a fit that did not end: go on with it (resume=True, "
-            "--resume), or remove it."
-        )
-    return check_target(path, overwrite=True)
+        yield None
+        return
+    target = check_target(path, overwrite=True)
+    with locked(target.with_name(f".{target.name}.lock"), f"{path}, the state of a fit,"):
+        if target.exists() and not resume:
+            raise CheckpointError(
+                f"{path} holds the state of a fit that did not end: go on with it (resume=True, "
+                "--resume), or remove it."
+            )
+        yield target

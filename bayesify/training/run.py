@@ -25,6 +25,7 @@ from ..optim import check_optimizer, param_groups, warmup_cosine
 from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
+from ..signals import Signals
 from ..storage import left_as_it_was
 from .augmentation import Augment
 from .averaging import TailAverage
@@ -46,7 +47,6 @@ from .randomness import RandomState, current, restore
 from .resume import (
     FitState,
     Interrupted,
-    Signals,
     check_names,
     check_same,
     check_values,
@@ -74,10 +74,12 @@ class Run:
         model_config: InputConfig | None,
         workers: int,
         path: Path | None,
+        unreadable: list[int],
         on_step: Callable[[Progress], None] | None,
     ) -> None:
         self.model, self.settings, self.loss = model, settings, loss
         self.device, self.path, self.on_step = device, path, on_step
+        self.unreadable = unreadable
         size = check_data(train)
         indices, held = split(size, settings.holdout, settings.seed)
         self.num_data = len(indices)
@@ -305,6 +307,7 @@ class Run:
             logvars=logvars,
             holdout_losses=tuple(self.held_losses),
             best_epoch=self._best_epoch(),
+            unreadable=len(self.unreadable),
         )
 
     # -- what can go wrong ----------------------------------------------------------------------
@@ -377,6 +380,7 @@ class Run:
             "holdout_losses": [None if math.isinf(v) else v for v in self.held_losses],
             "seconds": self._seconds(),
             "random": random.others,
+            "unreadable": self.unreadable,
         }
         return FitState(tensors, values)
 

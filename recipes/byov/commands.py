@@ -76,7 +76,7 @@ def evaluate(
 
     Writes results/eval-PROTOCOL.json into each folder. Percent, NLL in nats.
     """
-    with guard(debug):
+    with guard(debug, json=json):
         from bayesify.cli import render
 
         from .evaluation.evaluate import evaluate as measure
@@ -184,7 +184,7 @@ def prune(
     --iterative, runs go on from their end, pruned at once and in rounds, with the same steps; every
     --sparsity is an end of its own, by default 50, 70 and 90 %. Writes results/iterative.json.
     """
-    with guard(debug):
+    with guard(debug, json=json):
         from bayesify import ArgumentError
         from bayesify.cli import render
 

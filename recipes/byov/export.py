@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import bayesify
 from bayesify import GaussianPrior, set_prior_, to_deterministic
 from bayesify.metrics import knn_accuracy
-from bayesify.storage import replacing
+from bayesify.storage import check_target, replacing
 
 from .config import BYOVConfig, RunConfig
 from .data.dataset import Source
@@ -42,6 +42,17 @@ class Results:
     student: Path
     teacher: Path | None
     numbers: dict[str, float]
+
+
+def check_files(out: Path) -> None:
+    """Whether what a run writes in the end can be written, before it begins.
+
+    Raises:
+        CheckpointError: Something other than a file is in a file's place.
+    """
+    for name in ("encoder.safetensors", "student.safetensors", "teacher.safetensors", "log.jsonl"):
+        if (out / name).exists():
+            check_target(out / name, overwrite=True)
 
 
 def export(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +9,14 @@ import torch
 
 from bayesify import kl_schedule
 from bayesify.optim import warmup_cosine
+from bayesify.signals import Signals, waiting_signals
 
 from .config import BYOVConfig, RunConfig
 from .data.training import batches_of, open_images, steps_of_epoch
 from .evaluation.features import Reading, refresh_batchnorm_
-from .export import Results, export
+from .export import Results, check_files, export
 from .optimizer import set_lr
-from .runtime.distributed import World, joined
-from .runtime.failures import interruptible
+from .runtime.distributed import World, alone, joined
 from .step import Stepper
 from .train_log import TrainLog, Watcher, checkpoint_to_resume
 
@@ -45,8 +44,8 @@ def train(
     """Train an encoder without labels; write log, checkpoints and results into ``run.out``.
 
     The draw of the weights, the views and dropout are functions of (seed, step, index) alone,
-    process r or micro-batch r having the index r. SIGTERM and Ctrl-C end the run after the present
-    step with a checkpoint. Torch's global random state is as before.
+    process r or micro-batch r having the index r. Ctrl-C, SIGTERM and SIGHUP end the run after the
+    present step with a checkpoint. Torch's global random state is as before.
 
     Args:
         config: What is trained.
@@ -56,15 +55,17 @@ def train(
 
     Raises:
         ArgumentError: Something in the configs cannot work with this data or these processes.
-        CheckpointError: ``run.out`` holds a checkpoint of another run, or one and no ``resume``.
+        CheckpointError: ``run.out`` holds a checkpoint of another run, or one and no ``resume``; is
+            in use by another run; or a result could not be written there.
         DataError: The data cannot be read.
         BayesifyError: The loss is not finite any more, or the embeddings have collapsed.
     """
     watcher = watcher or Watcher()
-    with joined(run.device) as world, interruptible() as stop_asked:
+    with joined(run.device) as world, waiting_signals() as signals:
         devices = [world.device] if world.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            return _train(config, run, resume, watcher, world, stop_asked)
+        with torch.random.fork_rng(devices=devices), alone(run.out, world):
+            check_files(run.out)
+            return _train(config, run, resume, watcher, world, signals)
 
 
 def _train(
@@ -73,7 +74,7 @@ def _train(
     resume: bool,
     watcher: Watcher,
     world: World,
-    stop_asked: Callable[[], bool],
+    signals: Signals,
 ) -> Outcome:
     # What is trained on
     source = open_images(config, run).to(world.device)
@@ -102,7 +103,7 @@ def _train(
         log.check(step, gradients)
         stepper.advance(tau(step))
         log.add(step, gradients, rates[step], beta(step), tau(step), warming_up=step < warmup)
-        stopped = log.end_step(step, stop_asked)
+        stopped = log.end_step(step, signals)
         if stopped and step + 1 < steps:
             return Outcome(step + 1, steps, log.newest, None)
 

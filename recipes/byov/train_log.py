@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesify import ArgumentError, BayesifyError, posteriors
+from bayesify.signals import Signals
 
 from .config import BYOVConfig, RunConfig
 from .data.dataset import Source
@@ -191,7 +192,7 @@ class TrainLog:
         if self.run.stop_on_collapse and self.world.any(self.alarms >= COLLAPSED):
             raise BayesifyError(collapse_message(self.config, done, values, self.newest))
 
-    def end_step(self, step: int, stop_asked: Callable[[], bool]) -> bool:
+    def end_step(self, step: int, signals: Signals) -> bool:
         """Close an epoch that ends here, and write a checkpoint where one is due.
 
         Returns:
@@ -203,7 +204,7 @@ class TrainLog:
         if ends:
             self._end_epoch(finished, done)
         due = ends and finished % self.run.checkpoint_every == 0
-        stopped = self.world.any(stop_asked())
+        stopped = self.world.any(signals.requested)
         if due or done == self.steps or stopped or self.best["step"] == done:
             self._check_all()
             self.newest = self._save(done)

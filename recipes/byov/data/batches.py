@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from bayesify import ArgumentError, DataError
 from bayesify.data import InMemory
+from bayesify.loading import Loader
 
 from ..runtime.seeds import seed_of
 from .dataset import Source, as_channels
@@ -206,7 +207,7 @@ def _load(
     workers: int,
 ) -> Iterator[list[Tensor]]:
     """Tensors of each batch on the device; broken images are noted in the source."""
-    loader: DataLoader[Any] = DataLoader(
+    loader: Loader[Any] = Loader(
         items,
         batch_sampler=[rows.tolist() for rows, _ in batches],
         num_workers=workers,

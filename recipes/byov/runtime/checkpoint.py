@@ -119,7 +119,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def tidy(folder: Path, *, keep_last: int, best: int | None) -> None:
-    """Remove all but the newest checkpoints and the best, and what a killed run left half-written.
+    """Remove all but the newest checkpoints and the best.
 
     Args:
         folder: Of the checkpoints.
@@ -130,8 +130,6 @@ def tidy(folder: Path, *, keep_last: int, best: int | None) -> None:
     for step in sorted(found)[:-keep_last]:
         if step != best:
             found[step].unlink()
-    for rest in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):  # safetensors has names of its own
-        rest.unlink(missing_ok=True)
 
 
 def check_same(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bayesify import BayesifyError, CheckpointError
 from bayesify.devices import resolve_device
+from bayesify.storage import locked
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def joined(device: str) -> Iterator[World]:
 
     Raises:
         ArgumentError: There is no such device here.
+        BayesifyError: Another process has died.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -73,5 +77,49 @@ def joined(device: str) -> Iterator[World]:
     )
     try:
         yield World(dist.get_rank(), dist.get_world_size(), found)
+    except RuntimeError as error:
+        if not _of_connection(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise BayesifyError(
+            f"Process {dist.get_rank()} of {size} has lost another one, which ended before its "
+            f"time ({reason}). Look for its own message; the run goes on from the newest "
+            "checkpoint with --resume."
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def alone(folder: Path, world: World) -> Iterator[None]:
+    """A block in which no other run uses a folder, which is made if need be.
+
+    Raises:
+        CheckpointError: Another run does, in every process of this one.
+    """
+    made = not folder.exists()
+    refusal: CheckpointError | None = None
+    with ExitStack() as stack:
+        if world.first:
+            if made:
+                stack.callback(_remove_if_empty, folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder / ".lock", f"The folder {folder}"))
+            except OSError as error:
+                refusal = CheckpointError(f"The folder {folder} cannot be made ({error}).")
+            except CheckpointError as error:
+                refusal = error
+        if world.any(refusal is not None):
+            raise refusal or CheckpointError(f"The folder {folder} is in use by another run.")
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _of_connection(error: RuntimeError) -> bool:
+    """Whether the processes have lost each other; gloo has no error kind of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

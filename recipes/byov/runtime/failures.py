@@ -1,12 +1,8 @@
-"""What ends a run before its time: a signal, a loss that is not finite, a collapse."""
+"""What ends a run before its time: a loss that is not finite, a collapse, a process that died."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +13,6 @@ from ..config import BYOVConfig
 
 COLLAPSED = 3
 """Alarms in a row, one a log line, that end a run."""
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM and Ctrl-C in this block instead of dying of them; a second one ends it all.
-
-    Outside the main thread, where Python allows no handler, the block is an ordinary one.
-    """
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                before[number] = signal.signal(number, note)
-            except ValueError:  # not the main thread
-                break
-        yield lambda: bool(asked)
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
 
 
 def check_finite(

@@ -30,8 +30,11 @@ class RunLog:
         """Append a line; a number that is not finite, which JSON lacks, becomes null."""
         if self.path is not None:
             line = json.dumps({"kind": kind, "step": step, **finite(values)}, allow_nan=False)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise CheckpointError(f"{self.path} cannot be written ({error}).") from error
         if self.tensorboard is not None and kind != "start":
             self.tensorboard.add(kind, step, values)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bayesify import ArgumentError
+from bayesify import ArgumentError, CheckpointError
 
 
 class TensorBoardWriter:
@@ -33,9 +33,12 @@ class TensorBoardWriter:
 
     def add(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Write the numbers of one line."""
-        for name, value in _numbers(values, kind):
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        try:
+            for name, value in _numbers(values, kind):
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        except OSError as error:
+            raise CheckpointError(f"TensorBoard's files cannot be written ({error}).") from error
 
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
