@@ -504,5 +504,5 @@ def test_an_npz_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path: Path) -
         sources.open_images(str(path))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("images", b"not an array")
-    with pytest.raises(DataError, match="images in .* not no such array"):
+    with pytest.raises(DataError, match=r"images in .* not no such array"):
         sources.open_images(str(path))
