@@ -466,11 +466,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         for key, value in state.items()
         if (reason := _strange(value, own.get(key)))
     ]
-    # A mask saved as a buffer may hold infinity, as it then does in the new model too.
     broken = [
-        key
-        for key in (own.keys() & state if not strange else ())
-        if state[key].isnan().any() or (state[key].isinf().any() and not own[key].isinf().any())
+        key for key in (own.keys() & state if not strange else ()) if _broken(state[key], own[key])
     ]
     if not reshaped and not strange:
         # The model's own answer: some modules complete or rename the keys of older files.
@@ -506,6 +503,16 @@ def _strange(value: Tensor, own: Tensor | None) -> str | None:
     if value.is_floating_point() and value.element_size() < 2:
         return f"{value.dtype}, which needs a scale that no model here has: save it wider"
     return None
+
+
+def _broken(value: Tensor, own: Tensor) -> bool:
+    """Whether a tensor of a file holds NaN, or infinity where the model has none."""
+    if not value.is_floating_point() and not value.is_complex():
+        return False
+    if value.element_size() < 2:  # torch does not look into these
+        value, own = value.float(), own.float()
+    # A mask saved as a buffer may hold infinity, as it then does in the new model too.
+    return bool(value.isnan().any() or (value.isinf().any() and not own.isinf().any()))
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

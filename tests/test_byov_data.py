@@ -3,6 +3,7 @@
 import io
 import struct
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -492,4 +493,8 @@ def test_an_npz_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path: Path) -
     labels = np.array([0, 10**12])
     np.savez(path, images=np.zeros((2, 4, 4, 1), np.uint8), labels=labels)
     with pytest.raises(DataError, match="one label from 0 for each image, below 1,000,000"):
+        sources.open_images(str(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images", b"not an array")
+    with pytest.raises(DataError, match=r"images in .* not no such array"):
         sources.open_images(str(path))

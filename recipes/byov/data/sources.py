@@ -96,7 +96,9 @@ def _open_npz(spec: str, path: Path) -> tuple[Images, Images | None, tuple[str, 
                 "more: images do not pack like that."
             )
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+            members = {key: file[key] for key in file.files}
+        # what is no .npy comes as bytes
+        arrays = {key: value for key, value in members.items() if isinstance(value, np.ndarray)}
     except DataError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
