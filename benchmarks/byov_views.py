@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     cases = []
-    for size, batch, configs in ((32, 256, CIFAR_VIEWS), (224, 64, IMAGENET_VIEWS)):
+    for size, batch, configs in ((32, 128, CIFAR_VIEWS), (224, 32, IMAGENET_VIEWS)):
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
         runs = ways(images.to(options.device), configs, options.workers)
