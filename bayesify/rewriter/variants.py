@@ -36,7 +36,7 @@ from .passes import (
     source_of,
 )
 from .trace_context import ACTIVE, has_hooks
-from .tracer import MethodTracer, Trace
+from .tracer import WRITES, MethodTracer, Trace
 from .values import StateFound, TraceFailure
 
 logger = logging.getLogger(__name__)
@@ -352,7 +352,8 @@ def _make(
                 "without strict, or skip this module."
             )
         logger.info("%s.%s takes the fallback: %s", type(owner).__name__, method, reason)
-        variant = Variant(key, (), frozenset(), False, shapes, None, "", "swap", reason)
+        held = True if reason.startswith(WRITES) else None
+        variant = Variant(key, (), frozenset(), False, shapes, None, "", "swap", reason, held)
     else:
         slots = _slots_below(owner)
         _warn_of_masked(owner, method, trace, slots)
@@ -486,7 +487,7 @@ def _fall_back(
         LOCAL.reads = outer
     if mode is not None:
         result = mode.exchange(result)  # a parameter merely handed on passes through no function
-        variant.held = bool(variant.held) or mode.met
+        variant.held = bool(variant.held) or mode.met or mode.writes.met
     return result
 
 
