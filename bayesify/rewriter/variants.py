@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import operator
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -485,10 +486,26 @@ def _fall_back(
             result = original(owner, *args, **kwargs)
     finally:
         LOCAL.reads = outer
+    if isinstance(result, types.GeneratorType):
+        return _resumed(result, LOCAL.scope, drawn)
     if mode is not None:
         result = mode.exchange(result)  # a parameter merely handed on passes through no function
         variant.held = bool(variant.held) or mode.met or mode.writes.met
     return result
+
+
+def _resumed(generator: Any, scope: Any, drawn: Callable[..., Any]) -> Iterator[Any]:
+    """A generator whose code runs when it is asked, in the scope of the call that made it."""
+    while True:
+        outer, LOCAL.scope = LOCAL.scope, scope
+        try:
+            with drawn():
+                item = next(generator)
+        except StopIteration:
+            return
+        finally:
+            LOCAL.scope = outer
+        yield item
 
 
 @contextmanager

@@ -86,13 +86,15 @@ class Writes:
     def _of(self, target: Tensor) -> int | None:
         """The slot into whose draw a tensor leads."""
         scope = LOCAL.scope
-        if scope is None or target.layout != torch.strided:
+        if scope is None or target.layout != torch.strided or _is_wrapped(target):
             return None
         with torch._C.DisableTorchFunction():
             start = target.data_ptr()
             for index, draw in scope.realised.items():
+                if _is_wrapped(draw):
+                    continue
                 inside = start - draw.data_ptr()
-                if index[0] in self.where and 0 <= inside < max(1, draw.nbytes):
+                if 0 <= inside < max(1, draw.nbytes) and index[0] in self.where:
                     return int(index[0])
         return None
 
@@ -138,6 +140,11 @@ class Writes:
             for index, draw in scope.realised.items():
                 if index[0] == uid and "deviation" not in index:
                     draw.data.copy_(value)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func has wrapped it: it has no memory of its own."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _slot(module: nn.Module, attribute: str) -> Slot:
