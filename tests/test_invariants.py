@@ -885,10 +885,6 @@ def uses_its_functional_call(self: Any, x: Tensor) -> Any:
     return torch.func.functional_call(self.inner, doubled, (x,)) @ self.weight
 
 
-def gives_an_iterator(self: Any, x: Tensor) -> Any:
-    return (_matmul(self, x) * i for i in range(2))
-
-
 def sums_its_parameters(self: Any, x: Tensor) -> Any:
     return _matmul(self, x) + sum(p.sum() for p in self.parameters())
 
@@ -903,7 +899,6 @@ EFFECTS = [
         for body, reason in {
             uses_its_functional_call: "a parameter that functional_call replaced inside a scope "
             "is not read: the slot's draw of before is",
-            gives_an_iterator: "a generator that runs after the scope has closed reads the means",
         }.items()
     ),
 ]  # fmt: skip

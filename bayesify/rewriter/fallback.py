@@ -23,6 +23,7 @@ from ..scope import LOCAL
 from .assignments import members
 from .caches import INTERNAL, below
 from .trace_context import ACTIVE, opaque_calls, restore
+from .writes import Writes
 
 _LOCK = threading.Lock()
 
@@ -143,6 +144,7 @@ class HeldReads(TorchFunctionMode):
             for attribute in state.slots if state is not None else ():
                 mean = dict.get(module._parameters, attribute)
                 self.where.setdefault(id(mean), (module, attribute))
+        self.writes = Writes(self.where)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if LOCAL.scope is None or not LOCAL.scope.drawing or ACTIVE.tracer is not None:
@@ -150,7 +152,7 @@ class HeldReads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and func.__self__.__name__ in _HARMLESS:
             return func(*args, **(kwargs or {}))
-        return func(*self.exchange(args), **self.exchange(kwargs or {}))
+        return self.writes.run(func, self.exchange(args), self.exchange(kwargs or {}))
 
     def __enter__(self) -> HeldReads:
         opaque_calls.__enter__()

@@ -35,10 +35,11 @@ class Outside:
     value: Any
     holder: Any
     plain: bool  # compared by value; else it must be the very object
+    compiles: bool = True  # whether torch.compile can compare it
 
     def holds(self) -> bool:
         if compiling():
-            if isinstance(self.holder, dict | contextvars.ContextVar):
+            if not self.compiles or isinstance(self.holder, dict | contextvars.ContextVar):
                 return True  # torch.compile cannot ask them for a default
             found = getattr(self.holder, self.name, MISSING)
         else:

@@ -205,4 +205,5 @@ def _entries(get: Callable[..., Any], holder: Any, names: set[str]) -> Iterator[
             same = isinstance(value, PRIMITIVES) or value is MISSING
             yield Outside(get, name, value if same else copy_plain(value), holder, True)
         elif not isinstance(value, _FOLLOWED):
-            yield Outside(get, name, value, holder, False)
+            compiles = isinstance(value, types.FunctionType | torch.Tensor)
+            yield Outside(get, name, value, holder, False, compiles)

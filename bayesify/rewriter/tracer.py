@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext, _device_constructors
 
+from ..posterior import owner_state
 from . import caches, context_variables, objects
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
@@ -56,6 +57,9 @@ from .values import (
     unpacks_into_names,
 )
 from .writer import Expression, GraphWriter, access, can_be_target, resolves, traced_inside
+from .writes import target_of
+
+WRITES = "it writes into its parameter"
 
 _CONCRETE_ATTRIBUTES = {
     "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
@@ -257,6 +261,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self._node(
                 "call_function", setattr, (self.argument(tensor), name, self.argument(args[1]))
             )
+            if name == "data":
+                self._refuse_write(tensor)
             if name in ("data", "requires_grad"):
                 raise TraceFailure(f"assignment to Tensor.{name}")
             return None
@@ -381,6 +387,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name.startswith("squeeze"):
             self.note_dims(None)  # whether a dimension goes depends on its size
+        if (target := target_of(func, args, kwargs)) is not None:
+            self._refuse_write(target)
         result = self._evaluate(func, args, kwargs)
         if func is torch._C._set_grad_enabled:
             if torch.is_inference_mode_enabled() == self.entry_context[1]:  # which switches it too
@@ -401,6 +409,18 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             {k: self.argument(v) for k, v in kwargs.items()},
         )  # fmt: skip
         return self._wrap(result, node, (args, kwargs), parts=name in _PARTS)
+
+    def _refuse_write(self, target: Tensor) -> None:
+        """A write into a posterior's draw is the fallback's to turn into one into its mean."""
+        with torch._C.DisableTorchFunction(), paused():
+            place = self._as_examples(target).untyped_storage()._cdata
+            for kind, path, name, tensor in self.tensors.values():
+                known = self._examples.get(id(tensor))
+                if kind == "parameter" and known and known[1].untyped_storage()._cdata == place:
+                    module = self.owner.get_submodule(".".join(path))
+                    state = owner_state(module)
+                    if state is not None and name in state.slots:
+                        raise TraceFailure(f"{WRITES} {'.'.join((*path, name))!r}")
 
     def _wrap(self, result: Any, node: fx.Node, inputs: Any, parts: bool = False) -> Any:
         if isinstance(result, Tensor):

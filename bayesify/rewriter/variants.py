@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import operator
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from .passes import (
     source_of,
 )
 from .trace_context import ACTIVE, has_hooks
-from .tracer import MethodTracer, Trace
+from .tracer import WRITES, MethodTracer, Trace
 from .values import StateFound, TraceFailure
 
 logger = logging.getLogger(__name__)
@@ -352,7 +353,8 @@ def _make(
                 "without strict, or skip this module."
             )
         logger.info("%s.%s takes the fallback: %s", type(owner).__name__, method, reason)
-        variant = Variant(key, (), frozenset(), False, shapes, None, "", "swap", reason)
+        held = True if reason.startswith(WRITES) else None
+        variant = Variant(key, (), frozenset(), False, shapes, None, "", "swap", reason, held)
     else:
         slots = _slots_below(owner)
         _warn_of_masked(owner, method, trace, slots)
@@ -484,10 +486,26 @@ def _fall_back(
             result = original(owner, *args, **kwargs)
     finally:
         LOCAL.reads = outer
+    if isinstance(result, types.GeneratorType):
+        return _resumed(result, LOCAL.scope, drawn)
     if mode is not None:
         result = mode.exchange(result)  # a parameter merely handed on passes through no function
-        variant.held = bool(variant.held) or mode.met
+        variant.held = bool(variant.held) or mode.met or mode.writes.met
     return result
+
+
+def _resumed(generator: Any, scope: Any, drawn: Callable[..., Any]) -> Iterator[Any]:
+    """A generator whose code runs when it is asked, in the scope of the call that made it."""
+    while True:
+        outer, LOCAL.scope = LOCAL.scope, scope
+        try:
+            with drawn():
+                item = next(generator)
+        except StopIteration:
+            return
+        finally:
+            LOCAL.scope = outer
+        yield item
 
 
 @contextmanager
