@@ -172,6 +172,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self._sizes: dict[tuple[int, int], TracedInt] = {}
         self._handing_on = False
         self._handed_on = False  # whether a submodule was given an object, whatever that holds
+        self._error = ""  # the first one that was raised
         self.made: dict[int, nn.Module] = {}  # modules that the method itself has made
         self._variables = contextvars.copy_context()
         self._transforms = transforms()
@@ -215,10 +216,22 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return self.record(func, args, kwargs or {})
 
+    def note_error(self, error: BaseException) -> None:
+        """What the trace raised, the method must not handle: its other branch may be wrong."""
+        first = (str(error).splitlines() or [""])[0]
+        self._error = self._error or f"{type(error).__name__}: {first}"
+
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record one call of a torch function and give its traced result."""
         if ACTIVE.tracer is not self:
             raise TraceFailure(f"{func} on a traced tensor outside of its trace")
+        try:
+            return self._record(func, args, kwargs)
+        except BaseException as error:
+            self.note_error(error)
+            raise
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if transforms() != self._transforms:
             raise TraceFailure("it differentiates or maps a function by torch.func or forward_ad")
         name = getattr(func, "__name__", "")
@@ -455,7 +468,11 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a submodule, which stays a call."""
         with torch._C.DisableTorchFunction():
-            return self._call_module(module, args, kwargs)
+            try:
+                return self._call_module(module, args, kwargs)
+            except BaseException as error:
+                self.note_error(error)
+                raise
 
     def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         variables = context_variables.changed(self._variables)
@@ -695,6 +712,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             held = self._containers()
             context = contextvars.copy_context()  # what it leaves set is not to stay
             result = context.run(functools.partial(method, *args, **kwargs))
+            if self._error:
+                raise TraceFailure(f"it handles an error of its trace ({self._error})")
             if context.run(context_variables.changed, self._variables):
                 raise TraceFailure("it sets a context variable for later calls")
             self._check_containers(held)

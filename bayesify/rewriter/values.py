@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from .trace_context import ACTIVE
+
 Dims = frozenset[tuple[int, int]] | None
 """Which (tensor argument, dimension) pairs a number depends on; None: it cannot be said."""
 
@@ -24,8 +26,14 @@ Dims = frozenset[tuple[int, int]] | None
 class TraceFailure(BaseException):
     """This forward cannot become a graph; the message says why.
 
-    No Exception: a forward's own ``except Exception`` must not swallow it.
+    No Exception: a forward's own ``except Exception`` must not swallow it. The trace that it ends
+    knows of it all the same, since a ``finally`` may put another error in its place.
     """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        if ACTIVE.tracer is not None:
+            ACTIVE.tracer.note_error(self)
 
 
 class StateFound(TraceFailure):
@@ -144,14 +152,19 @@ class TracedNumber:
         self.recorder = recorder
         self.dims = dims
         self._make_node = make_node
-        self._node: fx.Node | None = None
+        self._recorded: fx.Node | None = None
         self.source: Any = None
 
+    def recorded(self) -> fx.Node:
+        """The node that computes it."""
+        if self._recorded is None:
+            self._recorded = self._make_node()
+        return self._recorded
+
     @property
-    def node(self) -> fx.Node:
-        if self._node is None:
-            self._node = self._make_node()
-        return self._node
+    def node(self) -> Any:
+        """What torch's own code, in C, asks a torch.SymInt for."""
+        raise TraceFailure("a size reaches code of torch that torch.fx cannot see")
 
     def _get_int(self) -> int:
         return int(_fixed(self))

@@ -137,7 +137,7 @@ class GraphWriter:
         if kind is TracedObject:
             return value.__dict__["node"]
         if isinstance(value, TracedNumber):
-            return value.node
+            return value.recorded()
         if isinstance(value, Tensor):
             where = self.tensors.get(id(value))
             if where is None:
