@@ -281,7 +281,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 return tensor.device
         if name in _CONCRETE_ATTRIBUTES:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), paused():
                 return getattr(example, name)
         if name == "grad_fn" or name == "grad":
             raise TraceFailure(f"Tensor.{name} is known only when it runs")
@@ -418,6 +418,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if isinstance(result, Tensor):
             # also where it is the very input: dropout gives its input back only in eval
             return TracedTensor(result, node, self)
+        if result is NotImplemented:  # of `tensor == None`, which Python then answers
+            return result
         if result is None or isinstance(result, PRIMITIVES):
             # examples hold no data, so a number can only come of shapes
             if type(result) in (int, float) and any(True for _ in traced_inside(inputs)):

@@ -130,8 +130,9 @@ class Contents:
     """A whole file, checked to be complete in itself.
 
     ``conversions`` are (path of the converted module, arguments); ``spec`` is the JSON of a
-    ModelSpec; ``state`` the state_dict, tied tensors under each of their keys; ``classes`` the
-    names of the outputs, as far as they are known.
+    ModelSpec; ``state`` the tensors of the state_dict, tied ones under each of their keys;
+    ``extra`` the plain values in it; ``classes`` the names of the outputs, as far as they are
+    known.
     """
 
     rows: tuple[Row, ...]
@@ -139,6 +140,7 @@ class Contents:
     kind: str
     spec: Any
     state: dict[str, Tensor]
+    extra: dict[str, Any]
     prior_means: dict[str, Tensor]
     classes: tuple[str, ...]
 
@@ -157,6 +159,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         conversions = tuple(
             (str(c["root"]), conversion_from_json(c["arguments"])) for c in header["conversions"]
         )
+        extra = dict(header.get("extra", {}))
         state = {**tensors, **{key: tensors[kept] for key, kept in header["aliases"].items()}}
         for row in rows:
             for name in row.names:
@@ -173,7 +176,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     named = header["info"].get("classes") if isinstance(header["info"], dict) else None
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         named = []
-    return Contents(rows, conversions, kind, spec, state, prior_means, tuple(named))
+    return Contents(rows, conversions, kind, spec, state, extra, prior_means, tuple(named))
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
