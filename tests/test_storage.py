@@ -485,12 +485,13 @@ def test_extra_state_comes_back(tmp_path: Path) -> None:
     model[0].extra = plain
     save(model, path)
     back = load(path, model=nn.Sequential(WithExtra(2, 1)))
-    assert back[0].extra == plain and back[0].extra is not plain
+    assert back[0].extra == plain
+    assert back[0].extra is not plain
     assert torch.equal(back[0].weight, model[0].weight)
-    with pytest.raises(CheckpointError, match="1 missing from the model: 0._extra_state"):
+    with pytest.raises(CheckpointError, match=r"1 missing from the model: 0\._extra_state"):
         load(path, model=nn.Sequential(nn.Linear(2, 1)))
     save(bayesify.to_bbb(nn.Sequential(nn.Linear(2, 1))), path, overwrite=True)
-    with pytest.raises(CheckpointError, match="1 missing from the file: 0._extra_state"):
+    with pytest.raises(CheckpointError, match=r"1 missing from the file: 0\._extra_state"):
         load(path, model=nn.Sequential(WithExtra(2, 1)))
 
 
@@ -500,7 +501,7 @@ def test_extra_state_comes_back(tmp_path: Path) -> None:
 def test_extra_state_that_json_would_change_is_refused(tmp_path: Path, value: Any) -> None:
     model = bayesify.to_bbb(WithExtra(2, 1))
     model.extra = value  # type: ignore[assignment]
-    with pytest.raises(CheckpointError, match="'_extra_state' of the state dict, a .*no.* pickle"):
+    with pytest.raises(CheckpointError, match=r"'_extra_state' of the state dict, a .*no.* pickle"):
         save(model, tmp_path / "a")
     assert os.listdir(tmp_path) == []
 
