@@ -336,7 +336,7 @@ def _differ(original: nn.Module, converted: nn.Module, args: Any, kwargs: Any) -
             with probe.watching(), bayesify.sampled(converted):
                 converted(*args, **kwargs)
         drawn.append({name: draw.clone() for draw, name in probe.draws.values()})
-    return not same(*found) or any(
+    return not same(found[0], found[1]) or any(
         same(draw, drawn[1][name]) for name, draw in drawn[0].items() if draw.numel()
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bayesify
 from bayesify.rewriter.variants import rungs
+from reference import check
 
 
 class Base(nn.Module):
@@ -268,3 +269,38 @@ def test_a_cache_neither_serves_a_draw_nor_is_made_of_one(
     for site in bayesify.posterior.sites(converted):
         assert site.mean.grad is not None
         assert site.raw.grad is not None
+
+
+class Cell(nn.Module):
+    """Keeps its state from step to step, of the shape of the input."""
+
+    state: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("state", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state.shape != x.shape:
+            self.state = torch.zeros_like(x)
+        self.state = self.layer(x) * self.layer.weight.sum() + self.state
+        return self.state
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Sequential(Cell())
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Any = self.cell[0]
+        inner.state = torch.zeros_like(inner.state)
+        return torch.stack([self.cell(step) for step in x.unbind(1)])
+
+
+def test_a_state_that_a_caller_sets_is_not_taken_for_one_of_its_shape() -> None:
+    report = check(Steps(), lambda n: ((torch.randn(n, 4, 3),), {}), batches=(2, 3, 2))
+    assert report.problems == []
+    assert report.fx_owners == report.owners == 1  # the layer
+    assert {line.partition(":")[0] for line in report.swapped} == {" Steps.forward"}

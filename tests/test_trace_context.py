@@ -113,7 +113,8 @@ class Handles(nn.Module):
 
 
 def mapped(x: Tensor) -> Tensor:
-    return torch.vmap(lambda row: row * 2)(torch.arange(len(x)) + x.shape[0]).sum()
+    twice: Callable[[Tensor], Tensor] = torch.vmap(lambda row: row * 2)
+    return twice(torch.arange(len(x)) + x.shape[0]).sum()
 
 
 def counted(x: Tensor) -> Tensor:

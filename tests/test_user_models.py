@@ -820,7 +820,7 @@ def asks_for_the_device(x: Tensor) -> Tensor:
 
 
 def compares_with_none(x: Tensor) -> Tensor:
-    return x if x == None else x + 1  # type: ignore[redundant-expr] # noqa: E711
+    return x if x == None else x + 1  # noqa: E711
 
 
 def looks_at_the_class(x: Tensor) -> Tensor:

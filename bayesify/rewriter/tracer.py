@@ -45,6 +45,7 @@ from .trace_context import (
 )
 from .values import (
     Dims,
+    ForeignTensor,
     StateFound,
     TracedFloat,
     TracedInt,
@@ -236,6 +237,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             raise TraceFailure("it differentiates or maps a function by torch.func or forward_ad")
         name = getattr(func, "__name__", "")
         subject = args[0] if args else None
+        if type(subject) is TracedTensor and subject.recorder is not self:
+            raise ForeignTensor(subject)
         if name in ("__get__", "__set__"):
             return self._property(func.__self__.__name__, name == "__get__", args)
         if name in _VALUE_METHODS and isinstance(subject, Tensor):

@@ -40,6 +40,14 @@ class StateFound(TraceFailure):
     """What was hidden as a cache is state: the trace must start again and see it."""
 
 
+class ForeignTensor(TraceFailure):
+    """A module met a tensor of a trace around it, that its caller has set: the caller's ends."""
+
+    def __init__(self, tensor: TracedTensor) -> None:
+        super().__init__("a submodule reads a tensor that it was given as an attribute")
+        self.recorder = tensor.recorder
+
+
 class Recorder(Protocol):
     """What traced values need of the tracer."""
 
@@ -235,7 +243,7 @@ class TracedNumber:
         return float(_fixed(self)).is_integer()
 
 
-class TracedInt(TracedNumber, torch.SymInt):  # type: ignore[misc]
+class TracedInt(TracedNumber, torch.SymInt):  # type: ignore[misc, override]
     """An integer taken from a shape."""
 
     __hash__ = TracedNumber.__hash__
@@ -248,7 +256,7 @@ class TracedInt(TracedNumber, torch.SymInt):  # type: ignore[misc]
         return int
 
 
-class TracedFloat(TracedNumber, torch.SymFloat):  # type: ignore[misc]
+class TracedFloat(TracedNumber, torch.SymFloat):  # type: ignore[misc, override]
     """A float computed from a shape."""
 
     __hash__ = TracedNumber.__hash__

@@ -37,7 +37,7 @@ from .passes import (
 )
 from .trace_context import ACTIVE, has_hooks
 from .tracer import MethodTracer, Trace
-from .values import StateFound, TraceFailure
+from .values import ForeignTensor, StateFound, TraceFailure
 
 logger = logging.getLogger(__name__)
 
@@ -314,6 +314,8 @@ def _make(
                 reason = str(failure)
                 continue
             except TraceFailure as failure:
+                if isinstance(failure, ForeignTensor) and ACTIVE.fake_mode is not None:
+                    raise  # to the caller whose tensor it is; this one may become a graph yet
                 reason = str(failure)
             except Exception as error:  # the fallback runs the code itself and shows its errors
                 first = (str(error).splitlines() or [""])[0]
@@ -404,6 +406,10 @@ def _trace(
     ):  # fmt: skip
         try:
             return tracer.run(functools.partial(original, owner), names, build, tensors)
+        except ForeignTensor as failure:
+            if failure.recorder is tracer:
+                raise TraceFailure(str(failure)) from failure
+            raise
         finally:
             # it holds casts of ordinary parameters, now made of examples
             torch.clear_autocast_cache()
