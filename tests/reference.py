@@ -262,6 +262,7 @@ def check(
             with bayesify.one_draw(converted, seed=11):
                 # traced here, so that the probe sees only what runs; unwatched, memory is reused
                 unwatched = values(converted(*args, **kwargs))
+            unwatched = [v.clone() for v in unwatched]  # one may be a buffer, restored in place
             _restore(converted, state_b)
             probe = Probe(converted)
             seed_all(7)

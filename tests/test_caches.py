@@ -304,3 +304,29 @@ def test_a_state_that_a_caller_sets_is_not_taken_for_one_of_its_shape() -> None:
     assert report.problems == []
     assert report.fx_owners == report.owners == 1  # the layer
     assert {line.partition(":")[0] for line in report.swapped} == {" Steps.forward"}
+
+
+class Overwrites(nn.Module):
+    """Reads a state only after it has set it."""
+
+    state: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("state", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = None
+        if self.state is None:
+            self.state = torch.zeros_like(x)
+        self.state = self.layer(x) * self.layer.weight.sum() + self.state
+        return self.state
+
+
+def test_a_buffer_that_is_set_before_it_is_read_is_no_condition() -> None:
+    model = bayesify.to_bbb(Overwrites())
+    for _ in range(3):
+        model(torch.ones(2, 3))
+    assert [r.rung for r in rungs(model) if r.owner == ""] == ["plain"]
+    assert check(Overwrites(), lambda n: ((torch.randn(n, 3),), {})).problems == []

@@ -602,7 +602,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         path = self.paths.get(id(module))
         if (id(module), name) in self.hiding.names:
             self.hiding.read(module, name)
-        elif path is not None and (path, name) not in self.guards:
+        elif path is not None and (path, name) not in (*self.guards, *self.writes):
             found = held(module, name)
             if found is None or found is MISSING:
                 self.guards[path, name] = Guard(path, name, found, "equal")

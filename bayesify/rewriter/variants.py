@@ -245,11 +245,16 @@ def find(
     owner: nn.Module, state: OwnerState, method: str, key: Any, tensors: list[Tensor]
 ) -> Variant | None:
     """The variant that was made for such a call, if there is one."""
-    for variant in state.variants.get(method, {}).values():
-        if variant.key == key and variant.matches(owner, tensors):
-            found: Variant = variant
-            return found
-    return None
+    # a guard asks for what the module holds, in the fallback of a module around it too
+    exchanged, ACTIVE.exchanged = ACTIVE.exchanged, frozenset()
+    try:
+        for variant in state.variants.get(method, {}).values():
+            if variant.key == key and variant.matches(owner, tensors):
+                found: Variant = variant
+                return found
+        return None
+    finally:
+        ACTIVE.exchanged = exchanged
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
