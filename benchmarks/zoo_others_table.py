@@ -24,8 +24,6 @@ REASONS: dict[str, str] = {
     "neuralop:FNOGNO": _METADATA,
     "neuralop:TFNO": _METADATA,
     "neuralop:UQNO": _METADATA,
-    "gpytorch:a variational process": "it keeps objects that hold tensors made of parameters "
-    "between calls in eval mode; only tensors are known as caches",
 }
 """Why a model does not pass, in words, where its problem does not say it."""
 

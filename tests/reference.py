@@ -108,8 +108,16 @@ def clear_caches(model: nn.Module) -> None:
                 value.clear()
 
 
+def _may_be_a_result(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_may_be_a_result, value))
+    return isinstance(value, Tensor) or (
+        hasattr(value, "__dict__") and not callable(value) and not isinstance(value, type)
+    )
+
+
 def cache_cleaner(model: nn.Module) -> Callable[[], None]:
-    """Puts the dicts of tensors that modules hold back to what they hold now, when it is called."""
+    """Puts the tables of results that modules hold back to what they hold now, when called."""
     held = {
         (module, name): dict(value)
         for module in model.modules()
@@ -120,7 +128,7 @@ def cache_cleaner(model: nn.Module) -> Callable[[], None]:
     def clear() -> None:
         for module in model.modules():
             for name, value in vars(module).items():
-                if type(value) is dict and any(isinstance(v, Tensor) for v in value.values()):
+                if type(value) is dict and any(map(_may_be_a_result, value.values())):
                     if name not in ("_parameters", "_buffers", "_modules"):
                         value.clear()
                         value.update(held.get((module, name), {}))

@@ -134,15 +134,19 @@ class _Reading:
 
 
 def _functions_of(member: Any) -> Iterator[types.FunctionType]:
-    """The Python functions behind a member of a class, those that a decorator wraps too."""
+    """The Python functions behind a member of a class: what decorators made, and what they wrap."""
     if isinstance(member, property):
         parts: tuple[Any, ...] = (member.fget, member.fset)
     else:
         parts = (getattr(member, "func", getattr(member, "__func__", member)),)
     for part in parts:
-        function = inspect.unwrap(part) if callable(part) else None
+        wrappers: list[Any] = []
+        function = inspect.unwrap(part, stop=wrappers.append) if callable(part) else None
         if isinstance(function, types.FunctionType):
             yield function
+        for wrapper in wrappers:  # of those without an argument no variable is the module
+            if isinstance(wrapper, types.FunctionType) and wrapper.__code__.co_argcount:
+                yield wrapper
 
 
 def _globals_of(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.FunctionType]:
