@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,16 @@ RESULT = Path(__file__).parent / "results" / "zoo_others.jsonl"
 Row = dict[str, Any]
 
 _METADATA = (
-    "its state dict holds a dict `_metadata` of how it was built; `save` refuses by name what is "
-    "no tensor, since it would need a pickle; all else holds"
+    "beside its tensors its state dict holds `_metadata`, the arguments that built it: tuples, "
+    "functions, classes. `save` writes no pickle and refuses it by name; all else holds"
 )
 REASONS: dict[str, str] = {
-    "kornia:DeDoDe": "`copy.deepcopy` of the original raises the same: it holds a view of a dict",
+    "kornia:DeDoDe": "`copy.deepcopy` of the original raises the same: it holds a view of a "
+    "dict. `to_bbb` says so and names `to_bbb_`, which converts in place",
     "neuralop:FNO": _METADATA,
     "neuralop:FNOGNO": _METADATA,
     "neuralop:TFNO": _METADATA,
     "neuralop:UQNO": _METADATA,
-    "gpytorch:a variational process": "it keeps objects that hold tensors made of parameters "
-    "between calls in eval mode; only tensors are known as caches",
 }
 """Why a model does not pass, in words, where its problem does not say it."""
 
@@ -67,24 +66,31 @@ def section(rows: dict[str, Row]) -> list[str]:
         "## Other libraries\n",
         f"**{ok} of {len(listed)} models of {len(libraries)} other libraries pass the numeric "
         f"check** ({100 * ok / max(len(listed), 1):.1f} %); of {len(by_hand)} more that were "
-        f"chosen by hand, {ok_by_hand}. The list was fixed before anything ran: of each library's "
-        "own table of models (for transformers, of each of its tables by task) the names are "
-        "sorted, shuffled by a seed that is the table's name, and the first few taken. A name "
-        "that the library cannot run here by itself, or that has no parameter, is passed over and "
-        "named below. Every model is built at a tiny configuration with random weights and "
-        "checked in a process of its own: values at the means and under a draw, gradients of all "
-        "means and log variances against `torch.func.functional_call`, in eval and train mode, "
-        "back-conversion, and a state dict and a file into a model built anew, which gives the "
-        "same draw.\n",
+        f"chosen by hand, {ok_by_hand}.\n",
+        "- *Which models*: a rule fixed the list before anything ran. Of each library's own table "
+        "of models (for transformers, of each of its tables by task) the names are sorted, "
+        "shuffled by a seed that is the table's name, and the first few taken. A name that the "
+        "library cannot run here by itself, or that has no parameter, is passed over and stands "
+        "below with its reason. What was chosen by hand is counted apart.\n"
+        "- *What is checked*: every model is built at a tiny configuration with random weights, "
+        "in a process of its own. In eval and in train mode, at the means and under a draw, "
+        "outputs and buffers are those of the original with these weights, bit for bit; the "
+        "gradients of all means and log variances are those of `torch.func.functional_call`; "
+        "converting back is exact; a state dict and a file of `save`, each loaded into a model "
+        "built anew, give the same draw.\n"
+        f"- *Graphs*: an owner is a module with parameters of its own or below it. "
         f"{owners - swapped:,} of {owners:,} owners that were called became torch.fx graphs "
         f"({100 * (owners - swapped) / max(owners, 1):.1f} %), of those that hold parameters "
         f"themselves {own - own_swapped:,} of {own:,} "
         f"({100 * (own - own_swapped) / max(own, 1):.1f} %); the others take the fallback, with "
-        f"the same result. The first drawing call took "
+        "the same result.\n"
+        f"- *First call*: the first call that draws, which traces, took "
         f"{statistics.median(first) if first else 0:.2f} s in the median and "
         f"{max(first, default=0):.0f} s at most, on a busy machine.\n",
         f"Checked with {', '.join(versions)} at {', '.join(f'`{c}`' for c in commits)}; "
         "`make zoo-others` does it again and writes this section.\n",
+        "*Names* is how many the library's own tables have; *owners* and *fallback* count those "
+        "of the models checked.\n",
         "| library | version | names | by the rule: ok | by hand: ok | owners | fallback |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
         *(_library(name, tables, rows, listed, by_hand) for name in libraries),
@@ -135,14 +141,25 @@ def _failures(rows: dict[str, Row], listed: list[str], by_hand: list[str]) -> li
 
 
 def _fallback(rows: dict[str, Row]) -> list[str]:
-    why: dict[str, list[str]] = defaultdict(list)
+    own: dict[str, list[str]] = defaultdict(list)
+    others: dict[str, list[str]] = defaultdict(list)
     for name, row in sorted(rows.items()):
-        for reason in row.get("fallback", ()):
-            why[reason.partition(": ")[2]].append(name)
-    kinds = Counter({reason: len(set(names)) for reason, names in why.items()})
-    lines = ["### Who takes the fallback\n", "| reason | models |", "| --- | --- |"]
-    for reason, _ in sorted(kinds.items(), key=lambda item: (-item[1], item[0])):
-        names = sorted(set(why[reason]))
+        for line in row.get("fallback", ()):
+            reason = line.partition(": ")[2]
+            if "(owns none)" in line.partition(": ")[0]:
+                others[reason].append(name)
+            else:
+                own[line].append(name)
+    lines = ["### Who takes the fallback\n"]
+    lines += ["Modules that hold parameters themselves:\n", *_reasons("module and reason", own)]
+    lines += ["Modules that hold none, only modules that do:\n", *_reasons("reason", others)]
+    return lines
+
+
+def _reasons(title: str, why: dict[str, list[str]]) -> list[str]:
+    lines = [f"| {title} | models |", "| --- | --- |"]
+    sets = {reason: sorted(set(names)) for reason, names in why.items()}
+    for reason, names in sorted(sets.items(), key=lambda item: (-len(item[1]), item[0])):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         shown = ", ".join(f"`{n}`" for n in names[:3])
         lines.append(f"| {reason.replace('|', '/')} | {shown}{more} |")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import bayesify
 from bayesify.rewriter.variants import rungs
+from reference import check
 
 
 class Base(nn.Module):
@@ -268,3 +270,137 @@ def test_a_cache_neither_serves_a_draw_nor_is_made_of_one(
     for site in bayesify.posterior.sites(converted):
         assert site.mean.grad is not None
         assert site.raw.grad is not None
+
+
+class Cell(nn.Module):
+    """Keeps its state from step to step, of the shape of the input."""
+
+    state: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("state", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state.shape != x.shape:
+            self.state = torch.zeros_like(x)
+        self.state = self.layer(x) * self.layer.weight.sum() + self.state
+        return self.state
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Sequential(Cell())
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Any = self.cell[0]
+        inner.state = torch.zeros_like(inner.state)
+        return torch.stack([self.cell(step) for step in x.unbind(1)])
+
+
+def test_a_state_that_a_caller_sets_is_not_taken_for_one_of_its_shape() -> None:
+    report = check(Steps(), lambda n: ((torch.randn(n, 4, 3),), {}), batches=(2, 3, 2))
+    assert report.problems == []
+    assert report.fx_owners == report.owners == 1  # the layer
+    assert {line.partition(":")[0] for line in report.swapped} == {" Steps.forward"}
+
+
+class Overwrites(nn.Module):
+    """Reads a state only after it has set it."""
+
+    state: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("state", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = None
+        if self.state is None:
+            self.state = torch.zeros_like(x)
+        self.state = self.layer(x) * self.layer.weight.sum() + self.state
+        return self.state
+
+
+def test_a_buffer_that_is_set_before_it_is_read_is_no_condition() -> None:
+    model = bayesify.to_bbb(Overwrites())
+    for _ in range(3):
+        model(torch.ones(2, 3))
+    assert [r.rung for r in rungs(model) if r.owner == ""] == ["plain"]
+    assert check(Overwrites(), lambda n: ((torch.randn(n, 3),), {})).problems == []
+
+
+@dataclasses.dataclass
+class Pair:
+    first: Tensor
+    second: Tensor
+
+
+def remembers(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that keeps what a method gives in a dict of the module."""
+
+    @functools.wraps(method)
+    def remembering(self: Any, *args: Any) -> Any:
+        if self.training:
+            return method(self, *args)
+        if not hasattr(self, "kept"):
+            make_room(self)
+        if args not in self.kept:
+            keep(self, args, method(self, *args))
+        return self.kept[args]
+
+    return remembering
+
+
+def make_room(module: Any) -> None:
+    module.kept = {}
+
+
+def keep(module: Any, key: Any, value: Any) -> None:
+    module.kept[key] = value
+
+
+class KeepsResults(nn.Module):
+    """A table of results that are no tensors, but hold some."""
+
+    def __init__(self, kind: type, asks: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.kind, self.asks = kind, asks
+
+    @remembers
+    def twice(self, times: int) -> Any:
+        weight = self.layer.weight
+        first, second = weight * times, weight + times
+        if self.kind is Pair:
+            return Pair(first, second)
+        return first if self.kind is Tensor else self.kind([first, second])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asks and float(x.detach().sum()) > 1e9:
+            return x
+        found = self.twice(2)
+        first = found.first if self.kind is Pair else found if self.kind is Tensor else found[0]
+        return torch.mm(x, first)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("kind", [Tensor, tuple, list, Pair])
+def test_a_table_of_results_serves_no_draw(kind: type, asks: bool) -> None:
+    model = bayesify.to_bbb(KeepsResults(kind, asks)).eval()
+    x = torch.randn(2, 3)
+    at_the_means = model(x)
+    with bayesify.one_draw(model, seed=1):
+        drawn = model(x)
+    weight = bayesify.draws(model, seed=1)["layer.weight"]
+    assert torch.equal(drawn, x @ (weight * 2))
+    with bayesify.one_draw(model, seed=2):
+        assert not torch.equal(model(x), drawn)
+    assert torch.equal(model(x), at_the_means)
+    fresh = bayesify.to_bbb(KeepsResults(kind, asks)).eval()
+    with bayesify.one_draw(fresh, seed=1):
+        fresh(x)
+    assert torch.equal(fresh(x), x @ (fresh.get_parameter("layer.weight") * 2))

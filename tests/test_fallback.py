@@ -531,3 +531,25 @@ def test_compiled(make: Callable[[], nn.Module]) -> None:
         found.sum().backward()
     assert all(s.raw.grad is not None for s in sites(converted) if s.name != "layer.bias")
     assert all(type(m._parameters) is dict for m in converted.modules())
+
+
+class AsksForItsParameters(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias if "bias" in self._parameters else None)
+
+
+class Decides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = AsksForItsParameters(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y if float(y.detach().sum()) > -1e9 else -y
+
+
+def test_a_graph_inside_a_fallback_is_used_again() -> None:
+    model = bayesify.to_bbb(Decides())
+    for _ in range(3):
+        model(torch.ones(2, 3))
+    assert [(r.owner, r.rung) for r in rungs(model)] == [("", "swap"), ("layer", "plain")]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file as load_numpy
@@ -468,11 +469,42 @@ def test_a_link_keeps_pointing_to_its_file(tmp_path: Path) -> None:
 
 
 class WithExtra(nn.Linear):
-    def get_extra_state(self) -> dict[str, int]:
-        return {"steps": 3}
+    extra: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.extra
 
     def set_extra_state(self, state: Any) -> None:
-        pass
+        self.extra = state
+
+
+def test_extra_state_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    plain = {"steps": 3, "rate": 0.1, "names": ["a", 'b"\n'], "on": True, "none": None, "in": {}}
+    model = bayesify.to_bbb(nn.Sequential(WithExtra(2, 1)))
+    inner: Any = model.get_submodule("0")
+    inner.extra = plain
+    save(model, path)
+    back: Any = load(path, model=nn.Sequential(WithExtra(2, 1)))
+    assert back[0].extra == plain
+    assert back[0].extra is not plain
+    assert torch.equal(back[0].weight, inner.weight)
+    with pytest.raises(CheckpointError, match=r"1 missing from the model: 0\._extra_state"):
+        load(path, model=nn.Sequential(nn.Linear(2, 1)))
+    save(bayesify.to_bbb(nn.Sequential(nn.Linear(2, 1))), path, overwrite=True)
+    with pytest.raises(CheckpointError, match=r"1 missing from the file: 0\._extra_state"):
+        load(path, model=nn.Sequential(WithExtra(2, 1)))
+
+
+@pytest.mark.parametrize(
+    "value", [(1, 2), {1: 2}, float("nan"), b"pickled", {"a": [object()]}, np.float64(1.0)]
+)
+def test_extra_state_that_json_would_change_is_refused(tmp_path: Path, value: Any) -> None:
+    model = bayesify.to_bbb(WithExtra(2, 1))
+    model.extra = value
+    with pytest.raises(CheckpointError, match=r"'_extra_state' of the state dict, a .*no.* pickle"):
+        save(model, tmp_path / "a")
+    assert os.listdir(tmp_path) == []
 
 
 def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
@@ -482,8 +514,6 @@ def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
     live = bayesify.to_bbb(nn.Linear(2, 1), prior=LivePrior(lambda name: (0.0, 1.0)))
     with pytest.raises(CheckpointError, match=r"prior of 'weight' is live.*set_prior_"):
         save(live, path)
-    with pytest.raises(CheckpointError, match="'_extra_state' is a dict"):
-        save(bayesify.to_bbb(WithExtra(2, 1)), path)
     with pytest.raises(CheckpointError, match="no dense tensor"):
         save(bayesify.to_bbb(nn.Linear(2, 1, device="meta")), path)
     with pytest.raises(ArgumentError, match="info"):

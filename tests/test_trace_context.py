@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import bayesify
 from bayesify.rewriter.tracer import MethodTracer
 from bayesify.rewriter.values import TracedTensor
 from bayesify.rewriter.variants import rungs
+from reference import check
 
 
 class Branches(nn.Module):
@@ -92,3 +94,37 @@ def test_what_examples_cannot_do_is_not_in_the_log_of_torch() -> None:
         assert len(records) == 1
     finally:
         log.removeHandler(handler)
+
+
+class Handles(nn.Module):
+    """Does something else where an operation fails, which it does without data only."""
+
+    def __init__(self, work: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.work = work
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        try:
+            return y * self.work(x)
+        except Exception:
+            return y
+
+
+def mapped(x: Tensor) -> Tensor:
+    twice: Callable[[Tensor], Tensor] = torch.vmap(lambda row: row * 2)
+    return twice(torch.arange(len(x)) + x.shape[0]).sum()
+
+
+def counted(x: Tensor) -> Tensor:
+    return x.nonzero().sum()
+
+
+@pytest.mark.parametrize("work", [mapped, counted])
+def test_a_forward_does_not_handle_errors_of_its_trace(work: Any) -> None:
+    report = check(Handles(work), lambda n: ((torch.ones(n, 4),), {}))
+    assert report.problems == []
+    assert report.fx_owners == report.owners == 1
+    assert len(report.swapped) == 2  # in eval and train
+    assert all("it handles an error of its trace" in line for line in report.swapped)

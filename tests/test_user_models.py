@@ -813,3 +813,31 @@ def test_what_a_forward_makes(make: type[Model], swapped: int) -> None:
     report = check(make(), randn(4))
     assert report.problems == []
     assert len({s.partition(":")[0] for s in report.swapped}) == swapped
+
+
+def asks_for_the_device(x: Tensor) -> Tensor:
+    return x if x.is_cuda or x.device.type == "cuda" else x + 1
+
+
+def compares_with_none(x: Tensor) -> Tensor:
+    return x if x == None else x + 1  # noqa: E711
+
+
+def looks_at_the_class(x: Tensor) -> Tensor:
+    return x + 1 if x.__class__.__module__ == "torch" and x.__class__ is Tensor else x
+
+
+class Asks(nn.Module):
+    def __init__(self, question: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.question = question
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.question(self.layer(x) * self.layer.weight.sum())
+
+
+@pytest.mark.parametrize("question", [asks_for_the_device, compares_with_none, looks_at_the_class])
+def test_what_a_graph_can_answer_takes_no_fallback(question: Callable[[Tensor], Tensor]) -> None:
+    report = check(Asks(question), lambda n: ((torch.randn(n, 3),), {}))
+    assert (report.problems, report.swapped) == ([], [])

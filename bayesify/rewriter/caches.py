@@ -9,6 +9,7 @@ call assigns is no cache: a user has put it there.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -92,6 +93,27 @@ def _never_changes(value: Any) -> bool:
     return isinstance(value, Tensor | list | tuple | Distribution)
 
 
+def _is_result(value: Any, depth: int = 0) -> bool:
+    """Whether an item of a table is a tensor, or a container or an object that holds one."""
+    if isinstance(value, Tensor):
+        return True
+    if depth > 4 or isinstance(value, _NO_RESULTS):
+        return False
+    if isinstance(value, list | tuple):
+        return any(_is_result(v, depth + 1) for v in value)
+    held = value if type(value) is dict else getattr(value, "__dict__", {})
+    return any(_is_result(v, depth + 1) for v in held.values())
+
+
+_NO_RESULTS = (
+    nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType, functools.partial,
+)  # fmt: skip
+
+
+def _is_table(value: Any) -> bool:
+    return type(value) is dict and any(map(_is_result, value.values()))
+
+
 def below(owner: nn.Module) -> list[nn.Module]:
     """A module and those below it, each once, parents before children; ``modules()`` is slower."""
     found, stack = {id(owner): owner}, [owner]
@@ -146,8 +168,8 @@ def entries(modules: list[nn.Module], method: str = "forward") -> Iterator[Entry
                 continue
             by_train = name not in forward.names and name in train.names
             if type(value) is dict:
-                if name in forward.filled and any(map(_holds_tensors, value.values())):
-                    empty = {k: v for k, v in value.items() if not _holds_tensors(v)}
+                if name in forward.filled and _is_table(value):
+                    empty = {k: v for k, v in value.items() if not _is_result(v)}
                     yield Entry(module, name, value, empty, False, name in forward.computed)
             elif (name in forward.names or by_train) and _is_cache(value):
                 certain = by_train or (name in forward.computed and _never_changes(value))
@@ -253,11 +275,11 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
     finally:
         for module, name, value, content in before:
             if content is not None:
-                for key in [k for k, v in value.items() if _holds_tensors(v)]:
+                for key in [k for k, v in value.items() if _is_result(v)]:
                     if key not in content:
                         del value[key]
                 module.__dict__[name] = value
-            elif _is_cache(value) or _is_made(module.__dict__.get(name)):
+            elif _is_cache(value) or _is_table(value) or _is_made(module.__dict__.get(name)):
                 _put(module, name, value)
 
 

@@ -46,6 +46,7 @@ from .trace_context import (
 )
 from .values import (
     Dims,
+    ForeignTensor,
     StateFound,
     TracedFloat,
     TracedInt,
@@ -176,6 +177,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self._sizes: dict[tuple[int, int], TracedInt] = {}
         self._handing_on = False
         self._handed_on = False  # whether a submodule was given an object, whatever that holds
+        self._error = ""  # the first one that was raised
         self.made: dict[int, nn.Module] = {}  # modules that the method itself has made
         self._made: list[tuple[nn.Module, str, Any]] = []  # objects that are not kept
         self._variables = contextvars.copy_context()
@@ -220,14 +222,28 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return self.record(func, args, kwargs or {})
 
+    def note_error(self, error: BaseException) -> None:
+        """What the trace raised, the method must not handle: its other branch may be wrong."""
+        first = (str(error).splitlines() or [""])[0]
+        self._error = self._error or f"{type(error).__name__}: {first}"
+
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record one call of a torch function and give its traced result."""
         if ACTIVE.tracer is not self:
             raise TraceFailure(f"{func} on a traced tensor outside of its trace")
+        try:
+            return self._record(func, args, kwargs)
+        except BaseException as error:
+            self.note_error(error)
+            raise
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if transforms() != self._transforms:
             raise TraceFailure("it differentiates or maps a function by torch.func or forward_ad")
         name = getattr(func, "__name__", "")
         subject = args[0] if args else None
+        if type(subject) is TracedTensor and subject.recorder is not self:
+            raise ForeignTensor(subject)
         if name in ("__get__", "__set__"):
             return self._property(func.__self__.__name__, name == "__get__", args)
         if name in _VALUE_METHODS and isinstance(subject, Tensor):
@@ -275,7 +291,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 return tensor.device
         if name in _CONCRETE_ATTRIBUTES:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), paused():
                 return getattr(example, name)
         if name == "grad_fn" or name == "grad":
             raise TraceFailure(f"Tensor.{name} is known only when it runs")
@@ -426,6 +442,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if isinstance(result, Tensor):
             # also where it is the very input: dropout gives its input back only in eval
             return TracedTensor(result, node, self)
+        if result is NotImplemented:  # of `tensor == None`, which Python then answers
+            return result
         if result is None or isinstance(result, PRIMITIVES):
             # examples hold no data, so a number can only come of shapes
             if type(result) in (int, float) and any(True for _ in traced_inside(inputs)):
@@ -479,7 +497,11 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     ) -> Any:  # fmt: skip
         """Record a call of a submodule, which stays a call; ``call``: of this, not of its own."""
         with torch._C.DisableTorchFunction():
-            return self._call_module(module, args, kwargs, call)
+            try:
+                return self._call_module(module, args, kwargs, call)
+            except BaseException as error:
+                self.note_error(error)
+                raise
 
     def _call_module(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -627,7 +649,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         path = self.paths.get(id(module))
         if (id(module), name) in self.hiding.names:
             self.hiding.read(module, name)
-        elif path is not None and (path, name) not in self.guards:
+        elif path is not None and (path, name) not in (*self.guards, *self.writes):
             found = held(module, name)
             if found is None or found is MISSING:
                 self.guards[path, name] = Guard(path, name, found, "equal")
@@ -752,6 +774,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             held = self._containers()
             context = contextvars.copy_context()  # what it leaves set is not to stay
             result = context.run(functools.partial(method, *args, **kwargs))
+            if self._error:
+                raise TraceFailure(f"it handles an error of its trace ({self._error})")
             if context.run(context_variables.changed, self._variables):
                 raise TraceFailure("it sets a context variable for later calls")
             self._check_containers(held)

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from .trace_context import ACTIVE
+
 Dims = frozenset[tuple[int, int]] | None
 """Which (tensor argument, dimension) pairs a number depends on; None: it cannot be said."""
 
@@ -24,12 +26,26 @@ Dims = frozenset[tuple[int, int]] | None
 class TraceFailure(BaseException):
     """This forward cannot become a graph; the message says why.
 
-    No Exception: a forward's own ``except Exception`` must not swallow it.
+    No Exception: a forward's own ``except Exception`` must not swallow it. The trace that it ends
+    knows of it all the same, since a ``finally`` may put another error in its place.
     """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        if ACTIVE.tracer is not None:
+            ACTIVE.tracer.note_error(self)
 
 
 class StateFound(TraceFailure):
     """What was hidden as a cache is state: the trace must start again and see it."""
+
+
+class ForeignTensor(TraceFailure):
+    """A module met a tensor of a trace around it, that its caller has set: the caller's ends."""
+
+    def __init__(self, tensor: TracedTensor) -> None:
+        super().__init__("a submodule reads a tensor that it was given as an attribute")
+        self.recorder = tensor.recorder
 
 
 class Recorder(Protocol):
@@ -66,6 +82,10 @@ class TracedTensor(torch.Tensor):
         )
         self.__dict__.update(example=example, node=node, recorder=recorder, argument=argument)
         return self
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # user code looks for what belongs to an array by its class
+        return torch.Tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,14 +164,19 @@ class TracedNumber:
         self.recorder = recorder
         self.dims = dims
         self._make_node = make_node
-        self._node: fx.Node | None = None
+        self._recorded: fx.Node | None = None
         self.source: Any = None
 
+    def recorded(self) -> fx.Node:
+        """The node that computes it."""
+        if self._recorded is None:
+            self._recorded = self._make_node()
+        return self._recorded
+
     @property
-    def node(self) -> fx.Node:
-        if self._node is None:
-            self._node = self._make_node()
-        return self._node
+    def node(self) -> Any:
+        """What torch's own code, in C, asks a torch.SymInt for."""
+        raise TraceFailure("a size reaches code of torch that torch.fx cannot see")
 
     def _get_int(self) -> int:
         return int(_fixed(self))
@@ -218,7 +243,7 @@ class TracedNumber:
         return float(_fixed(self)).is_integer()
 
 
-class TracedInt(TracedNumber, torch.SymInt):  # type: ignore[misc]
+class TracedInt(TracedNumber, torch.SymInt):  # type: ignore[misc, override]
     """An integer taken from a shape."""
 
     __hash__ = TracedNumber.__hash__
@@ -231,7 +256,7 @@ class TracedInt(TracedNumber, torch.SymInt):  # type: ignore[misc]
         return int
 
 
-class TracedFloat(TracedNumber, torch.SymFloat):  # type: ignore[misc]
+class TracedFloat(TracedNumber, torch.SymFloat):  # type: ignore[misc, override]
     """A float computed from a shape."""
 
     __hash__ = TracedNumber.__hash__

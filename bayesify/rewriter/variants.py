@@ -38,7 +38,7 @@ from .passes import (
 )
 from .trace_context import ACTIVE, has_hooks
 from .tracer import WRITES, MethodTracer, Trace
-from .values import StateFound, TraceFailure
+from .values import ForeignTensor, StateFound, TraceFailure
 
 logger = logging.getLogger(__name__)
 
@@ -265,11 +265,16 @@ def find(
     owner: nn.Module, state: OwnerState, method: str, key: Any, tensors: list[Tensor]
 ) -> Variant | None:
     """The variant that was made for such a call, if there is one."""
-    for variant in state.variants.get(method, {}).values():
-        if variant.key == key and variant.matches(owner, tensors):
-            found: Variant = variant
-            return found
-    return None
+    # a guard asks for what the module holds, in the fallback of a module around it too
+    exchanged, ACTIVE.exchanged = ACTIVE.exchanged, frozenset()
+    try:
+        for variant in state.variants.get(method, {}).values():
+            if variant.key == key and variant.matches(owner, tensors):
+                found: Variant = variant
+                return found
+        return None
+    finally:
+        ACTIVE.exchanged = exchanged
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -334,6 +339,8 @@ def _make(
                 reason = str(failure)
                 continue
             except TraceFailure as failure:
+                if isinstance(failure, ForeignTensor) and ACTIVE.fake_mode is not None:
+                    raise  # to the caller whose tensor it is; this one may become a graph yet
                 reason = str(failure)
             except Exception as error:  # the fallback runs the code itself and shows its errors
                 first = (str(error).splitlines() or [""])[0]
@@ -426,6 +433,10 @@ def _trace(
     ):  # fmt: skip
         try:
             trace = tracer.run(functools.partial(original, owner), names, build, tensors)
+        except ForeignTensor as failure:
+            if failure.recorder is tracer:
+                raise TraceFailure(str(failure)) from failure
+            raise
         finally:
             # it holds casts of ordinary parameters, now made of examples
             torch.clear_autocast_cache()

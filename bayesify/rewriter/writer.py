@@ -19,7 +19,14 @@ from .caches import INTERNAL
 from .guards import PRIMITIVES
 from .objects import TracedObject
 from .trace_context import context_state
-from .values import TracedNumber, TracedParts, TracedSize, TracedTensor, TraceFailure
+from .values import (
+    ForeignTensor,
+    TracedNumber,
+    TracedParts,
+    TracedSize,
+    TracedTensor,
+    TraceFailure,
+)
 
 
 class Expression:
@@ -132,12 +139,12 @@ class GraphWriter:
         kind = type(value)
         if kind is TracedTensor:
             if value.recorder is not self:
-                raise TraceFailure("a tensor of another trace")
+                raise ForeignTensor(value)
             return value.node
         if kind is TracedObject:
             return value.__dict__["node"]
         if isinstance(value, TracedNumber):
-            return value.node
+            return value.recorded()
         if isinstance(value, Tensor):
             where = self.tensors.get(id(value))
             if where is None:

@@ -184,8 +184,9 @@ class Contents:
     """A whole file, checked to be complete in itself.
 
     ``conversions`` are (path of the converted module, arguments); ``spec`` is the JSON of a
-    ModelSpec; ``state`` the state_dict, tied tensors under each of their keys; ``classes`` the
-    names of the outputs, as far as they are known.
+    ModelSpec; ``state`` the tensors of the state_dict, tied ones under each of their keys;
+    ``extra`` the plain values in it; ``classes`` the names of the outputs, as far as they are
+    known.
     """
 
     rows: tuple[Row, ...]
@@ -193,6 +194,7 @@ class Contents:
     kind: str
     spec: Any
     state: dict[str, Tensor]
+    extra: dict[str, Any]
     prior_means: dict[str, Tensor]
     classes: tuple[str, ...]
 
@@ -213,6 +215,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
             raise _damaged(path, error) from error
     try:
         rows, conversions = rows_of(header), conversions_of(header)
+        extra = dict(header.get("extra", {}))
         state = {**tensors, **{key: tensors[kept] for key, kept in header["aliases"].items()}}
         for row in rows:
             for name in row.names:
@@ -227,7 +230,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     except (KeyError, TypeError, ValueError, AttributeError, BayesifyError) as error:
         raise _damaged(path, error) from error
     kind, spec = header["model"]["class"], header["model"]["spec"]
-    return Contents(rows, conversions, kind, spec, state, prior_means, classes_in(header))
+    return Contents(rows, conversions, kind, spec, state, extra, prior_means, classes_in(header))
 
 
 def _check_spread(name: str, mean: Tensor, beside: str, tensor: Tensor) -> None:

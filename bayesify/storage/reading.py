@@ -212,9 +212,12 @@ def _check_fit(path: Path, model: nn.Module, file: Contents) -> None:
                 expected.pop(row.raw(name))
     own: dict[str, Any] = dict(model.state_dict(keep_vars=True))
     common = [key for key in expected if isinstance(own.get(key), Tensor)]
+    extra = [key for key in file.extra if key in own and not isinstance(own[key], Tensor)]
     problems = {
-        "missing from the model": [key for key in expected if key not in common],
-        "missing from the file": [key for key in own if key not in expected],
+        "missing from the model": [
+            key for key in (*expected, *file.extra) if key not in common and key not in extra
+        ],
+        "missing from the file": [key for key in own if key not in expected and key not in extra],
         "of another shape": [
             f"{key} (file {tuple(expected[key].shape)}, model {tuple(own[key].shape)})"
             for key in common
@@ -290,7 +293,7 @@ def _convert(model: nn.Module, file: Contents) -> None:
 def _restore(model: nn.Module, file: Contents) -> None:
     """Fill a model that was checked and converted."""
     current = model.state_dict()
-    state = type(current)(file.state)
+    state = type(current)({**file.state, **file.extra})
     state._metadata = getattr(current, "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(state)
     rows = {row.name: row for row in file.rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -55,8 +56,8 @@ def save(
     Raises:
         ArgumentError: ``info`` cannot be JSON.
         CheckpointError: The path exists, is a folder or cannot be written; or the model holds what
-            such a file cannot: a live prior, sharded or meta tensors, extra state; or its own
-            ``state_dict`` leaves out a part of the posterior.
+            such a file cannot: a live prior, sharded or meta tensors, extra state that is no JSON;
+            or its own ``state_dict`` leaves out a part of the posterior.
         UnsupportedModuleError: ``model`` has no posterior.
 
     >>> import tempfile, torch, bayesify
@@ -71,7 +72,11 @@ def save(
     warn_of_unconverted(model)
     with replacing(path, overwrite=overwrite) as temporary:
         header = _header(model, spec, info)
-        tensors, header["aliases"] = _tensors(model)
+        state = _state(model)
+        extra = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        if extra:
+            header["extra"] = _checked(extra)
+        tensors, header["aliases"] = _tensors({k: v for k, v in state.items() if k not in extra})
         text = json.dumps(header, sort_keys=True, allow_nan=False)
         # More than one key: safetensors writes them in an order that differs from run to run.
         try:
@@ -198,23 +203,45 @@ def _check_complete(model: nn.Module, state: Mapping[str, Any]) -> None:
         )
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to write, each piece of memory once, and the keys that share one."""
+def _state(model: nn.Module) -> dict[str, Any]:
+    """What is to be written, by name."""
     state: dict[str, Any] = dict(model.state_dict(keep_vars=True))
     _check_complete(model, state)
     for site in sites(model):
         prior_mean = site.module._buffers.get(site.attribute + PRIOR_MEAN_SUFFIX)
         if prior_mean is not None:
             state[site.name + PRIOR_MEAN_SUFFIX] = prior_mean
+    return state
+
+
+def _checked(extra: dict[str, Any]) -> dict[str, Any]:
+    """Extra state, as modules give by ``get_extra_state``: what JSON gives back as it is."""
+    for key, value in extra.items():
+        if not _is_plain(value):
+            raise CheckpointError(
+                f"{key!r} of the state dict, a {type(value).__name__}, is neither a tensor nor "
+                "what JSON gives back as it is (str, int, finite float, bool, None, a list of "
+                "these, a dict of them by str): it would need a pickle, which bayesify neither "
+                "writes nor reads. Give such a value in its place."
+            )
+    return extra
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if kind is list:
+        return all(map(_is_plain, value))
+    return value is None or kind in (str, bool, int) or (kind is float and math.isfinite(value))
+
+
+def _tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors to write, each piece of memory once, and the keys that share one."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{key!r} is a {type(value).__name__}, not a tensor: extra state would need a "
-                "pickle, which bayesify neither writes nor reads."
-            )
         if type(value) not in (Tensor, nn.Parameter):
             raise CheckpointError(
                 f"{key!r} is a {type(value).__name__}, of which this process may hold a part only. "
