@@ -20,18 +20,8 @@ from torch.distributions import Distribution
 from torch.nn.utils import parametrize
 
 from .assignments import Assigned, assigned_by, members
-from .guards import MISSING
+from .guards import INTERNAL, MISSING
 from .objects import may_be_handed_on
-
-INTERNAL = {
-    "_parameters", "_buffers", "_modules", "_bayesify", "__dict__", "__class__",
-    "_non_persistent_buffers_set", "_state_dict_hooks", "_load_state_dict_pre_hooks",
-    "_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_backward_pre_hooks",
-}  # fmt: skip
-
-
-HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
-
 
 # (class, attribute) of tensors that were seen to depend on an input: state, which must be kept
 _STATES: set[tuple[type, str]] = set()

@@ -21,7 +21,8 @@ from .. import scope as scopes
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
 from .assignments import members
-from .caches import INTERNAL, below
+from .caches import below
+from .guards import INTERNAL
 from .trace_context import ACTIVE, opaque_calls, restore
 from .writes import Writes
 

@@ -15,6 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling as compiling
 
+INTERNAL = {
+    "_parameters", "_buffers", "_modules", "_bayesify", "__dict__", "__class__",
+    "_non_persistent_buffers_set", "_state_dict_hooks", "_load_state_dict_pre_hooks",
+    "_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_backward_pre_hooks",
+}  # fmt: skip
+
+HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+
 PRIMITIVES = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
     torch.memory_format, enum.Enum, type(Ellipsis), range, decimal.Decimal, fractions.Fraction,

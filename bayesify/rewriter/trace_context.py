@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from ..posterior import owner_state, raw_name
-from .caches import INTERNAL
-from .guards import MISSING
+from .guards import INTERNAL, MISSING
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -27,9 +27,18 @@ from torch.utils._device import DeviceContext, _device_constructors
 from ..posterior import owner_state
 from . import caches, context_variables, objects
 from .arguments import Outline
-from .caches import HOOKS, INTERNAL
 from .examples import Examples
-from .guards import MISSING, PRIMITIVES, Guard, copy_plain, held, holds_tensor, plain
+from .guards import (
+    HOOKS,
+    INTERNAL,
+    MISSING,
+    PRIMITIVES,
+    Guard,
+    copy_plain,
+    held,
+    holds_tensor,
+    plain,
+)
 from .objects import TracedObject, may_be_handed_on
 from .randomness import has_random_numbers, random_numbers_kept
 from .trace_context import (

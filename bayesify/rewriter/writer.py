@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .caches import INTERNAL
-from .guards import PRIMITIVES
+from .guards import INTERNAL, PRIMITIVES
 from .objects import TracedObject
 from .trace_context import context_state
 from .values import (
