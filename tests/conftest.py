@@ -1,6 +1,7 @@
 """What holds for every test: fixed random numbers, and no GPU test without a GPU."""
 
 import random
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -23,6 +24,10 @@ class TorchRandom:
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
+
+# A job in the background is started with Ctrl-C ignored, and what is ignored stays so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps no reference of its own
 hypothesis.register_random(TORCH_RANDOM)

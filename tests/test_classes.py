@@ -301,7 +301,7 @@ def run(*arguments: object, code: int = 0) -> Result:
 
 
 def words(result: Result) -> str:
-    return " ".join(result.stderr.replace("│", " ").split())
+    return " ".join((result.stdout + result.stderr).replace("│", " ").split())
 
 
 def evaluated(file: str, data: str) -> list[float]:

@@ -150,17 +150,19 @@ FIT = ("fit", "net", "images", "--model", "predictfactory:net", "-b", 2)
 def test_a_fit_with_a_broken_image_does_not_begin_or_leaves_it_out(
     method: tuple[object, ...], workers: int
 ) -> None:
+    Path("images/c").mkdir()  # the network has three outputs
+    Path("images/c/0.png").write_bytes(Path("images/a/0.png").read_bytes())
     Path("images/b/9.png").write_bytes(b"no image")
     length = () if method else ("--epochs", 1)
     command = [*FIT, *length, *method, "--workers", workers]
     before = sorted(os.listdir())
     message = " ".join(run(*command, "--out", "o", code=2).stderr.replace("│", " ").split())
-    assert "1 of 5 images of 'images' cannot be read" in message
+    assert "1 of 6 images of 'images' cannot be read" in message
     assert "images/b/9.png" in message
     assert "--skip-unreadable" in message
     assert sorted(os.listdir()) == before
     result = run(*command, "--out", "o", "--skip-unreadable", "--json")
-    assert "1 of 5 images" in result.stderr
+    assert "1 of 6 images" in result.stderr
     assert json.loads(result.stdout)["unreadable"] == 1
     Path("images/b/9.png").unlink()
     run(*command, "--out", "without")

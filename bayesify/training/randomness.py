@@ -42,9 +42,6 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
 
 def current(device: torch.device) -> RandomState:
     """The present states."""
-    tensors = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
     version, numbers, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
     key = legacy["state"]["key"].tolist()
@@ -52,7 +49,15 @@ def current(device: torch.device) -> RandomState:
         "python": [version, list(numbers), gauss],
         "numpy": {**legacy, "state": {"key": key, "pos": int(legacy["state"]["pos"])}},
     }
-    return RandomState(tensors, others)
+    return RandomState(torch_state(device), others)
+
+
+def torch_state(device: torch.device) -> dict[str, Tensor]:
+    """Torch's states alone: cheap enough for every step."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
 
 
 def restore(state: RandomState, device: torch.device) -> None:

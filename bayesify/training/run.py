@@ -43,7 +43,7 @@ from .diagnosis import not_finite_in
 from .holdout import held_out_loss, put_back, snapshot
 from .labels import LabelCheck
 from .progress import FitResult, Progress, travel
-from .randomness import RandomState, current, restore
+from .randomness import RandomState, current, restore, torch_state
 from .resume import (
     FitState,
     Interrupted,
@@ -205,7 +205,7 @@ class Run:
         factor = warmup_cosine(self.step, rising, self.steps)
         for held in self.optimizer.param_groups:
             held["lr"] = factor * self._highest(held)
-        before = _torch_state(self.device)
+        before = torch_state(self.device)
         for own, kept in self.statistics:
             torch._foreach_copy_(kept, own)
 
@@ -448,11 +448,3 @@ class Run:
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _torch_state(device: torch.device) -> dict[str, Tensor]:
-    """Torch's random states alone: cheap enough for every step."""
-    tensors = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
