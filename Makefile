@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer and make; everything else is installed into .venv.
+# Needs Python 3.10 or newer and make; everything else is installed into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -20,7 +20,7 @@ help: ## list the targets
 venv: $(INSTALLED) ## make .venv with bayesify and its tools
 
 $(INSTALLED): pyproject.toml bayesify/kernels/native.c
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"bayesify needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}: give another one with make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"bayesify needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: give another one with make PYTHON=...")'
 	@echo "Installing bayesify and PyTorch into $(VENV): several GB and a few minutes, only this once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from .convert import to_deterministic
 from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
@@ -28,6 +27,7 @@ from .pruning.shrinking import shrink_
 from .rewriter import caches
 from .scope import as_seed, draws
 from .storage import check_target, replacing
+from .torch_private import pytree
 
 INFO = "bayesify.json"
 """Name of the JSON text inside a .pt2 file; in an ONNX file it is the metadata ``bayesify``."""

@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
-OLDEST_PYTHON = "3.11"
+OLDEST_PYTHON = "3.10"
 SHOWN = ("torch", "torchvision", "timm", "numpy", "safetensors", "rich", "typer", "transformers")
 # old versions of other libraries use what newer ones of their own dependencies deprecate
 OLD_WARNINGS = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
@@ -83,7 +83,7 @@ def run(corner: str, python: Path, workers: str, only: list[str]) -> dict[str, A
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     facts = subprocess.run(
-        [python, "-P", "-c",
+        [python, "-P" if sys.version_info >= (3, 11) and corner != "oldest" else "-s", "-c",
          _FACTS % (SHOWN,)],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip

@@ -32,7 +32,7 @@ class Level(enum.IntEnum):
     HIGH = 2
 
 
-class Mode(enum.StrEnum):
+class Mode(str, enum.Enum):
     FAST = "fast"
 
 

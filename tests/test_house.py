@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
@@ -13,12 +12,18 @@ from typing import NamedTuple
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up; units on one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("gaussian", "numeric", "spacing"),
+    ("gaussian", "numeric", "spacing", "torch_support"),
+    ("torch_private",),
     ("kernels",),
     ("priors",),
     ("posterior",),

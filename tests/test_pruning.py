@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from timm.layers.attention import Attention
+from timm.models.vision_transformer import Attention
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import TensorDataset

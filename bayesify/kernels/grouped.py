@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .. import torch_private
 from ..gaussian import HELD
 from . import cpu_draw
 from .buffers import Buffers
@@ -39,15 +38,15 @@ def possible() -> bool:
     """Whether nothing watches or transforms tensors now, so that memory may be used anew."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or _get_current_dispatch_mode_stack()
+        or torch_private.peek_interpreter_stack() is not None
+        or torch_private.forward_ad_level() >= 0
+        or torch_private.dispatch_mode_stack()
     )
 
 
 def _ordinary(grad: Tensor | None) -> bool:
     """Whether a backward runs as usual, with one gradient at a time."""
-    batched = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    batched = grad is not None and torch_private.is_legacy_batchedtensor(grad)
     return not batched and possible()
 
 
@@ -182,7 +181,7 @@ class Draw:
         ordinary = _ordinary(grad)
         if self.repeatable and (sparse or not ordinary):
             return self._plain(grad, kl)
-        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        keeps_graph = torch_private.current_graph_task_keep_graph()
         way = _way(self.item.mean.device)
         by_mean, by_logvar = way.gradients(self, grad, kl, ordinary and not keeps_graph)
         return by_mean, by_logvar

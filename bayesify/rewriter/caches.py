@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from .. import torch_private
 from .assignments import Assigned, assigned_by, members
 from .guards import MISSING
 
@@ -199,11 +199,12 @@ class Hiding:
 @contextmanager
 def parametrizations_computed_anew() -> Iterator[None]:
     """Let no ``torch.nn.utils.parametrize.cached`` keep a draw, or give one another's."""
-    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    entered = torch_private.parametrization_cache()
+    torch_private.set_parametrization_cache(0)
     try:
         yield
     finally:
-        parametrize._cache_enabled = enabled
+        torch_private.set_parametrization_cache(entered)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import torch_private
+
 PRIMITIVES = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
     torch.memory_format, enum.Enum, type(Ellipsis), range, decimal.Decimal, fractions.Fraction,
@@ -38,7 +40,7 @@ class Guard:
 
     def holds(self, owner: nn.Module) -> bool:
         if self.kind == "types":
-            with torch._C.DisableTorchFunction():  # the fallback around it answers with a draw
+            with torch_private.DisableTorchFunction():  # the fallback around it answers with a draw
                 return all(_as_it_was(owner, *entry) for entry in self.value)
         module: Any = owner
         for part in self.path:

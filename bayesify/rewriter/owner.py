@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn, no_grad
 
 from .. import scope as scopes
+from .. import torch_private
 from ..errors import UnsupportedModuleError
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
@@ -281,7 +282,7 @@ def _listing_methods(base: Any) -> dict[str, Any]:
         state_dict.update(given)
         spreads = nn.Module()
         spreads._parameters.update(raws)
-        nn.Module._load_from_state_dict(spreads, given, prefix, local_metadata, strict, *lists)
+        torch_private.load_from_state_dict(spreads, given, prefix, local_metadata, strict, *lists)
         held.update(spreads._parameters)  # assign=True puts the given tensors in place
 
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:

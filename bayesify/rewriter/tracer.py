@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils import _pytree as pytree
-from torch.utils._device import DeviceContext, _device_constructors
+from torch.overrides import TorchFunctionMode
 
+from .. import torch_private
+from ..torch_private import DeviceContext, FakeTensor, FakeTensorMode, device_constructors, pytree
 from . import caches, context_variables, objects
 from .arguments import Outline
 from .caches import HOOKS, INTERNAL
@@ -55,7 +54,15 @@ from .values import (
     TraceFailure,
     unpacks_into_names,
 )
-from .writer import Expression, GraphWriter, access, can_be_target, resolves, traced_inside
+from .writer import (
+    Expression,
+    GraphWriter,
+    access,
+    call_of,
+    can_be_target,
+    resolves,
+    traced_inside,
+)
 
 _CONCRETE_ATTRIBUTES = {
     "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
@@ -175,7 +182,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self.made: dict[int, nn.Module] = {}  # modules that the method itself has made
         self._variables = contextvars.copy_context()
         self._transforms = transforms()
-        modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
+        modes = [m for m in torch_private.function_mode_stack() if isinstance(m, DeviceContext)]
         self._device = modes[-1].device if modes else None
 
     # -- what there is ---------------------------------------------------------------------
@@ -192,7 +199,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             plain = type(tensor) in kinds or sharded
             if tensor.layout != torch.strided or not plain:
                 raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
-            with torch._C.DisableTorchFunction(), paused():
+            with torch_private.DisableTorchFunction(), paused():
                 example = torch.empty_strided(
                     tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype,
                     device=tensor.device, requires_grad=tensor.requires_grad,
@@ -265,10 +272,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self._note_types(tensor)
         example = tensor.example if traced else self.example_of(tensor)
         if name == "device" and not traced:
-            with torch._C.DisableTorchFunction():
+            with torch_private.DisableTorchFunction():
                 return tensor.device
         if name in _CONCRETE_ATTRIBUTES:
-            with torch._C.DisableTorchFunction():
+            with torch_private.DisableTorchFunction():
                 return getattr(example, name)
         if name == "grad_fn" or name == "grad":
             raise TraceFailure(f"Tensor.{name} is known only when it runs")
@@ -281,7 +288,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _shape(self, tensor: Any) -> Any:
         if type(tensor) is TracedTensor:
             return TracedSize(self._size(tensor, d) for d in range(tensor.example.dim()))
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             shape = tensor.shape
         where = self.tensors.get(id(tensor))
         if where is not None and where[0] == "buffer":
@@ -299,7 +306,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             found = [where for where in found if where[3] is tensor]
         elif tensor.argument is not None:
             return
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             kinds = ((path, name, t.dtype, t.device, t.requires_grad) for _, path, name, t in found)
             for kind in kinds:
                 self.types[kind[:2]] = kind
@@ -337,10 +344,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _evaluate(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func`` on examples: metadata only, no data and no side effect."""
         args, kwargs = self._as_examples((args, kwargs))
-        if self._device is not None and func in _device_constructors():
+        if self._device is not None and func in device_constructors():
             if kwargs.get("device") is None:  # `with torch.device(...)`, which acts when it runs
                 kwargs["device"] = self._device
-        with torch._C.DisableTorchFunction(), paused():
+        with torch_private.DisableTorchFunction(), paused():
             return func(*args, **kwargs)
 
     def _as_examples(self, value: Any) -> Any:
@@ -381,7 +388,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if name.startswith("squeeze"):
             self.note_dims(None)  # whether a dimension goes depends on its size
         result = self._evaluate(func, args, kwargs)
-        if func is torch._C._set_grad_enabled:
+        if func is torch_private.set_grad_enabled:
             if torch.is_inference_mode_enabled() == self.entry_context[1]:  # which switches it too
                 self.grad_mode = torch.is_grad_enabled()
         method = _METHODS.get(func, "") if isinstance(args[0] if args else None, Tensor) else ""
@@ -394,7 +401,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         elif resolves(func):
             op, target, operands = "call_function", func, args
         else:  # a function that its name does not lead to
-            op, target, operands = "call_function", operator.call, (func, *args)
+            op, target, operands = "call_function", call_of, (func, *args)
         node = self._node(
             op, target, tuple(self.argument(a) for a in operands),
             {k: self.argument(v) for k, v in kwargs.items()},
@@ -454,7 +461,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a submodule, which stays a call."""
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             return self._call_module(module, args, kwargs)
 
     def _call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -490,7 +497,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             if id(module) in self.made and (traced or any(t is not None for t in tensors)):
                 raise TraceFailure(f"it makes a {type(module).__name__} that holds tensors")
             callee = self.constant(module) if path is None else Expression(access(path))
-            node = self._node("call_function", operator.call, (callee, *arguments), keywords)
+            node = self._node("call_function", call_of, (callee, *arguments), keywords)
         if any(type(v) is TracedObject for v in pytree.tree_leaves((args, kwargs))):
             self._handed_on = True
         return self._wrap(result, node, (args, kwargs))
@@ -538,13 +545,13 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self, function: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Record a call of an autograd or scripted function, which stays a call."""
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             # at the means: a module that it calls would leave examples among the draws
             result = self._evaluate(lambda *a, **k: self.run_leaf(run, a, k), args, kwargs)
             arguments = tuple(self.argument(a) for a in args)
             keywords = {k: self.argument(v) for k, v in kwargs.items()}
             callee = self.constant(function)
-            node = self._node("call_function", operator.call, (callee, *arguments), keywords)
+            node = self._node("call_function", call_of, (callee, *arguments), keywords)
             return self._wrap(result, node, (args, kwargs))
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
@@ -604,7 +611,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 raise StateFound(f"its attribute {name!r} carries state from call to call")
             return
         target = Expression(access(path))
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             if self._made_of_draws(value):
                 return  # a cache: kept, it would outlive its draw
             self._node("call_function", setattr, (target, name, self.passed(value)))
@@ -683,7 +690,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
                 node = self.graph.placeholder(name)
                 self._last_placeholder = node
-                with torch._C.DisableTorchFunction(), paused():
+                with torch_private.DisableTorchFunction(), paused():
                     if isinstance(tensor, Tensor | Outline):
                         example = self.example_of(tensor)
                         traced.append(TracedTensor(example, node, self, index))
@@ -698,7 +705,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             if context.run(context_variables.changed, self._variables):
                 raise TraceFailure("it sets a context variable for later calls")
             self._check_containers(held)
-            with torch._C.DisableTorchFunction(), self._objects():
+            with torch_private.DisableTorchFunction(), self._objects():
                 output = self.passed(result)
                 examples = self._as_examples(result)
         if _shape_of((args, kwargs)) != before:

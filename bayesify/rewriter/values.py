@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from .. import torch_private
+
 Dims = frozenset[tuple[int, int]] | None
 """Which (tensor argument, dimension) pairs a number depends on; None: it cannot be said."""
 
@@ -56,7 +58,7 @@ class TracedTensor(torch.Tensor):
     ) -> TracedTensor:
         if example.layout != torch.strided:
             raise TraceFailure(f"a tensor of layout {example.layout}")
-        self: TracedTensor = torch.Tensor._make_wrapper_subclass(
+        self: TracedTensor = torch_private.make_wrapper_subclass(
             cls,
             example.shape,
             strides=example.stride(),

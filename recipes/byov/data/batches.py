@@ -7,12 +7,13 @@ two processes see what one sees that accumulates two micro-batches.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
 
 from bayesify import ArgumentError, DataError
 from bayesify.data import InMemory, resize_and_crop
