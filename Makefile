@@ -82,7 +82,7 @@ zoo: venv ## check every model of timm and torchvision (hours; goes on where it 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --jobs $(WORKERS)
 
 $(OTHERS): $(INSTALLED)
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["zoo"], sep="\n")' > $(VENV)/zoo.txt
+	$(BIN)/python -c 'import importlib, sys; toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli"); print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["zoo"], sep="\n")' > $(VENV)/zoo.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --requirement $(VENV)/zoo.txt
 	@touch $@
 

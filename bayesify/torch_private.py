@@ -43,6 +43,7 @@ __all__ = [
     "forward_ad_level",
     "function_mode_stack",
     "functorch_level",
+    "hooks_may_be_set",
     "is_any_autocast_enabled",
     "is_functorch_wrapped_tensor",
     "is_legacy_batchedtensor",
@@ -76,7 +77,6 @@ try:
     from torch._C._autograd import (
         _get_current_graph_task_keep_graph as current_graph_task_keep_graph,
     )
-    from torch._C._autograd import _saved_tensors_hooks_is_enabled
 
     # transforms of torch.func
     from torch._C._functorch import (
@@ -85,10 +85,6 @@ try:
         peek_interpreter_stack,
     )
     from torch._C._functorch import maybe_current_level as functorch_level
-
-    _functorch: Any = torch._C._functorch  # two that its stubs leave out
-    is_vmap_fallback_enabled = _functorch._is_vmap_fallback_enabled
-    set_vmap_fallback_enabled = _functorch._set_vmap_fallback_enabled
 
     # tensors without memory, of which a trace knows shape and dtype
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -106,6 +102,11 @@ try:
     from torch.utils._python_dispatch import (
         _get_current_dispatch_mode_stack as dispatch_mode_stack,
     )
+
+    # the stubs leave these out
+    hooks_may_be_set: Any = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    is_vmap_fallback_enabled: Any = torch._C._functorch._is_vmap_fallback_enabled  # type: ignore[attr-defined]
+    set_vmap_fallback_enabled: Any = torch._C._functorch._set_vmap_fallback_enabled  # type: ignore[attr-defined]
 
     foreach_addcmul_ = torch._foreach_addcmul_
     foreach_copy_ = torch._foreach_copy_
@@ -127,7 +128,7 @@ def forward_ad_level() -> int:
 def saves_to_hooks() -> bool:
     """Whether hooks may get what autograd saves. Torch 2.6 knows only whether there can be any."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return _saved_tensors_hooks_is_enabled() if top is None else top(True) is not None
+    return hooks_may_be_set() if top is None else top(True) is not None
 
 
 def active_ddp_module() -> Any:

@@ -38,6 +38,12 @@ def check(feature: str) -> None:
         )
 
 
+def accelerator() -> torch.device | None:
+    """The accelerator of this machine; None without one. Torch 2.6 cannot ask for both at once."""
+    there = torch.accelerator.is_available()
+    return torch.accelerator.current_accelerator() if there else None
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def check_compile() -> None:
     """As :func:`check`, of what torch.compile traces now: said once, when it traces."""

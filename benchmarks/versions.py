@@ -1,11 +1,12 @@
 """The test suite in corners of the supported range: oldest and newest versions, another Python.
 
-    python benchmarks/versions.py oldest            the lower bounds of pyproject.toml
+    python benchmarks/versions.py oldest            the lower bounds of pyproject.toml, Python 3.10
     python benchmarks/versions.py newest            whatever is newest in the bounds
     python benchmarks/versions.py python3.12        the same on another Python
     python benchmarks/versions.py oldest --only tests/test_scope.py     a part of it, not recorded
 
-Each corner has an environment of its own, made by uv in `.corners/`, several GB each. What ran,
+Each corner has an environment of its own, made by uv in `.corners/`, several GB each. uv takes a
+Python that it finds on PATH, or fetches one where it can reach where they are kept. What ran,
 with counts, goes to `results/versions.json` and, as a table, to `docs/versions.md`. `make
 test-oldest`, `make test-newest` and `make test-python PYTHON=...` call it.
 """
@@ -49,19 +50,25 @@ def main() -> None:
     parser.add_argument("--workers", default="2")
     parser.add_argument("--only", nargs="*", default=[], help="test files; nothing is recorded")
     options = parser.parse_args()
-    python = environment(options.corner)
-    record = run(options.corner, python, options.workers, options.only)
+    corner = options.corner
+    if corner not in ("oldest", "newest"):  # a Python, which may be given by its path
+        corner = subprocess.run(
+            [corner, "-c", "import sys; print('python%d.%d' % sys.version_info[:2])"],
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    python = environment(corner, options.corner)
+    record = run(corner, python, options.workers, options.only)
     if not options.only:
         write(record)
     sys.exit(record["failed"] > 0)
 
 
-def environment(corner: str) -> Path:
-    """Make or renew the environment of a corner; gives its Python."""
+def environment(corner: str, base: str) -> Path:
+    """Make or renew the environment of a corner on the Python ``base``; gives its Python."""
     folder = ROOT / ".corners" / corner
     python = folder / "bin" / "python"
     uv = [sys.executable, "-m", "uv"]
-    wanted = {"oldest": OLDEST_PYTHON, "newest": sys.executable}.get(corner, corner)
+    wanted = {"oldest": OLDEST_PYTHON, "newest": sys.executable}.get(corner, base)
     if not python.exists():
         subprocess.run([*uv, "venv", "--python", wanted, folder], check=True)
     resolution = "lowest-direct" if corner == "oldest" else "highest"
@@ -83,9 +90,8 @@ def run(corner: str, python: Path, workers: str, only: list[str]) -> dict[str, A
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     facts = subprocess.run(
-        [python, "-P" if sys.version_info >= (3, 11) and corner != "oldest" else "-s", "-c",
-         _FACTS % (SHOWN,)],
-        cwd=ROOT, capture_output=True, text=True, check=True,
+        [python, "-c", _FACTS % (SHOWN,)],
+        cwd=ROOT / ".corners", capture_output=True, text=True, check=True,
     )  # fmt: skip
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None

@@ -708,8 +708,8 @@ def test_an_unforeseen_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def python(code: str, *path: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))}
     result = subprocess.run(
-        # -P: as for a console script, the present folder is not searched
-        [sys.executable, "-P", "-c", code],
+        # as for a console script, the present folder is not searched
+        [sys.executable, "-c", f"import sys; del sys.path[0]\n{code}"],
         env=environment,
         capture_output=True,
         text=True,

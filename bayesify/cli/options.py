@@ -59,11 +59,11 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
+    from .. import torch_support
     from ..errors import ArgumentError
 
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        return torch_support.accelerator() or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -104,7 +104,7 @@ def calibrate_(
             for site, raw in zip(found, kept, strict=True):
                 site.raw.copy_(raw)
             raise
-    return 2.0**exponent
+    return float(2.0**exponent)
 
 
 def _largest(keeps: Callable[[float], bool]) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayesify import ArgumentError, posteriors
+from bayesify import ArgumentError, posteriors, torch_support
 from bayesify.data import InMemory
 from bayesify.storage import replacing
 
@@ -198,8 +198,7 @@ def open_run(
 def _device(name: str) -> torch.device:
     """One device; measurements are made by one process, also where torchrun started more."""
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        return torch_support.accelerator() or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

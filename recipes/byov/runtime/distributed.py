@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bayesify import ArgumentError
+from bayesify import ArgumentError, torch_support
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def joined(device: str) -> Iterator[World]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     try:
         if device == "auto":
-            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+            device = str(torch_support.accelerator() or "cpu")
         found = torch.device(device)
         if size > 1 and found.type == "cuda":
             found = torch.device("cuda", local)
