@@ -118,8 +118,9 @@ def test_the_package_that_is_missing_is_named(
 
     monkeypatch.setitem(sys.modules, absent, None)
     model = bayesify.to_bbb(torch.nn.Linear(2, 2))
+    needs = {
+        "report": check_installed,
+        "onnx": lambda: bayesify.export_onnx(model, tmp_path / "x.onnx", torch.ones(1, 2)),
+    }
     with pytest.raises(bayesify.ArgumentError, match=rf"needs (the package )?{absent}: pip"):
-        if feature == "report":
-            check_installed()
-        else:
-            bayesify.export_onnx(model, tmp_path / "x.onnx", torch.ones(1, 2))
+        needs[feature]()
