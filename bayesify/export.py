@@ -27,7 +27,7 @@ from .pruning.shrinking import shrink_
 from .rewriter import caches
 from .scope import as_seed, draws
 from .storage import check_target, replacing
-from .torch_private import pytree
+from .torch_private import forget_example_inputs, pytree
 
 INFO = "bayesify.json"
 """Name of the JSON text inside a .pt2 file; in an ONNX file it is the metadata ``bayesify``."""
@@ -183,11 +183,13 @@ def to_program(
             warnings.simplefilter("ignore")  # the exporter's own
             # an ensemble takes *inputs, which are one argument to torch.export
             given = (shapes,) if isinstance(module, Ensemble) else shapes
-            program = torch.export.export(traced, example, dynamic_shapes=given)
+            program = torch.export.export(traced, example, dynamic_shapes=given, strict=False)
             if shrink:
                 graph_module = program.module()
                 if shrink_(graph_module):
-                    program = torch.export.export(graph_module, example, dynamic_shapes=shapes)
+                    program = torch.export.export(
+                        graph_module, example, dynamic_shapes=shapes, strict=False
+                    )
     except ArgumentError:
         raise
     except Exception as error:  # the tracer raises what the model raises
@@ -198,7 +200,7 @@ def to_program(
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     _compare(model, program, module, example)
-    program.example_inputs = None  # the user's data, which the file would hold
+    forget_example_inputs(program)  # the user's data, which the file would hold
     return program
 
 
@@ -335,7 +337,13 @@ def export_onnx(
     assert written is not None
     written.model.metadata_props["bayesify"] = text
     with replacing(path, overwrite=overwrite) as temporary:
-        written.save(temporary, external_data=False)
+        try:
+            written.save(temporary, external_data=False)
+        except Exception as error:  # onnxscript's own kind, around a TypeError of protobuf
+            raise UnsupportedModuleError(
+                f"{type(model).__name__} cannot be written as ONNX ({_reason(error)}). With torch "
+                "2.6 and its onnxscript, protobuf 7 can be why: pip install 'protobuf<7'"
+            ) from error
 
 
 def _is_odd_attention(node: torch.fx.Node) -> bool:

@@ -40,6 +40,7 @@ __all__ = [
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_sub",
+    "forget_example_inputs",
     "forward_ad_level",
     "function_mode_stack",
     "functorch_level",
@@ -144,6 +145,11 @@ def parametrization_cache() -> int:
 def set_parametrization_cache(entered: int) -> None:
     """Let torch see as many ``torch.nn.utils.parametrize.cached`` entered."""
     parametrize._cache_enabled = entered
+
+
+def forget_example_inputs(program: Any) -> None:
+    """Take the example inputs out of an exported program; torch 2.6 has no public way."""
+    program._example_inputs = None
 
 
 def packs_by_cutlass() -> bool:

@@ -60,7 +60,7 @@ def main() -> None:
     record = run(corner, python, options.workers, options.only)
     if not options.only:
         write(record)
-    sys.exit(record["failed"] > 0)
+    sys.exit(record["failed"] > 0 or not (record["whole"] or options.only))
 
 
 def environment(corner: str, base: str) -> Path:
@@ -83,38 +83,45 @@ def environment(corner: str, base: str) -> Path:
 def run(corner: str, python: Path, workers: str, only: list[str]) -> dict[str, Any]:
     """Run the suite; gives versions, counts and the names of what failed."""
     report = ROOT / ".corners" / f"{corner}.xml"
+    report.unlink(missing_ok=True)
     quiet = OLD_WARNINGS if corner == "oldest" else ()
-    subprocess.run(
+    done = subprocess.run(
         [python, "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal", *quiet,
          f"--junitxml={report}", *only],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
+    return record_of(corner, python, report, whole=done.returncode in (0, 1) and not only)
+
+
+def record_of(corner: str, python: Path, report: Path, whole: bool) -> dict[str, Any]:
+    """What a report of pytest says; of a run that was stopped it has the tests until then."""
     facts = subprocess.run(
         [python, "-c", _FACTS % (SHOWN,)],
         cwd=ROOT / ".corners", capture_output=True, text=True, check=True,
     )  # fmt: skip
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
+    cases = list(suite.iter("testcase"))
     bad = [
         f"{case.get('classname')}::{case.get('name')}"
-        for case in suite.iter("testcase")
+        for case in cases
         if case.find("failure") is not None or case.find("error") is not None
     ]
     skipped: dict[str, int] = {}
+    not_run = 0
     for case in suite.iter("skipped"):
+        not_run += 1
         reason = (case.get("message") or "").strip()
         if case.get("type") != "pytest.xfail":
             skipped[reason] = skipped.get(reason, 0) + 1
-    total = int(suite.get("tests", 0))
-    not_run = int(suite.get("skipped", 0))
-    sys.path.insert(0, str(ROOT))
     commit = subprocess.run(
         ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True,
         check=True,
     ).stdout.strip()  # fmt: skip
     return {
-        "corner": corner, **json.loads(facts.stdout), "commit": commit,
-        "passed": total - not_run - len(bad), "failed": len(bad), "failures": bad,
+        "corner": corner, **json.loads(facts.stdout), "commit": commit, "whole": whole,
+        "files": len({case.get("classname") for case in cases}),
+        "passed": len(cases) - not_run - len(bad), "failed": len(bad), "failures": bad,
         "expected_failures": not_run - sum(skipped.values()), "skipped": skipped,
     }  # fmt: skip
 
@@ -128,18 +135,21 @@ def write(record: dict[str, Any]) -> None:
         "# Versions that the tests ran with", "",
         "Written by `python benchmarks/versions.py CORNER`. `make test-oldest` takes the lower",
         "bounds of pyproject.toml, `make test-newest` the newest versions that they allow.", "",
-        "| corner | Python | torch | torchvision | timm | numpy | others | passed | failed "
-        "| skipped |",
-        "|---|---|---|---|---|---|---|---:|---:|---:|",
+        "| corner | Python | torch | torchvision | timm | numpy | others | files | passed "
+        "| failed | skipped |",
+        "|---|---|---|---|---|---|---|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name, row in sorted(known.items()):
         versions = row["versions"]
         others = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in SHOWN[:4])
         cells = [name, row["python"], *(versions.get(k, "") for k in SHOWN[:4]), others,
-                 row["passed"], row["failed"], sum(row["skipped"].values())]  # fmt: skip
+                 row["files"], row["passed"], row["failed"],
+                 sum(row["skipped"].values())]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     for name, row in sorted(known.items()):
         lines += ["", f"## {name}", "", f"At commit {row['commit']}.", ""]
+        if not row["whole"]:
+            lines += [f"A part of the suite: {row['files']} files of tests ran.", ""]
         lines += [f"- failed: `{failure}`" for failure in row["failures"]]
         lines += [f"- skipped {count}: {reason}" for reason, count in row["skipped"].items()]
     PAGE.write_text("\n".join(lines) + "\n")

@@ -51,7 +51,7 @@ def _compile_begins_later(monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     """Skip what compiles a Bayesian model where torch is too old for that."""
     if not torch_support.has(torch_support.COMPILE) and "too_old" not in request.node.name:
         first = ".".join(map(str, torch_support.FIRST[torch_support.COMPILE]))
-        reason = f"torch.compile of a Bayesian model begins with torch {first}"
+        reason = f"{torch_support.COMPILE} begins with torch {first}"
         monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.skip(reason))
 
 

@@ -192,8 +192,8 @@ def test_both_versions_and_the_remedy_are_named(monkeypatch: pytest.MonkeyPatch)
 def test_compile_with_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(torch_support.FIRST, COMPILE, (99, 0))
     model = bayesify.to_bbb(nn.Linear(2, 2)).train()
-    with pytest.raises(Exception, match=r"torch.compile of a Bayesian model needs torch 99.0"):
+    with pytest.raises(Exception, match=r"torch.compile, .* of a Bayesian model needs torch 99.0"):
         torch.compile(model, backend="eager")(torch.ones(1, 2))
-    with pytest.raises(Exception, match=r"torch.compile of a Bayesian model needs torch 99.0"):
+    with pytest.raises(Exception, match=r"torch.compile, .* of a Bayesian model needs torch 99.0"):
         torch.compile(bayesify.kl_divergence, backend="eager")(model)
     assert model(torch.ones(1, 2)).shape == (1, 2)  # it goes on without

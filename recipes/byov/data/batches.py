@@ -336,7 +336,7 @@ class _Batch(NamedTuple):
 def _derived(*numbers: int) -> int:
     """A seed from several numbers; a neighbour in any of them gives an unrelated one."""
     try:
-        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
     except ValueError as error:
         raise ArgumentError(f"seed and epoch must be 0 or more, not {numbers}.") from error
 

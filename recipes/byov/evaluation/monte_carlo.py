@@ -26,7 +26,7 @@ _BATCH = 256
 
 def seed_of(seed: int, draw: int) -> int:
     """The seed of one of many draws, for :func:`bayesify.one_draw`."""
-    return int(np.random.SeedSequence((seed, draw)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, draw)).generate_state(1, np.uint64)[0]) >> 1
 
 
 @torch.no_grad()
