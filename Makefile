@@ -45,7 +45,7 @@ $(UV): $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check uv
 	@touch $@
 
-test-oldest: $(UV) ## the tests with the oldest versions, in an environment of their own
+test-oldest: $(UV) ## the tests with the oldest versions and Python 3.10, in an environment of their own
 	$(BIN)/python benchmarks/versions.py oldest --workers $(WORKERS)
 
 test-newest: $(UV) ## the tests with the newest versions
