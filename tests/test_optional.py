@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_the_package_that_is_missing_is_named(
 
     monkeypatch.setitem(sys.modules, absent, None)
     model = bayesify.to_bbb(torch.nn.Linear(2, 2))
-    needs = {
+    needs: dict[str, Callable[[], Any]] = {
         "report": check_installed,
         "onnx": lambda: bayesify.export_onnx(model, tmp_path / "x.onnx", torch.ones(1, 2)),
     }
