@@ -183,13 +183,11 @@ def to_program(
             warnings.simplefilter("ignore")  # the exporter's own
             # an ensemble takes *inputs, which are one argument to torch.export
             given = (shapes,) if isinstance(module, Ensemble) else shapes
-            program = torch.export.export(traced, example, dynamic_shapes=given, strict=False)
+            program = torch.export.export(traced, example, dynamic_shapes=given)
             if shrink:
                 graph_module = program.module()
                 if shrink_(graph_module):
-                    program = torch.export.export(
-                        graph_module, example, dynamic_shapes=shapes, strict=False
-                    )
+                    program = torch.export.export(graph_module, example, dynamic_shapes=shapes)
     except ArgumentError:
         raise
     except Exception as error:  # the tracer raises what the model raises
