@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer and make; everything else is installed into .venv.
+# Needs Python 3.10 or newer and make; everything else is installed into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -22,7 +22,7 @@ help: ## list the targets
 venv: $(INSTALLED) ## make .venv with bayesify and its tools
 
 $(INSTALLED): pyproject.toml setup.py bayesify/kernels/native.c
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"bayesify needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}: give another one with make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"bayesify needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: give another one with make PYTHON=...")'
 	@echo "Installing bayesify and PyTorch into $(VENV): several GB and a few minutes, only this once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
@@ -47,7 +47,7 @@ $(UV): $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check uv
 	@touch $@
 
-test-oldest: $(UV) ## the tests with the oldest versions, in an environment of their own
+test-oldest: $(UV) ## the tests with the oldest versions and Python 3.10, in an environment of their own
 	$(BIN)/python benchmarks/versions.py oldest --workers $(WORKERS)
 
 test-newest: $(UV) ## the tests with the newest versions
@@ -102,7 +102,7 @@ zoo: venv ## check every model of timm and torchvision (hours; goes on where it 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py --jobs $(WORKERS)
 
 $(OTHERS): $(INSTALLED)
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["zoo"], sep="\n")' > $(VENV)/zoo.txt
+	$(BIN)/python -c 'import importlib, sys; toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli"); print(*toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["zoo"], sep="\n")' > $(VENV)/zoo.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --requirement $(VENV)/zoo.txt
 	@touch $@
 

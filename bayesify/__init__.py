@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .errors import NoMatchWarning as NoMatchWarning
     from .errors import SigmaBelowSpacingWarning as SigmaBelowSpacingWarning
     from .errors import UnsupportedModuleError as UnsupportedModuleError
+    from .errors import UnsupportedVersionError as UnsupportedVersionError
     from .export import Ensemble as Ensemble
     from .export import ensemble as ensemble
     from .export import export_onnx as export_onnx
@@ -82,7 +83,7 @@ _HOMES = {
     "convert": "extend_ to_bbb to_bbb_ to_deterministic",
     "errors": "ArgumentError BayesifyError CheckpointError DataError LostPosteriorWarning "
     "ModelError NoMatchError NoMatchWarning BiasBeforeNormWarning SigmaBelowSpacingWarning "
-    "UnsupportedModuleError",
+    "UnsupportedModuleError UnsupportedVersionError",
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",

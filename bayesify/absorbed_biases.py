@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Collection
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+
+from .torch_private import BatchNormBase, ConvBase
 
 _LISTED = 3
 
@@ -26,8 +26,8 @@ def before_batchnorm(model: nn.Module) -> list[str]:
         for (name, layer), (_, norm) in itertools.pairwise(module._modules.items()):
             outputs = getattr(layer, "out_features", getattr(layer, "out_channels", None))
             if (
-                isinstance(layer, nn.Linear | _ConvNd)
-                and isinstance(norm, _BatchNorm)
+                isinstance(layer, nn.Linear | ConvBase)
+                and isinstance(norm, BatchNormBase)
                 and norm.num_features == outputs
                 and layer._parameters.get("bias") is not None
             ):

@@ -18,9 +18,10 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
+    from .torch_support import accelerator
+
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        return accelerator() or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -32,6 +32,10 @@ class CheckpointError(BayesifyError):
     """A file cannot be read as, or written as, a bayesify checkpoint."""
 
 
+class UnsupportedVersionError(BayesifyError):
+    """A library is of a version that a feature does not work with."""
+
+
 class NoMatchWarning(UserWarning):
     """A ``skip`` or ``only`` pattern matches nothing in the model."""
 

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from .convert import to_deterministic
 from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
@@ -29,6 +28,7 @@ from .pruning.shrinking import shrink_
 from .rewriter import caches
 from .scope import as_seed, draws
 from .storage import check_target, replacing
+from .torch_private import forget_example_inputs, pytree
 from .unconverted import warn_of_unconverted
 
 INFO = "bayesify.json"
@@ -60,7 +60,7 @@ class Ensemble(nn.Module):
         # an export has its own way with a forward that writes into its input: it refuses
         given = (
             None
-            if torch.compiler.is_compiling() or torch._C._get_tracing_state()
+            if torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             else Given(inputs)
         )
         for member in self.members:
@@ -208,7 +208,7 @@ def to_program(
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     _compare(model, program, module, example)
-    program.example_inputs = None  # the user's data, which the file would hold
+    forget_example_inputs(program)  # the user's data, which the file would hold
     return program
 
 
@@ -348,7 +348,13 @@ def export_onnx(
     assert written is not None
     written.model.metadata_props["bayesify"] = text
     with replacing(path, overwrite=overwrite) as temporary:
-        written.save(temporary, external_data=False)
+        try:
+            written.save(temporary, external_data=False)
+        except Exception as error:  # onnxscript's own kind, around a TypeError of protobuf
+            raise UnsupportedModuleError(
+                f"{type(model).__name__} cannot be written as ONNX ({_reason(error)}). With torch "
+                "2.6 and its onnxscript, protobuf 7 can be why: pip install 'protobuf<7'"
+            ) from error
 
 
 class _Checked(io.RawIOBase):

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
-from torch.utils.data._utils import signal_handling
 
 from .signals import ASKING
+from .torch_private import forget_workers
 
 _Item = TypeVar("_Item", covariant=True)
 
@@ -45,7 +45,7 @@ class Loader(DataLoader[_Item]):
 def _kill(worker: Any, reference: weakref.ref[Any]) -> None:
     batches = reference()
     if batches is not None and batches._worker_pids_set:  # else torch calls this end a failure
-        signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
+        forget_workers(id(batches))
         batches._worker_pids_set = False
     worker.kill()
 

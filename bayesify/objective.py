@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import gaussian
+from . import gaussian, torch_private, torch_support
 from .errors import ArgumentError
 from .kernels import grouped
 from .kernels.noise import noise
@@ -61,9 +61,11 @@ def kl_divergence(model: nn.Module) -> Tensor:
     """
     if ACTIVE.tracer is not None:
         raise TraceFailure("it computes a KL divergence, which reads means and not draws")
+    if torch.compiler.is_dynamo_compiling():
+        torch_support.check_compile()
     found = bayesian_sites(model)
     # a forward that calls this may run with its reads of parameters exchanged for draws
-    with torch._C.DisableTorchFunction():
+    with torch_private.DisableTorchFunction():
         seed: Tensor | None = None
         terms = []
         partial: dict[Any, list[Tensor]] = {}  # FSDP2: sums over the shards of this process

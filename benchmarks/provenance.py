@@ -25,7 +25,7 @@ def commit() -> str:
 def provenance(*packages: str) -> dict[str, Any]:
     """What every result file holds beside its numbers."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit(),
         "versions": {package: version(package) for package in packages},
         "c_library": native.there(),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bayesify import torch_support
 from bayesify.kernels import native
 
 # The first call of a torch op can take longer than hypothesis' deadline; derandomize gives the same
@@ -48,6 +49,15 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries that use the global state must be fixed as well
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _compile_begins_later(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Skip what compiles a Bayesian model where torch is too old for that."""
+    if not torch_support.has(torch_support.COMPILE) and "too_old" not in request.node.name:
+        first = ".".join(map(str, torch_support.FIRST[torch_support.COMPILE]))
+        reason = f"{torch_support.COMPILE} begins with torch {first}"
+        monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.skip(reason))
 
 
 @pytest.fixture(params=[1, 2])

@@ -104,8 +104,9 @@ def test_json_both_ways() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build_their_model(name: str) -> None:
     config = PRESETS[name].config
+    student = build_student(config, 10).to("meta")
     with torch.device("meta"):
-        model = convert_(build_student(config, 10), config)
+        model = convert_(student, config)
         assert isinstance(model, Student)
         images = torch.zeros(2, config.channels, config.image_size, config.image_size)
         first, second = model(images, images)

@@ -117,9 +117,8 @@ def test_supervised_twin_is_exported_with_its_own_classifier(tmp_path: Path) -> 
 def test_timm_call_of_every_preset_builds_the_encoder(name: str) -> None:
     config: BYOVConfig = PRESETS[name].config
     call = export.timm_call(config, Path("x")).replace(', checkpoint_path="x"', "")
-    with torch.device("meta"):
-        built: nn.Module = eval(call, {"timm": timm})
-        student: Any = build_student(config, 10)
+    built: nn.Module = eval(call, {"timm": timm})
+    student: Any = build_student(config, 10)
     assert {k: v.shape for k, v in built.state_dict().items()} == {
         k: v.shape for k, v in student.encoder.state_dict().items()
     }

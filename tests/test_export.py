@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,12 @@ def test_timm_loads_the_means(tmp_path: Path) -> None:
 # -- torch -----------------------------------------------------------------------------------
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    """What a program's file holds, without the times that torch 2.6 puts beside it."""
+    with zipfile.ZipFile(path) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
 def test_a_program_of_the_means(tmp_path: Path) -> None:
     model, path = net(), tmp_path / "net.pt2"
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -163,9 +170,10 @@ def test_a_program_of_the_means(tmp_path: Path) -> None:
     torch.export.load(path, extra_files=extra)
     assert json.loads(extra["bayesify.json"]) == {"classes": ["a"]}
     written = path.read_bytes()
+    inside = contents(path)
     assert not any(place in written for place in PLACES), "paths of this machine are in the file"
     bayesify.export_torch(model, path, images(2), info={"classes": ["a"]}, overwrite=True)
-    assert path.read_bytes() == written, "the example is in the file"
+    assert contents(path) == inside, "the example is in the file"
 
 
 def test_a_program_needs_no_bayesify(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
@@ -14,12 +13,19 @@ from typing import NamedTuple
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up; units on one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("torch_support",),
     ("gaussian", "images", "numeric", "signals", "spacing", "devices", "json_numbers", "welford"),
+    ("torch_private",),
     ("kernels",),
     ("priors",),
     ("posterior",),

@@ -260,6 +260,11 @@ def exact_gradients(model: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("name", FORWARDS)
 def test_gradients_are_those_of_the_original(name: str) -> None:
     model = type("Held", (Model,), {"forward": FORWARDS[name]})()
+    if name in ("by name", "partial"):
+        try:
+            coarse(torch.ones(1))
+        except TypeError:
+            pytest.skip("functions of autograd take keywords in a later torch")
     assert check(model, randn(4)).problems == []
     exact_gradients(bayesify.to_bbb(model, logvar=-4.0), torch.randn(3, 4))
 

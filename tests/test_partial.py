@@ -42,6 +42,7 @@ from bayesify import (
 from bayesify.cli.app import app
 from bayesify.posterior import root_mean_square
 from reference import functional_call, perturb_
+from timm_models import without_data
 
 FAMILIES = [
     "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
@@ -69,9 +70,9 @@ ALL_FAMILIES = [*FAMILIES, *(f"torchvision:{name}" for name in TORCHVISION)]
 def family(name: str) -> nn.Module:
     """A model without data; nothing may change it."""
     source, _, inner = name.rpartition(":")
+    if not source:
+        return without_data(name)
     with torch.device("meta"):
-        if not source:
-            return timm.create_model(name)
         dense = {"weights_backbone": None} if "resnet50_" in inner or "lab" in inner else {}
         model: nn.Module = torchvision.models.get_model(inner, weights=None, **dense)
     return model
@@ -333,8 +334,7 @@ def run(*arguments: object, code: int = 0) -> Any:
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("name", ["test_vit", "test_byobnet"])
 def test_the_command_line_takes_the_same(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = without_data(name)
     for case, (options, meant, taken) in CASES.items():
         flags = [word for key, value in options.items() for word in (f"--{key}", value)]
         command = ("convert", name, *flags, "--dry-run", "--json")
@@ -353,8 +353,7 @@ def test_a_file_holds_the_part_that_was_said() -> None:
     options = ("--preset", "no-layernorm", "--skip", "patch_embed", "--skip", "*.bias")
     run("convert", "test_vit", *options, "--only", "blocks.*,head", "--quiet")
     document = json.loads(run("inspect", "test_vit.bbb.safetensors", "--json").stdout)
-    with torch.device("meta"):
-        model = timm.create_model("test_vit")
+    model = without_data("test_vit")
     inside = {n for n in names(model) if n.startswith(("blocks.", "head."))}
     assert set(document["posterior"]) == inside - layer_norms(model) - biases(model)
 

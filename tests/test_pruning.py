@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from timm.layers.attention import Attention
+from timm.models import vision_transformer
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import TensorDataset
@@ -34,6 +34,8 @@ from bayesify import (
 from bayesify.errors import ArgumentError, NoMatchError, UnsupportedModuleError
 from bayesify.posterior import Site, bayesian_sites
 
+# of timm.layers from timm 1.0.16 on
+Attention: Any = vars(vision_transformer)["Attention"]
 Array = npt.NDArray[np.float64]
 
 

@@ -22,6 +22,7 @@ import bayesify
 from bayesify.absorbed_biases import before_batchnorm
 from bayesify.errors import ArgumentError, NoMatchError
 from bayesify.selection import PRESETS, Pattern, Selection, parse_patterns, select
+from timm_models import without_data
 
 
 class RmsNorm(nn.Module):
@@ -72,8 +73,7 @@ def starting(model: nn.Module, *prefixes: str) -> set[str]:
 
 @functools.cache
 def timm_model(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name)
+    return without_data(name)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesify
+from bayesify import torch_support
 from bayesify.rewriter.variants import rungs
 
 
@@ -52,6 +53,8 @@ def drawing(model: nn.Module, how: str) -> contextlib.AbstractContextManager[Any
 def test_a_model_never_called_is_exported_as_one_that_was(
     how: str, grad: bool, strict: bool
 ) -> None:
+    if strict and not torch_support.has(torch_support.COMPILE):
+        pytest.skip(f"{torch_support.COMPILE} begins with torch 2.8")
     programs, outputs = [], []
     # strict, what is held already becomes constants without a gradient, as torch warns
     for called in (False,) if strict and how == "one_draw" else (False, True):
@@ -82,7 +85,7 @@ def test_a_held_draw_serves_calls_after_an_export() -> None:
         expected = model(images())
     model = converted()
     with bayesify.one_draw(model, seed=1):
-        torch.export.export(model, (images(),))
+        torch.export.export(model, (images(),), strict=False)
         assert torch.equal(model(images()), expected)
 
 
@@ -91,7 +94,9 @@ def test_a_program_takes_batches_of_any_size(how: str) -> None:
     model = converted()
     batch = torch.export.Dim("batch", min=2, max=64)
     with drawing(model, how):
-        program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},))
+        program = torch.export.export(
+            model, (images(),), dynamic_shapes=({0: batch},), strict=False
+        )
         if how == "one_draw":
             torch.testing.assert_close(program.module()(images(7)), model(images(7)))
     assert program.module()(images(7)).shape == (7, 5)

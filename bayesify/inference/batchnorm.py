@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ArgumentError
 from ..posterior import bayesian_sites
 from ..scope import at_mean
+from ..torch_private import BatchNormBase
 from .running import evaluating
 
 
@@ -49,7 +49,9 @@ def recompute_batchnorm_(
     (2.0, 2.0)
     """
     first = bayesian_sites(model)[0].mean
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [
+        m for m in model.modules() if isinstance(m, BatchNormBase) and m.running_mean is not None
+    ]
     if not norms:
         return model
     target = first.device if device is None else torch.device(device)

@@ -87,7 +87,7 @@ def calibrate_(
             )
 
         def keeps(exponent: float) -> bool:
-            scale(math.exp2(exponent))
+            scale(2.0**exponent)
             outputs = Draws(model, num_samples, base).outputs(inputs, {})
             compared = [main_output(output) for output in outputs]
             if target_change is None:
@@ -100,12 +100,12 @@ def calibrate_(
 
         try:
             exponent = _largest(keeps)
-            scale(math.exp2(exponent))
+            scale(2.0**exponent)
         except BaseException:
             for site, raw in zip(found, kept, strict=True):
                 site.raw.copy_(raw)
             raise
-    return math.exp2(exponent)
+    return float(2.0**exponent)
 
 
 def _largest(keeps: Callable[[float], bool]) -> float:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
+from .. import torch_private
 from ..errors import ArgumentError
 from ..kernels import grouped
 from ..kernels.noise import fold
 from ..numeric import whole
 from ..posterior import Site, bayesian_sites, owner_state
 from ..scope import Scope, distinct_keys, grad_mode, held, modules_of, realise
+from ..torch_private import pytree
 from .given import Given
 from .summaries import is_cache
 
-_FUNCTORCH: Any = torch._C._functorch
 LOG = logging.getLogger(__name__)
 
 KEPT_BYTES = 256 << 20
@@ -232,7 +232,7 @@ def _put_back(state: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     names = []
     for live, before in state:
         for name, value in list(live.items()):
-            if isinstance(value, Tensor) and _FUNCTORCH.is_functorch_wrapped_tensor(value):
+            if isinstance(value, Tensor) and torch_private.is_functorch_wrapped_tensor(value):
                 names.append(name)
                 if name in before:
                     live[name] = before[name]
@@ -245,12 +245,12 @@ def _put_back(state: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
 @contextlib.contextmanager
 def _no_slow_vmap() -> Iterator[None]:
     """An operation without a rule for vmap is an error here, not a loop with a warning."""
-    before = _FUNCTORCH._is_vmap_fallback_enabled()
-    _FUNCTORCH._set_vmap_fallback_enabled(False)
+    before = torch_private.is_vmap_fallback_enabled()
+    torch_private.set_vmap_fallback_enabled(False)
     try:
         yield
     finally:
-        _FUNCTORCH._set_vmap_fallback_enabled(before)
+        torch_private.set_vmap_fallback_enabled(before)
 
 
 def _batched_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:

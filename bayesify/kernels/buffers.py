@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..torch_private import storage_use_count
+
 _LOCK = threading.Lock()
-_USE_COUNT: Any = torch._C._storage_Use_Count
 _MOST = 3
 
 
@@ -35,7 +35,7 @@ class Buffers:
                 self._like = like.numel(), like.dtype
             kept = self._kept.setdefault(dtype, [])
             for tensor, storage in kept:
-                if _USE_COUNT(storage._cdata) == 2:  # by this pair alone
+                if storage_use_count(storage._cdata) == 2:  # by this pair alone
                     # .data is a tensor of its own, whose version nobody has seen
                     same = tensor.shape == like.shape
                     return tensor.data if same else tensor.data.view(like.shape)

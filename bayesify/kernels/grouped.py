@@ -12,12 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import (
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-)
 
+from .. import torch_private
 from ..gaussian import HELD
 from . import cpu_draw
 from .buffers import Buffers
@@ -42,20 +38,20 @@ class Item(NamedTuple):
 def possible() -> bool:
     """Whether nothing watches or transforms tensors now, so that memory may be used anew."""
     return not (
-        torch.compiler.is_compiling() or transformed() or _get_current_dispatch_mode_stack()
+        torch.compiler.is_compiling() or transformed() or torch_private.dispatch_mode_stack()
     )
 
 
 def transformed() -> bool:
     """Whether torch.func or forward differentiation transforms what is computed now."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        torch_private.peek_interpreter_stack() is not None or torch_private.forward_ad_level() >= 0
     )
 
 
 def _ordinary(grad: Tensor | None) -> bool:
     """Whether a backward runs as usual, with one gradient at a time."""
-    batched = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    batched = grad is not None and torch_private.is_legacy_batchedtensor(grad)
     return not batched and possible()
 
 
@@ -192,7 +188,7 @@ class Draw:
         ordinary = _ordinary(grad)
         if self.repeatable and (sparse or not ordinary):
             return self._plain(grad, kl)
-        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        keeps_graph = torch_private.current_graph_task_keep_graph()
         way = _way(self.item.mean.device)
         by_mean, by_logvar = way.gradients(self, grad, kl, ordinary and not keeps_graph)
         return by_mean, by_logvar
@@ -235,10 +231,10 @@ class Later:
         """The draw, with its node. Not inside a transform of torch.func (:func:`transformed`)."""
         if self.hook is None:
             item = self._node.item
-            watched = _get_current_dispatch_mode_stack()
+            watched = torch_private.dispatch_mode_stack()
             with (
-                torch._C.DisableTorchFunction(),
-                _disable_current_modes() if watched else contextlib.nullcontext(),
+                torch_private.DisableTorchFunction(),
+                torch_private.disable_current_modes() if watched else contextlib.nullcontext(),
             ):
                 self._value, token = _apply_draw(item.mean, item.logvar, [self._value], self._node)
             self.hook = Hook(self._node, token)

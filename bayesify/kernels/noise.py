@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..torch_private import disable_current_modes
 from . import native, philox
 from .choice import by_triton
 
@@ -204,7 +204,7 @@ def noise(
         A tensor of shape ``size`` without gradient.
     """
     if exporting() and type(seed) is Tensor:  # known to the export, and so is the noise: a constant
-        with _disable_current_modes():
+        with disable_current_modes():
             constant: Tensor = torch.ops.bayesify.noise(seed, key, size, dtype, device)
             return constant
     result: Tensor = torch.ops.bayesify.noise(seed, key, size, dtype, device)

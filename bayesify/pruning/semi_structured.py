@@ -14,6 +14,7 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
+from .. import torch_private
 from ..convert import to_deterministic
 from ..copies import copy_detached
 from ..errors import ArgumentError
@@ -140,7 +141,7 @@ def _misfit(weight: Tensor, dtype: torch.dtype) -> str | None:
     kept = (weight != 0).view(rows, -1, 4).sum(dim=-1)
     if full := int((kept > 2).sum()):
         return f"{full:,} of {kept.numel():,} groups of four inputs have more than 2 that are not 0"
-    needed = _backend()._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    needed = torch_private.semi_structured_constraints(_backend())[dtype]
     of_rows, of_columns = needed.sparse_min_rows, needed.sparse_min_cols
     if not rows or not columns or rows % of_rows or columns % of_columns:
         return f"it is {rows} x {columns}, and torch packs multiples of {of_rows} x {of_columns}"
@@ -149,7 +150,7 @@ def _misfit(weight: Tensor, dtype: torch.dtype) -> str | None:
 
 def _backend() -> type[SparseSemiStructuredTensor]:
     """The class that torch packs into."""
-    if SparseSemiStructuredTensor._FORCE_CUTLASS:
+    if torch_private.packs_by_cutlass():
         return SparseSemiStructuredTensorCUTLASS
     return SparseSemiStructuredTensorCUSPARSELT
 

@@ -28,7 +28,11 @@ from .elements import (
 
 Unit = Literal["channels", "heads"]
 
-_TIMM = ("timm.layers.attention", "Attention")  # by name: timm takes seconds to import
+# by name, as timm takes seconds to import; the second before timm 1.0.16
+_TIMM = {
+    ("timm.layers.attention", "Attention"),
+    ("timm.models.vision_transformer", "Attention"),
+}
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def heads_of(model: nn.Module, module: nn.Module) -> Layer | None:
         if not module._qkv_same_embed_dim:
             return None
         places = [(found, "in_proj_weight"), (found.out_proj, "weight"), (found, "in_proj_bias")]
-    elif any((c.__module__, c.__name__) == _TIMM for c in type(module).__mro__):
+    elif any((c.__module__, c.__name__) in _TIMM for c in type(module).__mro__):
         places = [(found.qkv, "weight"), (found.proj, "weight"), (found.qkv, "bias")]
     else:
         return None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 _COMMON = frozenset(n for t in (dict, list, set, str, Tensor, nn.Module) for n in dir(t))
 """Names of methods that say nothing about whose they are."""
+_CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD")  # the latter two in Python 3.10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ class _Reading:
         self, lines: list[dis.Instruction], i: int, me: frozenset[str], names: dict[str, Any]
     ) -> None:
         name, before = lines[i].argval, lines[i - 1]
-        if lines[i].opname == "LOAD_SUPER_ATTR" or _loads(before, me) or before.opname == "CALL":
+        if lines[i].opname == "LOAD_SUPER_ATTR" or _loads(before, me) or before.opname in _CALLS:
             self.follow(name)  # a call before it: super()
         elif before.opname == "LOAD_GLOBAL" and names.get(before.argval) in self.cls.__mro__:
             self.follow(name)
@@ -192,7 +193,7 @@ def _producer(lines: list[dis.Instruction], i: int, below: int) -> int:
 def _call(lines: list[dis.Instruction], i: int, count: int) -> int | None:
     """Where the method that line i loads is called with so many arguments."""
     for j in range(i + 1, len(lines)):
-        if lines[j].opname in ("PRECALL", "CALL") and lines[j].arg == count:
+        if lines[j].opname in ("PRECALL", *_CALLS) and lines[j].arg == count:
             if _producer(lines, j, count) == i:
                 return j
     return None

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.utils import parametrize
 
+from .. import torch_private
 from .assignments import Assigned, assigned_by, members
 from .guards import INTERNAL, MISSING
 from .objects import may_be_handed_on
@@ -233,11 +233,12 @@ class Hiding:
 @contextmanager
 def parametrizations_computed_anew() -> Iterator[None]:
     """Let no ``torch.nn.utils.parametrize.cached`` keep a draw, or give one another's."""
-    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    entered = torch_private.parametrization_cache()
+    torch_private.set_parametrization_cache(0)
     try:
         yield
     finally:
-        parametrize._cache_enabled = enabled
+        torch_private.set_parametrization_cache(entered)
 
 
 @contextmanager

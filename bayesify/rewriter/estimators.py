@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .. import gaussian
+from .. import gaussian, torch_private
 from ..posterior import STATE, Slot, tensors_of
 from ..scope import LOCAL, Scope
 from .tracer import Trace
 from .writer import Expression, access
 
 LINEAR: dict[Any, tuple[str, int]] = {
-    torch._C._nn.linear: ("torch._C._nn.linear", 2),
+    F.linear: ("torch._C._nn.linear", 2),
     torch.conv1d: ("torch.conv1d", 3),
     torch.conv2d: ("torch.conv2d", 4),
     torch.conv3d: ("torch.conv3d", 5),
@@ -115,7 +115,7 @@ def local_embedding(
     """Draw the rows that are looked up, one by one; nothing is drawn of the others."""
     slot = _slot(module, weight)
     # the fallback of a module around this one must not exchange the mean for a draw
-    with torch._C.DisableTorchFunction():
+    with torch_private.DisableTorchFunction():
         mean, raw = tensors_of(module, weight, slot)
         center = F.embedding(input, mean, *args, **kwargs)
         rows = F.embedding(input, raw, *args, **kwargs)
@@ -129,7 +129,7 @@ def flipout_embedding(
     """Look up one shared deviation, with random signs of the columns for each example."""
     slot = _slot(module, weight)
     deviation = _scope(module).deviation(module, weight, slot)
-    with torch._C.DisableTorchFunction():
+    with torch_private.DisableTorchFunction():
         mean, _ = tensors_of(module, weight, slot)
         center = F.embedding(input, mean, *args, **kwargs)
         deviating = F.embedding(input, deviation, *args, **kwargs)
@@ -150,7 +150,7 @@ def _posterior(module: nn.Module, attribute: str) -> tuple[Tensor, Tensor, Slot]
     slot = _slot(module, attribute)
     mean, raw = tensors_of(module, attribute, slot)
     # under another name: the fallback of a module around this one exchanges the mean for a draw
-    with torch._C.DisableTorchFunction():
+    with torch_private.DisableTorchFunction():
         return mean.view_as(mean), raw, slot
 
 

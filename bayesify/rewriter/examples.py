@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..torch_private import FakeTensorMode
 from .trace_context import ACTIVE
 from .values import TraceFailure
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling as compiling
 
+from .. import torch_private
+
 INTERNAL = {
     "_parameters", "_buffers", "_modules", "_bayesify", "__dict__", "__class__",
     "_non_persistent_buffers_set", "_state_dict_hooks", "_load_state_dict_pre_hooks",
@@ -77,7 +79,7 @@ class Guard:
                     return False
             return True
         if self.kind == "types":
-            with torch._C.DisableTorchFunction():  # the fallback around it answers with a draw
+            with torch_private.DisableTorchFunction():  # the fallback around it answers with a draw
                 return all(_as_it_was(owner, *entry) for entry in self.value)
         module: Any = owner
         for part in self.path:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn, no_grad
 
 from .. import scope as scopes
+from .. import torch_private
 from ..errors import UnsupportedModuleError
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
@@ -319,7 +320,7 @@ def _listing_methods(base: Any) -> dict[str, Any]:
         state_dict.update(given)
         spreads = nn.Module()
         spreads._parameters.update(raws)
-        nn.Module._load_from_state_dict(spreads, given, prefix, local_metadata, strict, *lists)
+        torch_private.load_from_state_dict(spreads, given, prefix, local_metadata, strict, *lists)
         held.update(spreads._parameters)  # assign=True puts the given tensors in place
 
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
@@ -333,7 +334,7 @@ def _listing_methods(base: Any) -> dict[str, Any]:
                         raw.copy_(value)
         return result
 
-    lists_itself = base._load_from_state_dict is not nn.Module._load_from_state_dict
+    lists_itself = base._load_from_state_dict is not torch_private.load_from_state_dict
     methods: tuple[Any, ...] = (_save_to_state_dict, _load_from_state_dict)
     if base.load_state_dict is not nn.Module.load_state_dict:
         methods += (load_state_dict,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import linecache
-import operator
 import re
 from collections.abc import Collection
 from typing import Any
@@ -16,7 +15,7 @@ from .. import scope
 from .context_variables import in_context
 from .estimators import LINEAR, RUNTIME
 from .tracer import Trace, call_of_torch
-from .writer import Expression, access
+from .writer import Expression, access, call_of
 
 _LOWERED = frozenset((*LINEAR, torch.matmul, torch.addmm, torch.mm, torch.bmm, torch.baddbmm))
 """Operations whose arguments autocast lowers on every device."""
@@ -171,9 +170,9 @@ def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
         else:
             lines.append(indent + line)
     source = "\n".join(lines)
-    for short in [name for name, value in code.globals.items() if value is operator.call]:
-        for node in trace.graph.find_nodes(op="call_function", target=operator.call):
-            callee = str(node.args[0])  # torch.compile knows a call, but not operator.call
+    for short in [name for name, value in code.globals.items() if value is call_of]:
+        for node in trace.graph.find_nodes(op="call_function", target=call_of):
+            callee = str(node.args[0])  # torch.compile knows a call, but not call_of
             source = source.replace(f"{short}({callee}, ", f"{callee}(")
             source = source.replace(f"{short}({callee})", f"{callee}()")
     for short, function in own.items():

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import torch_private
 from ..posterior import owner_state, raw_name
 from .guards import INTERNAL, MISSING
 
 if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+    from ..torch_private import FakeTensorMode
     from .tracer import MethodTracer
 
 
@@ -44,7 +44,7 @@ TRACE_LOCK = threading.RLock()
 
 def transforms() -> tuple[Any, ...]:
     """How deep in transforms of torch.func and in levels of forward-mode differentiation."""
-    return torch._C._functorch.maybe_current_level(), torch.autograd.forward_ad._current_level
+    return torch_private.functorch_level(), torch_private.forward_ad_level()
 
 
 def context_state() -> tuple[Any, ...]:
@@ -265,7 +265,7 @@ class _OpaqueCalls:
     """
 
     _autograd: Any = torch.autograd.Function
-    _scripted: Any = torch._C.ScriptFunction
+    _scripted: Any = torch_private.ScriptFunction
     _kind: Any = type(torch.autograd.Function)
 
     def __init__(self) -> None:
@@ -313,7 +313,7 @@ class _OpaqueCalls:
 
         def record(cls: Any, run: Any, grad: bool, *args: Any) -> Any:
             separate = cls.setup_context is not self._autograd.setup_context
-            with torch._C.DisableTorchFunction(), torch.set_grad_enabled(grad):
+            with torch_private.DisableTorchFunction(), torch.set_grad_enabled(grad):
                 args = args if separate else args[1:]  # without ctx
                 result = ACTIVE.tracer.call_opaque(run, run, args, {})  # type: ignore[union-attr]
             ACTIVE.recorded = cls if separate else None

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils import _pytree as pytree
-from torch.utils._device import DeviceContext, _device_constructors
+from torch.overrides import TorchFunctionMode
 
+from .. import torch_private
 from ..posterior import owner_state
+from ..torch_private import DeviceContext, FakeTensor, FakeTensorMode, device_constructors, pytree
 from . import caches, context_variables, objects
 from .arguments import Outline
 from .examples import Examples
@@ -66,7 +65,7 @@ from .values import (
     TraceFailure,
     unpacks_into_names,
 )
-from .writer import Expression, GraphWriter, access, can_be_target, resolves, traced_inside
+from .writer import Expression, GraphWriter, access, call_of, can_be_target, resolves, traced_inside
 from .writes import target_of
 
 WRITES = "it writes into its parameter"
@@ -191,7 +190,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self._made: list[tuple[nn.Module, str, Any]] = []  # objects that are not kept
         self._variables = contextvars.copy_context()
         self._transforms = transforms()
-        modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
+        modes = [m for m in torch_private.function_mode_stack() if isinstance(m, DeviceContext)]
         self._device = modes[-1].device if modes else None
 
     # -- what there is ---------------------------------------------------------------------
@@ -208,7 +207,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             plain = type(tensor) in kinds or sharded
             if tensor.layout != torch.strided or not plain:
                 raise TraceFailure(f"a {type(tensor).__name__} of layout {tensor.layout}")
-            with torch._C.DisableTorchFunction(), paused():
+            with torch_private.DisableTorchFunction(), paused():
                 example = torch.empty_strided(
                     tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype,
                     device=tensor.device, requires_grad=tensor.requires_grad,
@@ -297,10 +296,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self._note_types(tensor)
         example = tensor.example if traced else self.example_of(tensor)
         if name == "device" and not traced:
-            with torch._C.DisableTorchFunction():
+            with torch_private.DisableTorchFunction():
                 return tensor.device
         if name in _CONCRETE_ATTRIBUTES:
-            with torch._C.DisableTorchFunction(), paused():
+            with torch_private.DisableTorchFunction(), paused():
                 return getattr(example, name)
         if name == "grad_fn" or name == "grad":
             raise TraceFailure(f"Tensor.{name} is known only when it runs")
@@ -313,7 +312,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _shape(self, tensor: Any) -> Any:
         if type(tensor) is TracedTensor:
             return TracedSize(self._size(tensor, d) for d in range(tensor.example.dim()))
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             shape = tensor.shape
         where = self.tensors.get(id(tensor))
         if where is not None and where[0] == "buffer":
@@ -331,7 +330,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             found = [where for where in found if where[3] is tensor]
         elif tensor.argument is not None:
             return
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             kinds = ((path, name, t.dtype, t.device, t.requires_grad) for _, path, name, t in found)
             for kind in kinds:
                 self.types[kind[:2]] = kind
@@ -369,10 +368,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
     def _evaluate(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func`` on examples: metadata only, no data and no side effect."""
         args, kwargs = self._as_examples((args, kwargs))
-        if self._device is not None and func in _device_constructors():
+        if self._device is not None and func in device_constructors():
             if kwargs.get("device") is None:  # `with torch.device(...)`, which acts when it runs
                 kwargs["device"] = self._device
-        with torch._C.DisableTorchFunction(), paused():
+        with torch_private.DisableTorchFunction(), paused():
             return func(*args, **kwargs)
 
     def _as_examples(self, value: Any) -> Any:
@@ -415,7 +414,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         if (target := target_of(func, args, kwargs)) is not None:
             self._refuse_write(target)
         result = self._evaluate(func, args, kwargs)
-        if func is torch._C._set_grad_enabled:
+        if func is torch_private.set_grad_enabled:
             if torch.is_inference_mode_enabled() == self.entry_context[1]:  # which switches it too
                 self.grad_mode = torch.is_grad_enabled()
         method = _METHODS.get(func, "") if isinstance(args[0] if args else None, Tensor) else ""
@@ -428,7 +427,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         elif resolves(func):
             op, target, operands = "call_function", func, args
         else:  # a function that its name does not lead to
-            op, target, operands = "call_function", operator.call, (func, *args)
+            op, target, operands = "call_function", call_of, (func, *args)
         node = self._node(
             op, target, tuple(self.argument(a) for a in operands),
             {k: self.argument(v) for k, v in kwargs.items()},
@@ -437,7 +436,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
 
     def _refuse_write(self, target: Tensor) -> None:
         """A write into a posterior's draw is the fallback's to turn into one into its mean."""
-        with torch._C.DisableTorchFunction(), paused():
+        with torch_private.DisableTorchFunction(), paused():
             place = self._as_examples(target).untyped_storage()._cdata
             for kind, path, name, tensor in self.tensors.values():
                 known = self._examples.get(id(tensor))
@@ -505,7 +504,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         call: Callable[..., Any] | None = None,
     ) -> Any:  # fmt: skip
         """Record a call of a submodule, which stays a call; ``call``: of this, not of its own."""
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             try:
                 return self._call_module(module, args, kwargs, call)
             except BaseException as error:
@@ -556,7 +555,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             if id(module) in self.made and (traced or any(t is not None for t in tensors)):
                 raise TraceFailure(f"it makes a {type(module).__name__} that holds tensors")
             found = self.constant(module) if path is None else Expression(access(path))
-            node = self._node("call_function", operator.call, (found, *arguments), keywords)
+            node = self._node("call_function", call_of, (found, *arguments), keywords)
         if any(type(v) is TracedObject for v in pytree.tree_leaves((args, kwargs))):
             self._handed_on = True
         return self._wrap(result, node, (args, kwargs))
@@ -604,13 +603,13 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
         self, function: Any, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Record a call of an autograd or scripted function, which stays a call."""
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             # at the means: a module that it calls would leave examples among the draws
             result = self._evaluate(lambda *a, **k: self.run_leaf(run, a, k), args, kwargs)
             arguments = tuple(self.argument(a) for a in args)
             keywords = {k: self.argument(v) for k, v in kwargs.items()}
             callee = self.constant(function)
-            node = self._node("call_function", operator.call, (callee, *arguments), keywords)
+            node = self._node("call_function", call_of, (callee, *arguments), keywords)
             return self._wrap(result, node, (args, kwargs))
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
@@ -682,7 +681,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
                 self._made.append((module, name, value))
             return
         target = Expression(access(path))
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             if self._made_of_draws(value):
                 if not isinstance(value, Tensor):
                     self._made.append((module, name, value))
@@ -771,7 +770,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             for index, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
                 node = self.graph.placeholder(name)
                 self._last_placeholder = node
-                with torch._C.DisableTorchFunction(), paused():
+                with torch_private.DisableTorchFunction(), paused():
                     if isinstance(tensor, Tensor | Outline):
                         example = self.example_of(tensor)
                         traced.append(TracedTensor(example, node, self, index))
@@ -790,7 +789,7 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self._check_containers(held)
             for module, name, value in self._made:  # something may have been put into it since
                 self._check_state(module, name, value)
-            with torch._C.DisableTorchFunction(), self._objects():
+            with torch_private.DisableTorchFunction(), self._objects():
                 output = self.passed(result)
                 examples = self._as_examples(result)
         if _shape_of((args, kwargs)) != before:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from .. import torch_private
 from .trace_context import ACTIVE
 
 Dims = frozenset[tuple[int, int]] | None
@@ -72,7 +73,7 @@ class TracedTensor(torch.Tensor):
     ) -> TracedTensor:
         if example.layout != torch.strided:
             raise TraceFailure(f"a tensor of layout {example.layout}")
-        self: TracedTensor = torch.Tensor._make_wrapper_subclass(
+        self: TracedTensor = torch_private.make_wrapper_subclass(
             cls,
             example.shape,
             strides=example.stride(),

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import scope as scopes
+from .. import torch_private
 from ..errors import UnsupportedModuleError
 from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
@@ -423,13 +423,13 @@ def _trace(
     outside = surroundings.read_by(owner, original)
     # what examples save for backward must not reach the hooks of an enclosing checkpoint
     unseen: Any = contextlib.nullcontext()
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if torch_private.saves_to_hooks():
         # kept as it is, a result would hold the node that holds it, for good
         unseen = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _identity)
     # inside the trace of a caller, its fake mode is on and torch functions are off
     with (
-        scopes.recording(_refuse_checkpoint), unseen, _disable_current_modes(),
-        torch._C._EnableTorchFunction(),
+        scopes.recording(_refuse_checkpoint), unseen, torch_private.disable_current_modes(),
+        torch_private.EnableTorchFunction(),
     ):  # fmt: skip
         try:
             trace = tracer.run(functools.partial(original, owner), names, build, tensors)

@@ -227,6 +227,11 @@ class GraphWriter:
         return self._node("call_method" if method else "call_function", target, arguments)
 
 
+def call_of(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """The call of a value, as ``operator.call`` of Python 3.11."""
+    return function(*args, **kwargs)
+
+
 def can_be_target(path: tuple[str, ...]) -> bool:
     """Whether fx writes a name as it is, be it no identifier."""
     return not any(character in part for part in path for character in '"\\\n\r')

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .. import torch_private
 from ..errors import UnsupportedModuleError
 from ..posterior import STATE, Slot, tensors_of
 from ..scope import LOCAL
+from ..torch_private import pytree
 
 
 def target_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -88,7 +89,7 @@ class Writes:
         scope = LOCAL.scope
         if scope is None or target.layout != torch.strided or _is_wrapped(target):
             return None
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             start = target.data_ptr()
             for index, draw in scope.realised.items():
                 if _is_wrapped(draw):
@@ -116,7 +117,7 @@ class Writes:
             )
         scope = LOCAL.scope
         assert scope is not None
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch_private.DisableTorchFunction(), torch.no_grad():
             # no version: the backward of a draw does not depend on what the mean was
             mean = mean.data  # type: ignore[assignment]
             if getattr(func, "__name__", "") == "__set__":
@@ -144,7 +145,7 @@ class Writes:
 
 def _is_wrapped(tensor: Tensor) -> bool:
     """Whether a transform of torch.func has wrapped it: it has no memory of its own."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return bool(torch_private.is_functorch_wrapped_tensor(tensor))
 
 
 def _slot(module: nn.Module, attribute: str) -> Slot:

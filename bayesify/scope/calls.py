@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import torch_private, torch_support
 from ..kernels import grouped
 from ..kernels.noise import exporting, fold
 from ..posterior import STATE, Slot, owner_state, tensors_of
@@ -34,6 +35,8 @@ def enter(
     held = scope is not None
     if scope is not None and exporting():
         scope, held = scope.empty(), False  # an export's tensors must not outlive it
+    if torch.compiler.is_dynamo_compiling():
+        torch_support.check_compile()
     if scope is None:
         scope = Scope(new_seed())
     LOCAL.scope = scope
@@ -134,7 +137,7 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     if items:
         assert scope.seed is not None
         # as in realise
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             made = grouped.prepare(list(items.values()), scope.seed)
         for index, slot, value in zip(items, slots, made, strict=True):
             if not isinstance(value, grouped.Later):

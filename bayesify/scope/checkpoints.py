@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 
+from .. import torch_private
 from .blocks import Mode, only, open_modes
 from .local import LOCAL
 
@@ -56,7 +57,7 @@ def _remember(node: Any) -> None:
 
 def _run_backward(kind: Any, *gradients: Any) -> Any:
     # asked for, not kept: a node that holds itself is never let go of
-    return kind.apply(torch._C._current_autograd_node(), *gradients)
+    return kind.apply(torch_private.current_autograd_node(), *gradients)
 
 
 class _CheckpointSeam:

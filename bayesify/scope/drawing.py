@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import gaussian
+from .. import gaussian, torch_private
 from ..kernels import grouped
 from ..kernels.buffers import Buffers
 from ..kernels.noise import noise
@@ -74,7 +74,7 @@ class Scope:
 
         The numbers are those that autocast would make of the draw, once for all reads.
         """
-        if not torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+        if not torch_private.is_any_autocast_enabled() or torch.compiler.is_compiling():
             return self.read(module, attribute, slot)
         mean, _ = tensors_of(module, attribute, slot)
         dtype = autocast_dtype(mean)
@@ -126,7 +126,7 @@ class Scope:
             mean, raw = tensors_of(module, attribute, slot)
             dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
             epsilon = self.noise(slot, mean.shape, dtype, mean.device)
-            with torch._C.DisableTorchFunction():  # as in realise
+            with torch_private.DisableTorchFunction():  # as in realise
                 std = gaussian.std_from_raw(raw, slot.parameterization).to(dtype)
                 tensor = self.realised[index] = (std * epsilon).to(mean.dtype)
         return tensor
@@ -139,7 +139,7 @@ class Scope:
 
         Zeros, where there is no seed.
         """
-        with torch._C.DisableTorchFunction():
+        with torch_private.DisableTorchFunction():
             if self.seed is None:
                 return torch.zeros(size, dtype=dtype, device=device)
             return noise(self.seed, self.key_of(slot) ^ family, size, dtype, device)
@@ -176,7 +176,7 @@ def realise(module: nn.Module, attribute: str, slot: Slot, seed: Tensor | None, 
     mean, raw = tensors_of(module, attribute, slot)
     assert seed is not None
     # Not autocast and not a torch-function mode: the mode that swaps reads must not see this one.
-    with torch._C.DisableTorchFunction():
+    with torch_private.DisableTorchFunction():
         # On the CPU alone: the backward of a draw on CUDA reads the log variance again, which FSDP2
         # may have let go of by then. Memory is not kept either, where a unit is to be let go of.
         if mean.is_cpu and grouped.possible() and suits_group(slot, mean, raw):

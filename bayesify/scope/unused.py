@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
+from .. import torch_private
 from ..errors import UnsupportedModuleError
 from ..posterior import sites
+from ..torch_private import pytree
 
 
 class _Leads(torch.autograd.Function):
@@ -43,7 +43,7 @@ def lead_to_posteriors(result: Any) -> Any:
     Not for a call that torch.compile traces: all weights that it draws are its inputs.
     """
     # torch has no public way to ask; torch.compile asks so too
-    wrapper: Any = DistributedDataParallel._active_ddp_module
+    wrapper: Any = torch_private.active_ddp_module()
     if wrapper is None:
         return result
     _check_complete(wrapper)

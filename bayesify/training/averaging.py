@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
+from .. import torch_private
+
 
 class TailAverage:
     """The plain mean of each parameter over the steps after ``first``.
@@ -40,7 +42,7 @@ class TailAverage:
         """Give the parameters their mean, if there is one."""
         if self.mean:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, self.mean)
+                torch_private.foreach_copy_(self.parameters, self.mean)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -54,4 +56,4 @@ class TailAverage:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, before)
+                torch_private.foreach_copy_(self.parameters, before)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError
 from ..inference.running import evaluating
 from ..posterior import bayesian_sites
 from ..scope import sampled
+from ..torch_private import pytree
 from .batches import Loss, device_of, pair
 
 

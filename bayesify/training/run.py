@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import update_bn
 
 from ..classes import classes_of
@@ -27,6 +26,7 @@ from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
 from ..signals import Signals
 from ..storage import left_as_it_was
+from ..torch_private import NormBase, foreach_copy_
 from .augmentation import Augment
 from .averaging import TailAverage
 from .batches import (
@@ -122,7 +122,7 @@ class Run:
         if settings.kl_warmup == 0.0:
             self.beta = kl_schedule("constant", settings.kl_weight, settings.kl_weight, 1)
         self.norms = [
-            m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None
+            m for m in model.modules() if isinstance(m, NormBase) and m.running_mean is not None
         ]
         # of one dtype each, so that a copy of many small tensors is one kernel
         buffers = [b for norm in self.norms for b in norm.buffers(recurse=False)]
@@ -207,7 +207,7 @@ class Run:
             held["lr"] = factor * self._highest(held)
         before = torch_state(self.device)
         for own, kept in self.statistics:
-            torch._foreach_copy_(kept, own)
+            foreach_copy_(kept, own)
 
         self.optimizer.zero_grad()
         passes = len(group) * settings.draws_per_step
@@ -333,7 +333,7 @@ class Run:
             if not math.isfinite(kl):
                 where = "the KL divergence is not finite, so look at the prior"
         for own, kept in self.statistics:
-            torch._foreach_copy_(own, kept)
+            foreach_copy_(own, kept)
         restore(again, self.device)
         self.optimizer.zero_grad()
         self.model.eval()

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bayesify import (
     ArgumentError,
@@ -18,6 +17,7 @@ from bayesify import (
     plan,
     to_bbb_,
 )
+from bayesify.torch_private import BatchNormBase
 
 from .config import BYOVConfig, HeadNorm
 
@@ -110,7 +110,7 @@ class Student(nn.Module):
 def _ties_images(module: nn.Module) -> bool:
     """BatchNorm, and what keeps running statistics as it does, such as timm's EvoNorm-B."""
     running = any(name.startswith("running_") for name in module._buffers)
-    return running or isinstance(module, _BatchNorm)
+    return running or isinstance(module, BatchNormBase)
 
 
 def encoder_spec(config: BYOVConfig, num_classes: int | None) -> ModelSpec:
@@ -159,7 +159,7 @@ def build_student(config: BYOVConfig, num_classes: int | None) -> nn.Module:
     """The network to train, deterministic: a :class:`Student`, or the supervised classifier.
 
     Random numbers come from torch's global generator. Under ``torch.device("meta")`` nothing is
-    computed.
+    computed; timm's ViTs can do that from timm 1.0.22 on.
     """
     encoder: Any = build_encoder(config, num_classes)
     if config.objective == "supervised":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesify import GaussianPrior, LivePrior, set_prior_
+from bayesify import GaussianPrior, LivePrior, set_prior_, torch_private
 
 from .config import BYOVConfig, PriorName
 from .runtime.distributed import World
@@ -62,10 +62,10 @@ class Teacher(nn.Module):
             targets.append(present[name].detach().to(mean.dtype))
         variances = [v for v in self.var.values() if v is not None]
         if variances:
-            moved = torch._foreach_sub(targets, means)
-            torch._foreach_addcmul_(variances, moved, moved, 1.0 - tau)
-            torch._foreach_mul_(variances, tau)
-        torch._foreach_lerp_(means, targets, 1.0 - tau)
+            moved = torch_private.foreach_sub(targets, means)
+            torch_private.foreach_addcmul_(variances, moved, moved, 1.0 - tau)
+            torch_private.foreach_mul_(variances, tau)
+        torch_private.foreach_lerp_(means, targets, 1.0 - tau)
 
     def shard_(self, world: World) -> None:
         """Shard the averages as a student's means are; before the first update."""

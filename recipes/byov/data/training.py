@@ -19,7 +19,8 @@ from .views import TwoViews, ViewConfig, WorkerViews, view_configs
 
 def open_images(config: BYOVConfig, run: RunConfig) -> Source:
     """The data, to be normalised as the encoder's other users in bayesify do: as timm says."""
-    with torch.device("meta"):
+    # on the CPU: what makes numbers in its constructor, as ViTs of timm 1.0.20, has no meta device
+    with torch.random.fork_rng(devices=[]):
         encoder = build_encoder(config, None)
     shown = input_config(encoder, img_size=config.image_size, in_chans=config.channels)
     return open_source(

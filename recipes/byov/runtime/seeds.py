@@ -18,7 +18,7 @@ def seed_of(*numbers: int) -> int:
         ArgumentError: A number is below 0.
     """
     try:
-        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
     except ValueError as error:
         raise ArgumentError(f"seed, epoch and step must be 0 or more, not {numbers}.") from error
 
