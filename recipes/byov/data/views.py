@@ -2,7 +2,8 @@
 
 Operations and their order are those of BYOL's code: crop and resize, flip, colour jitter,
 grayscale, blur, solarise, normalise. Each operation means what it means in torchvision, where
-brightness multiplies (in BYOL's code it adds).
+brightness multiplies (in BYOL's code it adds). In batch they take an eleventh of torchvision's time
+at 32 pixels and a fifth at 224 on two cores (medians; benchmarks/byov_views.py).
 """
 
 import math
