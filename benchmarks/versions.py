@@ -73,7 +73,8 @@ def environment(corner: str, base: str) -> Path:
         subprocess.run([*uv, "venv", "--python", wanted, folder], check=True)
     resolution = "lowest-direct" if corner == "oldest" else "highest"
     subprocess.run(
-        [*uv, "pip", "install", "--python", python, "--resolution", resolution,
+        [*uv, "pip", "install", "--upgrade", "--python", python,
+         "--resolution", resolution,
          "--editable", f"{ROOT}[test]"],
         check=True,
     )  # fmt: skip

@@ -15,6 +15,12 @@ import bayesify
 from bayesify import torch_support
 from bayesify.rewriter.variants import rungs
 
+# torch 2.6 says so of the constants that it adds by itself
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not reference an nn.Module:UserWarning"),
+]
+
 
 class Net(nn.Module):
     def __init__(self) -> None:
