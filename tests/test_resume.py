@@ -103,6 +103,7 @@ def run_in_parts(case: str, path: Path, stops: list[int]) -> tuple[nn.Module, Fi
     return model, fit(model, data(), **arguments, checkpoint=path, resume=resume)
 
 
+@pytest.mark.filterwarnings("ignore:The fit in .* has ended")  # one is stopped at its last step
 @pytest.mark.parametrize(
     ("case", "stops"),
     [("points", [1]), ("points", [7, 10, 20]), ("images", [2]), ("images", [4, 9, 12])],
@@ -176,7 +177,7 @@ def stopped(path: Path) -> None:
         ({"batch_size": 9, "seed": 1}, r"batch_size=9 \(began with 8\), seed=1 \(began with 0\)"),
         ({"train": TensorDataset(torch.zeros(9, 2), torch.arange(9))}, r"num_data=9 .*with 45"),
         ({"model": bayesify.to_bbb(nn.Linear(2, 3))}, "the fit of another model"),
-        ({"resume": False}, "fit that did not end: go on with it"),
+        ({"resume": False}, "state of an earlier fit: go on with it"),
         ({"checkpoint": None}, "resume needs checkpoint"),
     ],
 )
@@ -188,6 +189,19 @@ def test_what_cannot_be_resumed(tmp_path: Path, change: dict[str, Any], message:
     with pytest.raises(BayesifyError, match=message):
         fit(**{**arguments, **given, **change})
     assert (tmp_path / "state").read_bytes() == before
+
+
+def test_a_fit_that_has_ended_trains_no_further_and_says_so(tmp_path: Path) -> None:
+    make, data, arguments = CASES["points"]
+    path = tmp_path / "state"
+    model = make()
+    first = fit(model, data(), **arguments, checkpoint=path)
+    again = make()
+    with pytest.warns(UserWarning, match="has ended after 20 steps"):
+        second = fit(again, data(), **arguments, checkpoint=path, resume=True)
+    assert second.losses == first.losses
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_files_that_are_no_state(tmp_path: Path) -> None:

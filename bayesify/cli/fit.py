@@ -339,8 +339,14 @@ def _epochs(result: FitResult) -> tuple[tuple[str, ...], list[tuple[float | int 
 def _travel(result: FitResult) -> str:
     assert result.logvars is not None
     found = result.logvars
+    verdict = ""
+    if found.bound > 0 and found.moved < 0.01:
+        verdict = (
+            " So the posterior is the initial one, whatever the data said: raise --logvar-lr or "
+            "train longer (docs/fit.md)."
+        )
     return (
         f"Log variances moved by {found.mean:.3g} on average and {found.largest:.3g} at most, "
         f"{found.moved:.1%} of them by more than 0.1; their learning rates add up to "
-        f"{found.bound:.3g}."
+        f"{found.bound:.3g}.{verdict}"
     )

@@ -56,7 +56,7 @@ def guard(debug: bool, *, json: bool = False) -> Iterator[None]:
         code = FAILURE
         if isinstance(error, KeyboardInterrupt):
             code = INTERRUPTED
-            message = str(error) or "Interrupted. What was being written is not there."
+            message = str(error) or "Interrupted before anything was written. Start again."
         elif isinstance(error, BayesifyError):
             code = USAGE if isinstance(error, ArgumentError) else FAILURE
             message = _message(error)

@@ -59,7 +59,8 @@ def load(
         device: Where to; None leaves a given model where it is, and builds on the CPU.
 
     Returns:
-        ``model``, or the one built, in evaluation mode. Which parameters are frozen
+        ``model``, or the one built. A built model is in evaluation mode; a given one keeps its
+        mode, and in ``train()`` it draws: call ``.eval()``. Which parameters are frozen
         (``requires_grad=False``) and live priors are not in the file.
 
     Raises:

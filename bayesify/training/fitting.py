@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -206,6 +207,13 @@ def fit(
         with seeded(settings.seed, target):
             if saved is not None:
                 run.load(saved)
+                if run.step == run.steps:
+                    warnings.warn(
+                        f"The fit in {path} has ended after {run.steps} steps: its result is given "
+                        "again and nothing is trained.",
+                        UserWarning,
+                        stacklevel=2,
+                    )
             with waiting_signals(path is not None) as signals:
                 run.train(signals)
             result = run.finish()

@@ -170,7 +170,7 @@ def held_checkpoint(path: str | os.PathLike[str] | None, resume: bool) -> Iterat
     with locked(target.with_name(f".{target.name}.lock"), f"{path}, the state of a fit,"):
         if target.exists() and not resume:
             raise CheckpointError(
-                f"{path} holds the state of a fit that did not end: go on with it (resume=True, "
-                "--resume), or remove it."
+                f"{path} holds the state of an earlier fit: go on with it (resume=True, --resume; "
+                "one that has ended takes no further step), or remove it."
             )
         yield target
