@@ -35,11 +35,14 @@ class DrawnParameters(dict[str, Any]):
     ``dict.get(parameters, name)``, give what it holds.
     """
 
-    __slots__ = ("module", "plain", "users")
+    __slots__ = ("before", "module", "plain", "put", "read", "users")
 
     def __init__(self, module: nn.Module, plain: dict[str, Any]) -> None:
         super().__init__(plain)
         self.module, self.plain, self.users = module, plain, 0
+        self.put: set[str] = set()  # what a forward has put in
+        self.before: dict[str, Any] = {}  # the parameters in whose place it did
+        self.read: dict[int, Any] = {}  # the draws that it has read, and may put back
 
     def exchanged(self) -> Any:
         """The slots of the module where it is that of before the conversion, else None."""
@@ -53,9 +56,23 @@ class DrawnParameters(dict[str, Any]):
             return dict.__getitem__(self, name)
         outer, ACTIVE.exchanged = ACTIVE.exchanged, frozenset()
         try:
-            return scopes.read(self.module, name)
+            found = scopes.read(self.module, name)
         finally:
             ACTIVE.exchanged = outer
+        if name not in self.put:
+            self.read[id(found)] = found
+        return found
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Take what ``functional_call`` puts in, and for a draw that it found the parameter."""
+        if self.read.get(id(value)) is value and value is not None:
+            self.put.discard(name)
+            value = self.before.pop(name, self.plain.get(name))
+        elif self.exchanged() is not None:
+            self.put.add(name)
+            if isinstance(held := dict.get(self, name), nn.Parameter):
+                self.before[name] = held
+        dict.__setitem__(self, name, value)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default

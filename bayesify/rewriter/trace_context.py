@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..posterior import owner_state, raw_name
-from .caches import INTERNAL
+from .caches import HOOKS, INTERNAL
 from .guards import MISSING
+from .values import TraceFailure
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -208,7 +209,9 @@ def patches() -> Iterator[None]:
             tracer.note_absent(self, name)
             raise
         tracer.note_read(self, name, value)
-        return _without_log_variances(self, value) if name == "_parameters" else value
+        if name not in _REGISTRIES or id(self) in tracer.made:
+            return value
+        return Registry(_without_log_variances(self, value) if name == "_parameters" else value)
 
     def patched_write(self: nn.Module, name: str, value: Any) -> None:
         tracer = ACTIVE.tracer
@@ -240,6 +243,23 @@ def patches() -> Iterator[None]:
         module_class.__setattr__ = set_attribute
         if not inner:
             del module_class.__getattribute__
+
+
+_REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", *HOOKS))
+
+
+class Registry(dict[Any, Any]):
+    """The parameters, buffers, children or hooks of a module, as a forward sees them in a trace.
+
+    What it puts in or takes out, ``functional_call`` for one, would act on the trace alone, also
+    where it is put back at the end: the code itself must run.
+    """
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TraceFailure("it changes the parameters, buffers, children or hooks of a module")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    pop = popitem = clear = update = setdefault = move_to_end = _refuse
 
 
 def original_of(cls: type) -> Any:
