@@ -43,7 +43,7 @@ class Partly(Hyper):
 class Stateless(Hyper):
     def forward(self, x: Tensor) -> Any:
         given = {"weight": self.h(x.mean(0))[:9].view(3, 3)}
-        return stateless._functional_call(self.t, given, (x,))  # type: ignore[attr-defined]
+        return stateless._functional_call(self.t, given, (x,))
 
 
 class Nested(Hyper):
@@ -112,7 +112,8 @@ def test_inside_of_a_forward(make: Any, training: bool) -> None:
                 assert held is not None, name
                 torch.testing.assert_close(held, grad)
         for name, parameter in model.named_parameters():
-            assert parameter is kept[name][0] and torch.equal(parameter, kept[name][1])
+            assert parameter is kept[name][0]
+            assert torch.equal(parameter, kept[name][1])
     assert torch.equal(bayesify.to_deterministic(model)(X), original(X))
 
 
@@ -121,7 +122,8 @@ def test_around_a_model_it_does_not_matter_what_was_called_before(estimator: Any
     model = bayesify.to_bbb(
         nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), estimator=estimator, logvar=-2.0
     )
-    given = {n: torch.randn(p.shape) for n, p in bayesify.to_deterministic(model).named_parameters()}
+    plain = bayesify.to_deterministic(model)
+    given = {n: torch.randn(p.shape) for n, p in plain.named_parameters()}
     hidden = F.linear(X, given["0.weight"], given["0.bias"]).tanh()
     expected = F.linear(hidden, given["2.weight"], given["2.bias"])
     with one_draw(model, seed=1):
@@ -138,7 +140,6 @@ def test_around_a_model_it_does_not_matter_what_was_called_before(estimator: Any
     if estimator == "weight":
         with one_draw(model, seed=1):
             found = functional_call(model, part, (X,))
-        plain = bayesify.to_deterministic(model)
         assert torch.equal(found, functional_call(plain, bayesify.draws(model, 1) | part, (X,)))
 
 

@@ -21,7 +21,7 @@ from .. import scope as scopes
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
 from .assignments import members
-from .caches import INTERNAL, below
+from .caches import INTERNAL
 from .trace_context import ACTIVE, opaque_calls, restore
 
 _LOCK = threading.Lock()
@@ -216,25 +216,6 @@ def drawn_reads(
             yield None
 
 
-class DrawnHook:
-    """A forward hook that reads parameters, run with those reads exchanged for draws."""
-
-    def __init__(self, hook: Any) -> None:
-        self.hook = hook
-        self.held: bool | None = None  # whether it was seen to read some that it holds itself
-
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        scope = LOCAL.scope
-        if scope is None or not scope.drawing:
-            return self.hook(module, *args, **kwargs)
-        held = self.held is not False or holds_parameters(self.hook)
-        with drawn_reads(below(module), held) as mode:
-            result = self.hook(module, *args, **kwargs)
-        if mode is not None:
-            self.held = bool(self.held) or mode.met
-        return result
-
-
 def owner_holds_parameters(owner: nn.Module) -> bool:
     """Whether a module, or the code of its class, shows that it holds parameters elsewhere.
 
@@ -275,12 +256,13 @@ def holds_parameters(value: Any, depth: int = 0) -> bool:
     elif kind is types.MethodType:
         parts = (value.__self__, value.__func__)
     else:
-        cells = [_content(cell) for cell in value.__closure__ or ()]
+        cells = [content_of(cell) for cell in value.__closure__ or ()]
         parts = (value.__defaults__, value.__kwdefaults__, *cells)
     return any(holds_parameters(part, depth + 1) for part in parts)
 
 
-def _content(cell: types.CellType) -> Any:
+def content_of(cell: types.CellType) -> Any:
+    """What a closure holds in a cell; None if nothing yet."""
     try:
         return cell.cell_contents
     except ValueError:  # empty

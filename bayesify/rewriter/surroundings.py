@@ -52,10 +52,20 @@ def read_by(owner: nn.Module, method: Callable[..., Any]) -> tuple[Outside, ...]
 
 def mentions(name: str, cls: type, method: Callable[..., Any]) -> bool:
     """Whether a method of a class, or what it may call, names a global or attribute so."""
+    return name in names_in(method, cls)
+
+
+def names_in(function: Any, cls: type) -> set[str]:
+    """The globals and attributes that a function, or what it may call, names.
+
+    Args:
+        function: A method of ``cls``, or any function.
+        cls: Into whose methods it is followed.
+    """
     search = _Search(cls)
-    search.visit(method)
+    search.visit(function)
     search.follow()
-    return name in search.names
+    return search.names
 
 
 def put_back(entries: tuple[Outside, ...]) -> str | None:

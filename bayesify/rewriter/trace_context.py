@@ -211,7 +211,9 @@ def patches() -> Iterator[None]:
         tracer.note_read(self, name, value)
         if name not in _REGISTRIES or id(self) in tracer.made:
             return value
-        return Registry(_without_log_variances(self, value) if name == "_parameters" else value)
+        if name == "_parameters":
+            value = _without_log_variances(self, value)
+        return Registry(value, name in HOOKS)
 
     def patched_write(self: nn.Module, name: str, value: Any) -> None:
         tracer = ACTIVE.tracer
@@ -255,11 +257,19 @@ class Registry(dict[Any, Any]):
     where it is put back at the end: the code itself must run.
     """
 
+    def __init__(self, content: Any, hooks: bool) -> None:
+        super().__init__(content)
+        self.hooks = hooks
+
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise TraceFailure("it changes the parameters, buffers, children or hooks of a module")
+        other = "it changes the parameters, buffers or children of a module"
+        raise TraceFailure(HOOKS_CHANGED if self.hooks else other)
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     pop = popitem = clear = update = setdefault = move_to_end = _refuse
+
+
+HOOKS_CHANGED = "it changes the hooks of a module"
 
 
 def original_of(cls: type) -> Any:

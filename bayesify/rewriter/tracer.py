@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext, _device_constructors
+from torch.utils.hooks import RemovableHandle
 
 from . import caches, context_variables, objects
 from .arguments import Outline
@@ -33,6 +34,7 @@ from .objects import TracedObject, may_be_handed_on
 from .randomness import has_random_numbers, random_numbers_kept
 from .trace_context import (
     ACTIVE,
+    HOOKS_CHANGED,
     TRACE_LOCK,
     attributes_of_objects,
     has_hooks,
@@ -730,10 +732,13 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             args, kwargs = build(traced)
             before = _shape_of((args, kwargs))
             held = self._containers()
+            handles = RemovableHandle.next_id
             context = contextvars.copy_context()  # what it leaves set is not to stay
             result = context.run(functools.partial(method, *args, **kwargs))
             if context.run(context_variables.changed, self._variables):
                 raise TraceFailure("it sets a context variable for later calls")
+            if RemovableHandle.next_id != handles:  # for all modules, say
+                raise TraceFailure(HOOKS_CHANGED)
             self._check_containers(held)
             for module, name, value in self._made:  # something may have been put into it since
                 self._check_state(module, name, value)

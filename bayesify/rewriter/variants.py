@@ -35,7 +35,7 @@ from .passes import (
     restore_contexts,
     source_of,
 )
-from .trace_context import ACTIVE, has_hooks
+from .trace_context import ACTIVE, HOOKS_CHANGED, has_hooks
 from .tracer import MethodTracer, Trace
 from .values import StateFound, TraceFailure
 
@@ -191,6 +191,8 @@ def _example(
         variant, result = make(owner, state, method, original, key, tensors)
         if variant.code is not None and _all_tensors(tensors):
             return result
+    if variant.code is None and variant.reason == HOOKS_CHANGED:
+        raise TraceFailure(f"its {type(owner).__name__} changes hooks")  # which see no examples
     result = original(owner, *args, **kwargs)
     if variant.code is None and (ACTIVE.hooked or any(map(has_hooks, owner.modules()))):
         # it may give what hooks collect, those that it registers too, and no hook sees examples
