@@ -9,6 +9,7 @@ call assigns is no cache: a user has put it there.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.utils import parametrize
 
-from .assignments import Assigned, assigned_by, members
-from .guards import MISSING
+from .assignments import Assigned, assigned_by, is_memo, members
+from .guards import MISSING, held
 from .objects import may_be_handed_on
 
 INTERNAL = {
@@ -141,14 +142,23 @@ def entries(modules: list[nn.Module], method: str = "forward") -> Iterator[Entry
     """The caches of a module and of those below it, as a call of one of its methods sees them."""
     for module, forward, train in _may_keep(modules, method):
         for name in forward.names | forward.filled | train.names:
-            value = module.__dict__.get(name)
-            if value is None or name in INTERNAL or (type(module), name) in _STATES:
+            value = _held(module, name, forward)
+            if (
+                value is None
+                or value is MISSING
+                or name in INTERNAL
+                or (type(module), name) in _STATES
+            ):
                 continue
             by_train = name not in forward.names and name in train.names
             if type(value) is dict:
                 if name in forward.filled and any(map(_holds_tensors, value.values())):
                     empty = {k: v for k, v in value.items() if not _holds_tensors(v)}
                     yield Entry(module, name, value, empty, False, name in forward.computed)
+            elif type(value) is list and name in forward.filled & forward.computed:
+                if _is_cache(value):
+                    left = [v for v in value if not _holds_tensors(v)]
+                    yield Entry(module, name, value, left, False, True)
             elif (name in forward.names or by_train) and _is_cache(value):
                 certain = by_train or (name in forward.computed and _never_changes(value))
                 cls: Any = type(module)
@@ -156,8 +166,18 @@ def entries(modules: list[nn.Module], method: str = "forward") -> Iterator[Entry
                 yield Entry(module, name, value, nothing, by_train, certain)
 
 
+def _held(module: nn.Module, name: str, forward: Assigned) -> Any:
+    """What may be a cache: an attribute, or a buffer that is filled where it is None."""
+    if name not in module._buffers:
+        return module.__dict__.get(name, MISSING)
+    filled = name in forward.tested & forward.names & forward.computed
+    return module._buffers[name] if filled else MISSING
+
+
 def _put(module: nn.Module, name: str, value: Any) -> None:
-    if value is MISSING:
+    if name in module._buffers:
+        module._buffers[name] = None if value is MISSING else value
+    elif value is MISSING:
         module.__dict__.pop(name, None)
     else:
         module.__dict__[name] = value
@@ -235,14 +255,16 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
     Where it cannot be known whether one is a cache, it stays. Gives a function that makes those
     of train() anew, of what the parameters are then.
     """
-    before: list[tuple[nn.Module, str, Any, dict[Any, Any] | None]] = []
+    before: list[tuple[nn.Module, str, Any, Any]] = []
     for module, forward, train in _may_keep(modules, method):
         for name in (forward.names | forward.filled) & forward.computed | train.names:
-            value = module.__dict__.get(name, MISSING)
+            value = _held(module, name, forward)
             if name in INTERNAL or (type(module), name) in _STATES:
                 continue
-            if type(value) is dict:
-                before.append((module, name, value, dict(value)))
+            if name in module._buffers and value is MISSING:
+                continue
+            if type(value) is dict or (type(value) is list and name in forward.filled):
+                before.append((module, name, value, value.copy()))
             elif value is None or value is MISSING or (_is_cache(value) and _never_changes(value)):
                 before.append((module, name, value, None))
     found = [entry for entry in entries(modules, method) if entry.certain]
@@ -252,12 +274,15 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
         yield functools.partial(_make_anew, found)
     finally:
         for module, name, value, content in before:
-            if content is not None:
+            if type(content) is list:
+                value[:] = content
+                module.__dict__[name] = value
+            elif content is not None:
                 for key in [k for k, v in value.items() if _holds_tensors(v)]:
                     if key not in content:
                         del value[key]
                 module.__dict__[name] = value
-            elif _is_cache(value) or _is_made(module.__dict__.get(name)):
+            elif _is_cache(value) or _is_made(held(module, name)):
                 _put(module, name, value)
 
 
@@ -283,5 +308,8 @@ def drop(model: nn.Module) -> None:
     for entry in found:
         if not entry.by_train:
             _put(entry.module, entry.name, entry.empty)
+    for cls in {type(module) for module in below(model)}:
+        for memo in filter(is_memo, itertools.chain(*members(cls).values())):
+            memo.cache_clear()
     with torch.no_grad():
         _make_anew(found)

@@ -21,6 +21,7 @@ from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
 from .caches import below
 from .hooks import DrawnHook, drawn_hook
+from .memos import uncached_methods
 from .surroundings import mentions
 from .trace_context import ACTIVE
 from .variants import adopt, call, listed
@@ -237,6 +238,7 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
         namespace["qconfig"] = property(_qconfig, _set_qconfig, _delete_qconfig)
     namespace.update(_listing_methods(original))
     namespace.update(_hook_methods(original))
+    namespace.update(uncached_methods(original))
     if issubclass(original, fx.GraphModule):
         namespace.update(_graph_module_methods(base, hooked))
     if hooked and "__call__" not in namespace:

@@ -23,7 +23,7 @@ from ..errors import UnsupportedModuleError
 from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
 from ..scope import LOCAL
-from . import caches, surroundings
+from . import caches, memos, surroundings
 from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
 from .estimators import reads_to_estimates
 from .fallback import HeldReads, drawn_reads, exchanged, owner_holds_parameters
@@ -191,8 +191,9 @@ def _example(
         variant, result = make(owner, state, method, original, key, tensors)
         if variant.code is not None and _all_tensors(tensors):
             return result
-    if variant.code is None and variant.reason == HOOKS_CHANGED:
-        raise TraceFailure(f"its {type(owner).__name__} changes hooks")  # which see no examples
+    if variant.code is None and variant.reason.startswith((HOOKS_CHANGED, memos.FILLED)):
+        # which are to see no examples
+        raise TraceFailure(variant.reason)
     result = original(owner, *args, **kwargs)
     if variant.code is None and (ACTIVE.hooked or any(map(has_hooks, owner.modules()))):
         # it may give what hooks collect, those that it registers too, and no hook sees examples
@@ -422,7 +423,7 @@ def _trace(
     # inside the trace of a caller, its fake mode is on and torch functions are off
     with (
         scopes.recording(_refuse_checkpoint), unseen, _disable_current_modes(),
-        torch._C._EnableTorchFunction(),
+        torch._C._EnableTorchFunction(), memos.unfilled(caches.below(owner)),
     ):  # fmt: skip
         try:
             trace = tracer.run(functools.partial(original, owner), names, build, tensors)
