@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 import bayesify
 from bayesify import one_draw
@@ -247,3 +248,39 @@ def test_a_parameter_under_a_second_name(make: Callable[[], Any]) -> None:
     assert torch.equal(model.eval()(X), original(X))
     found.sum().backward()
     assert model.l.weight_logvar.grad.any()
+
+
+# -- parameters that a forward freezes ------------------------------------------------------------
+
+
+class Freezes(Model):
+    def forward(self, x: Tensor) -> Any:
+        for parameter in self.l.parameters():
+            parameter.requires_grad_(False)
+        return self.act(self.l(x)) * self.g
+
+
+class FreezesByName(Model):
+    def forward(self, x: Tensor) -> Any:
+        self.l.weight.requires_grad = False
+        self.l.bias.requires_grad_(requires_grad=False)
+        y = self.act(self.l(x)) * self.g
+        self.l.bias.requires_grad_()
+        return y
+
+
+@pytest.mark.parametrize("make", [Freezes, FreezesByName])
+def test_a_forward_that_freezes_parameters(make: Callable[[], Any]) -> None:
+    original = make()
+    model: Any = bayesify.to_bbb(original, logvar=-2.0)
+    weights = {n: w.detach() for n, w in bayesify.draws(model, seed=1).items()}
+    expected = F.linear(X, weights["l.weight"], weights["l.bias"]).tanh() * weights["g"]
+    for _ in range(2):
+        with one_draw(model, seed=1):
+            found = model(X)
+        assert torch.equal(found, expected)
+        assert not model.l.weight.requires_grad
+        assert model.l.bias.requires_grad is (make is FreezesByName)
+        (found.sum() + bayesify.kl_divergence(model)).backward()
+        assert model.g.grad.any()
+        assert model.l.weight.grad is None

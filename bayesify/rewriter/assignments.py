@@ -156,9 +156,7 @@ class _Reading:
     def content(self, lines: list[dis.Instruction], i: int, made: frozenset[str]) -> None:
         """What is done with the attribute of the module that line i loads."""
         name, after = lines[i].argval, lines[i + 1 : i + 3]
-        if after[0].opname.endswith("NONE") or (
-            after[0].argval is None and after[1].opname == "IS_OP"
-        ):
+        if after[0].opname.endswith("NONE") or "IS_OP" in [line.opname for line in after]:
             self.tested.add(name)
         elif after[0].opname in ("LOAD_ATTR", "LOAD_METHOD") and after[0].argval in _APPENDING:
             self.appended.add(name)

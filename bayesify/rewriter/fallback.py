@@ -165,6 +165,13 @@ class HeldReads(TorchFunctionMode):
         if LOCAL.scope is None or not LOCAL.scope.drawing or ACTIVE.tracer is not None:
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name == "requires_grad_" or (
+            name == "__set__" and func.__self__.__name__ == "requires_grad"
+        ):
+            value = kwargs.get("requires_grad") if kwargs else None
+            value = value if value is not None else (*args[1:], True)[0]
+            if self.set_requires_grad(args[0], bool(value)):
+                return args[0]
         if name == "__get__" and func.__self__.__name__ in _HARMLESS:
             return func(*args, **(kwargs or {}))
         return func(*self.exchange(args), **self.exchange(kwargs or {}))
@@ -184,6 +191,24 @@ class HeldReads(TorchFunctionMode):
     def exchange_while_drawing(self, value: Any) -> Any:
         scope = LOCAL.scope
         return value if scope is None or not scope.drawing else self.exchange(value)
+
+    def set_requires_grad(self, tensor: Any, value: bool) -> bool:
+        """Let the mean of a draw, or that is held, have a gradient or none; whether it is one.
+
+        The draw that was made lets it through: the next read makes another with the same noise.
+        """
+        assert LOCAL.scope is not None
+        for module, attribute in self.where.values():
+            slot = module.__dict__[STATE].slots[attribute]
+            scope, index = LOCAL.scope.of(module), (slot.uid, scopes.grad_mode())
+            mean = dict.get(module._parameters, attribute)
+            if tensor is mean or (mean is not None and scope.realised.get(index) is tensor):
+                mean.requires_grad_(value)
+                scope.realised.pop(index, None)
+                scope.later.pop(index, None)
+                slot.drawn = None
+                return True
+        return False
 
     def exchange(self, value: Any) -> Any:
         if isinstance(value, Tensor):

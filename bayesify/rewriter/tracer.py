@@ -46,6 +46,7 @@ from .trace_context import (
     without_hooks,
 )
 from .values import (
+    FREEZES,
     Dims,
     StateFound,
     TracedFloat,
@@ -230,6 +231,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return self._property(func.__self__.__name__, name == "__get__", args)
         if name in _VALUE_METHODS and isinstance(subject, Tensor):
             raise TraceFailure(f"Tensor.{name} reads a tensor's value")
+        if name == "requires_grad_" and isinstance(subject, nn.Parameter):
+            raise TraceFailure(FREEZES)
         if name == "_assert":
             return func(args[0] if not isinstance(args[0], Tensor) else self._value(), *args[1:])
         if isinstance(subject, Tensor):
@@ -259,7 +262,9 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self._node(
                 "call_function", setattr, (self.argument(tensor), name, self.argument(args[1]))
             )
-            if name in ("data", "requires_grad"):
+            if name == "requires_grad":
+                raise TraceFailure(FREEZES)
+            if name == "data":
                 raise TraceFailure(f"assignment to Tensor.{name}")
             return None
         if name == "shape":

@@ -21,6 +21,9 @@ Dims = frozenset[tuple[int, int]] | None
 """Which (tensor argument, dimension) pairs a number depends on; None: it cannot be said."""
 
 
+FREEZES = "it changes whether a tensor has a gradient"
+
+
 class TraceFailure(BaseException):
     """This forward cannot become a graph; the message says why.
 

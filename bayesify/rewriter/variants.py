@@ -37,7 +37,7 @@ from .passes import (
 )
 from .trace_context import ACTIVE, HOOKS_CHANGED, has_hooks
 from .tracer import MethodTracer, Trace
-from .values import StateFound, TraceFailure
+from .values import FREEZES, StateFound, TraceFailure
 
 logger = logging.getLogger(__name__)
 
@@ -479,7 +479,7 @@ def _fall_back(
 ) -> Any:  # fmt: skip
     """Run the original method with its parameter reads exchanged for draws."""
     aside = owner if owner_holds_parameters(owner) else None
-    held = variant.held is not False or aside is not None
+    held = variant.held is not False or aside is not None or variant.reason == FREEZES
     drawn = functools.partial(_drawn, owner, method, held, aside)
     outer, LOCAL.reads = LOCAL.reads, drawn
     try:
