@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import (
     BayesifyError,
@@ -45,6 +45,7 @@ from .posterior import (
     sites,
 )
 from .priors import Prior
+from .rewriter import caches
 from .rewriter.hooks import draw_in_hooks_, unwrap_
 from .rewriter.owner import generated_class, original_class, regenerate
 from .rewriter.variants import adopt
@@ -127,13 +128,10 @@ def copy_detached(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that keeps results of its last call, without their graphs."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in (*module.__dict__.values(), *module._buffers.values()):
-            items = value if isinstance(value, list | tuple) else [value]
-            if isinstance(value, dict):
-                items = list(value.values())
-            for item in items:
-                if isinstance(item, Tensor) and not item.is_leaf:
-                    memo[id(item)] = item.detach().clone()
+        held = [value for name, value in module.__dict__.items() if name not in caches.INTERNAL]
+        for item in caches.tensors_in([*held, *module._buffers.values()]):
+            if not item.is_leaf:
+                memo[id(item)] = item.detach().clone()
     return copy.deepcopy(model, memo)
 
 

@@ -78,6 +78,22 @@ class InBuffer(Base):
         return self.asked(x @ self.kernel)
 
 
+class Settings:
+    def __init__(self) -> None:
+        self.kernel: Tensor | None = None
+
+
+class InField(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = Settings()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.settings.kernel is None:
+            self.settings.kernel = torch.matrix_exp(self.w - self.w.t())
+        return self.asked(x @ self.settings.kernel)
+
+
 class OfMethod(Base):
     @functools.lru_cache  # noqa: B019
     def kernel(self, power: int) -> Tensor:
@@ -89,7 +105,7 @@ class OfMethod(Base):
 
 @pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("means_first", [False, True])
-@pytest.mark.parametrize("make", [InList, ByShape, ByUnpackedShape, InBuffer, OfMethod])
+@pytest.mark.parametrize("make", [InList, ByShape, ByUnpackedShape, InBuffer, InField, OfMethod])
 def test_they_keep_no_draw_and_none_is_made_of_them(
     make: type[Base], means_first: bool, asks: bool
 ) -> None:

@@ -26,7 +26,7 @@ class Assigned:
     """What some methods assign to the module itself.
 
     Attributes:
-        names: Attributes.
+        names: Attributes; a field of an object that is one with a dot.
         filled: Attributes into whose items something is assigned.
         computed: Those of both that are given something made of the module alone.
         called: Methods that are called on something else.
@@ -115,6 +115,12 @@ class _Reading:
                 self.names.add(line.argval)
                 if _is_made_of(made, lines, i - 1, 0, _loaded(lines[i - 1])[:-1]):
                     self.computed.add(line.argval)
+            elif i > 1 and line.opname == "STORE_ATTR" and _loads(lines[i - 2], me):
+                if lines[i - 1].opname == "LOAD_ATTR":  # self.object.field
+                    field = f"{lines[i - 1].argval}.{line.argval}"
+                    self.names.add(field)
+                    if _is_made_of(made, lines, i, 1):
+                        self.computed.add(field)
             elif line.opname == "STORE_SUBSCR":
                 containers = set(_container(lines, i, me))
                 self.filled |= containers
@@ -156,6 +162,8 @@ class _Reading:
     def content(self, lines: list[dis.Instruction], i: int, made: frozenset[str]) -> None:
         """What is done with the attribute of the module that line i loads."""
         name, after = lines[i].argval, lines[i + 1 : i + 3]
+        if after[0].opname == "LOAD_ATTR" and after[1].opname.endswith("NONE"):
+            self.tested.add(f"{name}.{after[0].argval}")
         if after[0].opname.endswith("NONE") or "IS_OP" in [line.opname for line in after]:
             self.tested.add(name)
         elif after[0].opname in ("LOAD_ATTR", "LOAD_METHOD") and after[0].argval in _APPENDING:

@@ -41,7 +41,7 @@ _TRAIN = frozenset(("train", "eval"))
 class Entry(NamedTuple):
     """One cache: where it is, what it holds, and what stands in its place while it is hidden."""
 
-    module: nn.Module
+    module: Any  # or an object that a module holds
     name: str
     value: Any
     empty: Any
@@ -68,24 +68,24 @@ def note_state(module: nn.Module, name: str) -> None:
 
 def _is_cache(value: Any) -> bool:
     # a list of parameters, as RNNs keep, follows the parameters by itself
-    return not all(isinstance(t, nn.Parameter) for t in _tensors_in(value))
+    return not all(isinstance(t, nn.Parameter) for t in tensors_in(value))
 
 
-def _tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
     """Tensors that a value holds, in lists and tuples and as attributes of plain objects."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple | dict) and depth < 4:
         if depth or not isinstance(value, dict):
             for part in list(value.values()) if isinstance(value, dict) else value:
-                yield from _tensors_in(part, depth + 1)
+                yield from tensors_in(part, depth + 1)
     elif depth < 4 and may_be_handed_on(value):
         for part in list(vars(value).values()):
-            yield from _tensors_in(part, depth + 1)
+            yield from tensors_in(part, depth + 1)
 
 
 def _holds_tensors(value: Any) -> bool:
-    return any(True for _ in _tensors_in(value))
+    return any(True for _ in tensors_in(value))
 
 
 def _never_changes(value: Any) -> bool:
@@ -141,6 +141,10 @@ def _may_keep(
 def entries(modules: list[nn.Module], method: str = "forward") -> Iterator[Entry]:
     """The caches of a module and of those below it, as a call of one of its methods sees them."""
     for module, forward, train in _may_keep(modules, method):
+        for holder, name in _fields(module, forward):
+            value = vars(holder)[name]
+            if value is not None and _is_cache(value):
+                yield Entry(holder, name, value, None, False, True)
         for name in forward.names | forward.filled | train.names:
             value = _held(module, name, forward)
             if (
@@ -174,8 +178,17 @@ def _held(module: nn.Module, name: str, forward: Assigned) -> Any:
     return module._buffers[name] if filled else MISSING
 
 
-def _put(module: nn.Module, name: str, value: Any) -> None:
-    if name in module._buffers:
+def _fields(module: nn.Module, forward: Assigned) -> Iterator[tuple[Any, str]]:
+    """The fields of a module's objects that a forward fills where they are None, of them alone."""
+    for path in forward.names & forward.tested & forward.computed:
+        name, _, field = path.partition(".")
+        holder = module.__dict__.get(name)
+        if may_be_handed_on(holder) and field in vars(holder):
+            yield holder, field
+
+
+def _put(module: Any, name: str, value: Any) -> None:
+    if name in getattr(module, "_buffers", ()):
         module._buffers[name] = None if value is MISSING else value
     elif value is MISSING:
         module.__dict__.pop(name, None)
@@ -256,7 +269,9 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
     of train() anew, of what the parameters are then.
     """
     before: list[tuple[nn.Module, str, Any, Any]] = []
+    fields: list[tuple[Any, str, Any]] = []
     for module, forward, train in _may_keep(modules, method):
+        fields.extend((h, n, vars(h)[n]) for h, n in _fields(module, forward))
         for name in (forward.names | forward.filled) & forward.computed | train.names:
             value = _held(module, name, forward)
             if name in INTERNAL or (type(module), name) in _STATES:
@@ -273,6 +288,9 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
     try:
         yield functools.partial(_make_anew, found)
     finally:
+        for holder, name, value in fields:
+            if value is None or _is_cache(value):
+                _put(holder, name, value)
         for module, name, value, content in before:
             if type(content) is list:
                 value[:] = content
