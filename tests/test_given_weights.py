@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -174,3 +175,23 @@ def test_stacked_posteriors() -> None:
     for model, out in zip(models, found, strict=True):
         with one_draw(model, seed=2):
             torch.testing.assert_close(out, model(X))
+
+
+class Copies(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return copy.deepcopy(self.layer)(x), self.layer(x)
+
+
+def test_a_copy_that_a_forward_makes_has_the_draw_of_what_it_copies() -> None:
+    model = bayesify.to_bbb(Copies(), logvar=-2.0)
+    weights = bayesify.draws(model, seed=1)
+    expected = F.linear(X, weights["layer.weight"], weights["layer.bias"])
+    for _ in range(2):
+        with one_draw(model, seed=1):
+            copied, own = model(X)
+        assert torch.equal(own, expected)
+        assert torch.equal(copied, expected)

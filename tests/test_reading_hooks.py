@@ -284,3 +284,4 @@ def test_a_forward_that_freezes_parameters(make: Callable[[], Any]) -> None:
         (found.sum() + bayesify.kl_divergence(model)).backward()
         assert model.g.grad.any()
         assert model.l.weight.grad is None
+        assert model.l.weight_logvar.grad is None

@@ -6,6 +6,7 @@ that runs the fallback, and to every other thread, and to the toolkit, what it h
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import types
@@ -14,6 +15,7 @@ from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -101,6 +103,11 @@ class DrawnParameters(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (dict(dict.items(self)),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """A copy of the posterior, not of a draw; in one scope it has the same noise."""
+        with torch._C.DisableTorchFunction():  # HeldReads would give draws to be copied
+            return copy.deepcopy(dict(dict.items(self)), memo)
 
 
 @contextmanager
@@ -193,7 +200,7 @@ class HeldReads(TorchFunctionMode):
         return value if scope is None or not scope.drawing else self.exchange(value)
 
     def set_requires_grad(self, tensor: Any, value: bool) -> bool:
-        """Let the mean of a draw, or that is held, have a gradient or none; whether it is one.
+        """Let the posterior of a draw, or of a mean, have a gradient or none; whether it is one.
 
         The draw that was made lets it through: the next read makes another with the same noise.
         """
@@ -203,7 +210,8 @@ class HeldReads(TorchFunctionMode):
             scope, index = LOCAL.scope.of(module), (slot.uid, scopes.grad_mode())
             mean = dict.get(module._parameters, attribute)
             if tensor is mean or (mean is not None and scope.realised.get(index) is tensor):
-                mean.requires_grad_(value)
+                for name in (attribute, raw_name(attribute, slot)):
+                    dict.__getitem__(module._parameters, name).requires_grad_(value)
                 scope.realised.pop(index, None)
                 scope.later.pop(index, None)
                 slot.drawn = None
