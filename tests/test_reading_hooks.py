@@ -263,7 +263,7 @@ class Freezes(Model):
 class FreezesByName(Model):
     def forward(self, x: Tensor) -> Any:
         self.l.weight.requires_grad = False
-        self.l.bias.requires_grad_(requires_grad=False)
+        self.l.bias.requires_grad_(False)
         y = self.act(self.l(x)) * self.g
         self.l.bias.requires_grad_()
         return y

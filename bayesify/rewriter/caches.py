@@ -326,8 +326,9 @@ def drop(model: nn.Module) -> None:
     for entry in found:
         if not entry.by_train:
             _put(entry.module, entry.name, entry.empty)
-    for cls in {type(module) for module in below(model)}:
-        for memo in filter(is_memo, itertools.chain(*members(cls).values())):
-            memo.cache_clear()
+    classes: set[Any] = {type(module) for module in below(model)}
+    for member in itertools.chain(*(chain for cls in classes for chain in members(cls).values())):
+        if is_memo(member):
+            member.cache_clear()
     with torch.no_grad():
         _make_anew(found)

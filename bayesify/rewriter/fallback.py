@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import scope as scopes
-from ..posterior import STATE, owner_state, raw_name
+from ..posterior import STATE, owner_state, raw_name, tensors_of
 from ..scope import LOCAL
 from .assignments import members
 from .caches import INTERNAL
@@ -210,8 +210,8 @@ class HeldReads(TorchFunctionMode):
             scope, index = LOCAL.scope.of(module), (slot.uid, scopes.grad_mode())
             mean = dict.get(module._parameters, attribute)
             if tensor is mean or (mean is not None and scope.realised.get(index) is tensor):
-                for name in (attribute, raw_name(attribute, slot)):
-                    dict.__getitem__(module._parameters, name).requires_grad_(value)
+                for part in tensors_of(module, attribute, slot):
+                    part.requires_grad_(value)
                 scope.realised.pop(index, None)
                 scope.later.pop(index, None)
                 slot.drawn = None

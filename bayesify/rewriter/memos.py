@@ -33,7 +33,8 @@ def unfilled(modules: Iterable[nn.Module]) -> Iterator[None]:
     Raises:
         TraceFailure: The block has filled one, which then is empty.
     """
-    memos = {memo for cls in {type(m) for m in modules} for memo in _memos_of(cls)}
+    classes: set[Any] = {type(module) for module in modules}
+    memos = {memo for cls in classes for memo in _memos_of(cls)}
     before = {memo: memo.cache_info().misses for memo in memos}
     filled: list[str] = []
     try:

@@ -220,10 +220,11 @@ def patches() -> Iterator[None]:
         if tracer is None:
             return set_attribute(self, name, value)
         tracer.note_write(self, name, value)
-        if name in self._buffers:
-            self._buffers[name] = value
+        own = self.__dict__
+        if name in own["_buffers"]:
+            own["_buffers"][name] = value
         else:
-            self.__dict__[name] = value
+            own[name] = value
         return None
 
     module_class: Any = nn.Module
