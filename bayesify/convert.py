@@ -45,7 +45,7 @@ from .posterior import (
     sites,
 )
 from .priors import Prior
-from .rewriter.fallback import DrawnHook
+from .rewriter.hooks import draw_in_hooks_, unwrap_
 from .rewriter.owner import generated_class, original_class, regenerate
 from .rewriter.variants import adopt
 from .scope.unused import note_extension
@@ -241,6 +241,8 @@ def _apply(
         if isinstance(module, torch.jit.ScriptModule):
             continue
         if not any(id(m) in slots or owner_state(m) is not None for m in module.modules()):
+            undo.append(functools.partial(unwrap_, module))
+            draw_in_hooks_(module, every=False)
             continue
         _adopt(module, slots.get(id(module), {}), spec, undo)
     settle(model)
@@ -287,7 +289,6 @@ def _adopt(module: nn.Module, slots: dict[str, Slot], spec: Conversion, undo: Un
         regenerate(module)
         return
     original = original_class(type(module))  # type(layer)(...) makes one of a generated class
-    hooked = bool(slots) and bool(module._forward_pre_hooks or module._forward_hooks)
     methods = {
         name: value
         for name, value in module.__dict__.items()
@@ -296,6 +297,8 @@ def _adopt(module: nn.Module, slots: dict[str, Slot], spec: Conversion, undo: Un
     state = OwnerState(
         slots=slots, methods=methods, strict=spec.config.strict, spec=spec, extend=extend_
     )
+    undo.append(functools.partial(unwrap_, module))
+    hooked = draw_in_hooks_(module, every=bool(slots))
     try:
         module.__class__ = generated_class(original, frozenset(slots), hooked)
     except Exception as error:  # a class may forbid subclasses in its own way
@@ -305,10 +308,6 @@ def _adopt(module: nn.Module, slots: dict[str, Slot], spec: Conversion, undo: Un
     undo.append(functools.partial(revert_, module))
     for name in methods:
         del module.__dict__[name]
-    if hooked:
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in hooks.items():
-                hooks[key] = DrawnHook(hook)
     module.__dict__[STATE] = state
     adopt(module)
 
@@ -317,12 +316,10 @@ def revert_(module: nn.Module) -> None:
     """Take state, class and posterior off one module; its means stay."""
     state = module.__dict__.pop(STATE, None)
     module.__class__ = original_class(type(module))
+    if not isinstance(module, torch.jit.ScriptModule):
+        unwrap_(module)
     if state is None:
         return
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in hooks.items():
-            if isinstance(hook, DrawnHook):
-                hooks[key] = hook.hook
     for attribute, slot in state.slots.items():
         module._parameters.pop(raw_name(attribute, slot), None)
         _forget(module, attribute + PRIOR_MEAN_SUFFIX)

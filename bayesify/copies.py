@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .rewriter.caches import tensors_in
+from .rewriter.guards import INTERNAL
+
 
 def copy_detached(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that keeps results of its last call, without their graphs.
@@ -20,13 +23,10 @@ def copy_detached(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in (*module.__dict__.values(), *module._buffers.values()):
-            items = value if isinstance(value, list | tuple) else [value]
-            if isinstance(value, dict):
-                items = list(value.values())
-            for item in items:
-                if isinstance(item, Tensor) and not item.is_leaf:
-                    memo[id(item)] = item.detach().clone()
+        held = [value for name, value in module.__dict__.items() if name not in INTERNAL]
+        for item in tensors_in([*held, *module._buffers.values()]):
+            if not item.is_leaf:
+                memo[id(item)] = item.detach().clone()
     functions = _Functions(model, memo)
     copied = copy.deepcopy(model, memo)
     functions.fill()

@@ -16,7 +16,7 @@ from .kernels.noise import noise
 from .numeric import not_negative, real, whole
 from .posterior import Site, bayesian_sites, full_tensor, gaussian_prior
 from .priors import LEAST_STD, MEAN_RANGE, MOST_STD, ScaleMixturePrior, may_be_mean, may_be_std
-from .rewriter.trace_context import ACTIVE
+from .rewriter.active import ACTIVE
 from .rewriter.values import TraceFailure
 from .scope import LOCAL, new_seed, open_modes
 from .unconverted import warn_of_unconverted

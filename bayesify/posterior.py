@@ -211,6 +211,26 @@ def tensors_of(module: nn.Module, attribute: str, slot: Slot) -> tuple[nn.Parame
     return mean, raw
 
 
+def given(module: nn.Module, attribute: str, slot: Slot) -> Tensor | None:
+    """The weight that stands in the place of a posterior, as ``functional_call`` puts it there.
+
+    It is no Parameter, and its log variance is one: given both, they are a posterior as any other.
+    What a forward itself puts there while the fallback runs it is a weight in any case.
+    """
+    parameters = module._parameters
+    found = dict.get(parameters, attribute)
+    ordinary = type(parameters) is dict
+    if found is None or (ordinary and type(found) is nn.Parameter):
+        return None
+    other = raw_name(attribute, slot)
+    put = () if ordinary else getattr(parameters, "put", ())
+    if attribute in put and other not in put:
+        return found
+    raw = dict.get(parameters, other)
+    ours = isinstance(found, nn.Parameter) or not isinstance(raw, nn.Parameter)
+    return None if ours else found
+
+
 def posterior_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
     """Means and trained spreads of one module itself, by their names in it."""
     state = owner_state(module)

@@ -894,13 +894,7 @@ EFFECTS = [
     appends_a_number, appends_a_tensor, changes_a_list, changes_a_dict, draws_with_python,
     draws_with_numpy, guesses_with_try, seeds_torch, keeps_the_state_of_torch,
     seeds_the_generator_of_torch, draws_with_its_own, sums_its_parameters,
-    *(
-        pytest.param(body, marks=pytest.mark.xfail(reason=reason))
-        for body, reason in {
-            uses_its_functional_call: "a parameter that functional_call replaced inside a scope "
-            "is not read: the slot's draw of before is",
-        }.items()
-    ),
+    uses_its_functional_call,
 ]  # fmt: skip
 
 

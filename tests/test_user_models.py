@@ -261,7 +261,7 @@ MODELS = [
     CustomGradientInFallback, Properties, UsesNumpy, ChangesNumpyInPlace, BranchesOnShape,
     HandsOnParameter, HoldsCallables, HoldsBoundMethods, Complex, FillsInPlace, ChangesAlways,
 ]  # fmt: skip
-FALLBACK = {Equilibrium, CustomGradientInFallback}
+FALLBACK = {Equilibrium, CustomGradientInFallback, WritesData}
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)

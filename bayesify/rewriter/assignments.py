@@ -27,16 +27,18 @@ class Assigned:
     """What some methods assign to the module itself.
 
     Attributes:
-        names: Attributes.
+        names: Attributes; a field of an object that is one with a dot.
         filled: Attributes into whose items something is assigned.
         computed: Those of both that are given something made of the module alone.
         called: Methods that are called on something else.
+        tested: Attributes of which it is asked whether they are None.
     """
 
     names: frozenset[str] = frozenset()
     filled: frozenset[str] = frozenset()
     computed: frozenset[str] = frozenset()
     called: frozenset[str] = frozenset()
+    tested: frozenset[str] = frozenset()
 
 
 @functools.cache
@@ -50,15 +52,23 @@ def members(cls: type) -> dict[str, list[Any]]:
     return found
 
 
+def is_memo(value: Any) -> bool:
+    """Whether a value was made by ``functools.lru_cache`` or ``functools.cache``."""
+    wrapped = getattr(value, "__wrapped__", None)
+    return isinstance(wrapped, types.FunctionType) and hasattr(value, "cache_clear")
+
+
 @functools.cache
 def assigned_by(cls: type, roots: frozenset[str]) -> Assigned:
     """What the methods ``roots`` of a module class, and those that they call, assign."""
     reading = _Reading(cls)
     for name in sorted(roots):
         reading.follow(name)
+    filled = reading.filled | (reading.appended & reading.read_otherwise)
     return Assigned(
-        frozenset(reading.names), frozenset(reading.filled), frozenset(reading.computed),
-        frozenset(reading.called - _COMMON),
+        frozenset(reading.names), frozenset(filled),
+        frozenset(reading.computed - (reading.mixed - reading.names)),
+        frozenset(reading.called - _COMMON), frozenset(reading.tested),
     )  # fmt: skip
 
 
@@ -72,6 +82,10 @@ class _Reading:
         self.filled: set[str] = set()
         self.computed: set[str] = set()
         self.called: set[str] = set()
+        self.tested: set[str] = set()
+        self.appended: set[str] = set()
+        self.read_otherwise: set[str] = set()
+        self.mixed: set[str] = set()  # whose items are changed by something else
         self.seen: set[Any] = set()
 
     def follow(self, name: str) -> None:
@@ -102,13 +116,23 @@ class _Reading:
                 self.names.add(line.argval)
                 if _is_made_of(made, lines, i - 1, 0, _loaded(lines[i - 1])[:-1]):
                     self.computed.add(line.argval)
+            elif i > 1 and line.opname == "STORE_ATTR" and _loads(lines[i - 2], me):
+                if lines[i - 1].opname == "LOAD_ATTR":  # self.object.field
+                    field = f"{lines[i - 1].argval}.{line.argval}"
+                    self.names.add(field)
+                    if _is_made_of(made, lines, i, 1):
+                        self.computed.add(field)
             elif line.opname == "STORE_SUBSCR":
                 containers = set(_container(lines, i, me))
                 self.filled |= containers
                 if _is_made_of(made, lines, i, 2):
                     self.computed |= containers
+                elif not _is_constant(lines, i, 2):
+                    self.mixed |= containers
             elif line.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
                 self.attribute(lines, i, me, names)
+                if i and _loads(lines[i - 1], me):
+                    self.content(lines, i, made)
                 if line.argval == "setdefault" and i > 1 and _loads(lines[i - 2], me):
                     self.filled.add(lines[i - 1].argval)
                     j = _call(lines, i, 2)
@@ -135,6 +159,27 @@ class _Reading:
             self.follow(name)
         else:
             self.called.add(name)
+
+    def content(self, lines: list[dis.Instruction], i: int, made: frozenset[str]) -> None:
+        """What is done with the attribute of the module that line i loads."""
+        name, after = lines[i].argval, lines[i + 1 : i + 3]
+        if after[0].opname == "LOAD_ATTR" and after[1].opname.endswith("NONE"):
+            self.tested.add(f"{name}.{after[0].argval}")
+        if after[0].opname.endswith("NONE") or "IS_OP" in [line.opname for line in after]:
+            self.tested.add(name)
+        elif after[0].opname in ("LOAD_ATTR", "LOAD_METHOD") and after[0].argval in _APPENDING:
+            self.appended.add(name)
+            count = 2 if after[0].argval == "insert" else 1
+            j = _call(lines, i + 1, count)
+            if j is not None and _is_made_of(made, lines, j, 0):
+                self.computed.add(name)
+            else:
+                self.mixed.add(name)
+        elif after[0].argval != "clear":
+            self.read_otherwise.add(name)
+
+
+_APPENDING = ("append", "extend", "insert")
 
 
 def _functions_of(member: Any) -> Iterator[tuple[types.FunctionType, bool]]:
@@ -211,10 +256,22 @@ def _is_made_of(
 ) -> bool:  # fmt: skip
     """Whether some expression loads no variable but ``own``, and is no constant."""
     parts = _parts(lines, i, below)
-    variables = {name for part in parts for name in _loaded(part)}.union(also)
-    return variables <= own and not all(
-        p.opname.startswith(("LOAD_CONST", "LOAD_SMALL")) for p in parts
-    )
+    variables = set(also)
+    for part, after in zip(parts, [*parts[1:], None], strict=True):
+        loaded = _loaded(part)
+        # of a tensor's shape or place, which are not what it holds
+        outline = after is not None and after.opname in _READS and after.argval in _OUTLINE
+        variables.update(loaded[:-1] if outline else loaded)
+    return variables <= own and not _is_constant(lines, i, below)
+
+
+_READS = ("LOAD_ATTR", "LOAD_METHOD")
+_OUTLINE = frozenset(("shape", "size", "dtype", "device", "ndim", "dim", "numel"))
+
+
+def _is_constant(lines: list[dis.Instruction], i: int, below: int) -> bool:
+    parts = _parts(lines, i, below)
+    return all(p.opname.startswith(("LOAD_CONST", "LOAD_SMALL")) for p in parts)
 
 
 def _made_of(lines: list[dis.Instruction], me: frozenset[str]) -> frozenset[str]:
@@ -225,7 +282,9 @@ def _made_of(lines: list[dis.Instruction], me: frozenset[str]) -> frozenset[str]
             values = line.argval if isinstance(line.argval, tuple) else (line.argval,)
             stored = values[:1] if "_LOAD_" in line.opname else values
             for name in stored:
-                stores.setdefault(name, []).append(i if len(stored) == 1 else -1)
+                unpacked = i > 0 and lines[i - 1].opname == "UNPACK_SEQUENCE"
+                known = len(stored) == 1 or unpacked
+                stores.setdefault(name, []).append(i if known else -1)
     found = frozenset(stores)
     while True:
         kept = frozenset(
@@ -237,6 +296,11 @@ def _made_of(lines: list[dis.Instruction], me: frozenset[str]) -> frozenset[str]
 
 
 def _assigns(lines: list[dis.Instruction], i: int, own: frozenset[str]) -> bool:
+    j = i
+    while j > 0 and lines[j - 1].opname.startswith("STORE_FAST"):
+        j -= 1
+    if j > 0 and lines[j - 1].opname == "UNPACK_SEQUENCE":  # a, b = x.shape
+        i = j - 1
     if i < 1 or lines[i - 1].opname.startswith(("UNPACK", "STORE", "FOR_ITER")):
         return False
     return _is_made_of(own, lines, i, 0)

@@ -9,6 +9,7 @@ call assigns is no cache: a user has put it there.
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .. import torch_private
-from .assignments import Assigned, assigned_by, members
-from .guards import INTERNAL, MISSING
+from .assignments import Assigned, assigned_by, is_memo, members
+from .guards import INTERNAL, MISSING, held
 from .objects import may_be_handed_on
 
 # (class, attribute) of tensors that were seen to depend on an input: state, which must be kept
@@ -31,7 +32,7 @@ _TRAIN = frozenset(("train", "eval"))
 class Entry(NamedTuple):
     """One cache: where it is, what it holds, and what stands in its place while it is hidden."""
 
-    module: nn.Module
+    module: Any  # or an object that a module holds
     name: str
     value: Any
     empty: Any
@@ -58,24 +59,24 @@ def note_state(module: nn.Module, name: str) -> None:
 
 def _is_cache(value: Any) -> bool:
     # a list of parameters, as RNNs keep, follows the parameters by itself
-    return not all(isinstance(t, nn.Parameter) for t in _tensors_in(value))
+    return not all(isinstance(t, nn.Parameter) for t in tensors_in(value))
 
 
-def _tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
     """Tensors that a value holds, in lists and tuples and as attributes of plain objects."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple | dict) and depth < 4:
         if depth or not isinstance(value, dict):
             for part in list(value.values()) if isinstance(value, dict) else value:
-                yield from _tensors_in(part, depth + 1)
+                yield from tensors_in(part, depth + 1)
     elif depth < 4 and may_be_handed_on(value):
         for part in list(vars(value).values()):
-            yield from _tensors_in(part, depth + 1)
+            yield from tensors_in(part, depth + 1)
 
 
 def _holds_tensors(value: Any) -> bool:
-    return any(True for _ in _tensors_in(value))
+    return any(True for _ in tensors_in(value))
 
 
 def _never_changes(value: Any) -> bool:
@@ -152,15 +153,28 @@ def _may_keep(
 def entries(modules: list[nn.Module], method: str = "forward") -> Iterator[Entry]:
     """The caches of a module and of those below it, as a call of one of its methods sees them."""
     for module, forward, train in _may_keep(modules, method):
+        for holder, name in _fields(module, forward):
+            value = vars(holder)[name]
+            if value is not None and _is_cache(value):
+                yield Entry(holder, name, value, None, False, True)
         for name in forward.names | forward.filled | train.names:
-            value = module.__dict__.get(name)
-            if value is None or name in INTERNAL or (type(module), name) in _STATES:
+            value = _held(module, name, forward)
+            if (
+                value is None
+                or value is MISSING
+                or name in INTERNAL
+                or (type(module), name) in _STATES
+            ):
                 continue
             by_train = name not in forward.names and name in train.names
             if type(value) is dict:
                 if name in forward.filled and _is_table(value):
                     empty = {k: v for k, v in value.items() if not _is_result(v)}
                     yield Entry(module, name, value, empty, False, name in forward.computed)
+            elif type(value) is list and name in forward.filled & forward.computed:
+                if _is_cache(value):
+                    left = [v for v in value if not _holds_tensors(v)]
+                    yield Entry(module, name, value, left, False, True)
             elif (name in forward.names or by_train) and _is_cache(value):
                 certain = by_train or (name in forward.computed and _never_changes(value))
                 cls: Any = type(module)
@@ -168,8 +182,27 @@ def entries(modules: list[nn.Module], method: str = "forward") -> Iterator[Entry
                 yield Entry(module, name, value, nothing, by_train, certain)
 
 
-def _put(module: nn.Module, name: str, value: Any) -> None:
-    if value is MISSING:
+def _held(module: nn.Module, name: str, forward: Assigned) -> Any:
+    """What may be a cache: an attribute, or a buffer that is filled where it is None."""
+    if name not in module._buffers:
+        return module.__dict__.get(name, MISSING)
+    filled = name in forward.tested & forward.names & forward.computed
+    return module._buffers[name] if filled else MISSING
+
+
+def _fields(module: nn.Module, forward: Assigned) -> Iterator[tuple[Any, str]]:
+    """The fields of a module's objects that a forward fills where they are None, of them alone."""
+    for path in forward.names & forward.tested & forward.computed:
+        name, _, field = path.partition(".")
+        holder = module.__dict__.get(name)
+        if may_be_handed_on(holder) and field in vars(holder):
+            yield holder, field
+
+
+def _put(module: Any, name: str, value: Any) -> None:
+    if name in getattr(module, "_buffers", ()):
+        module._buffers[name] = None if value is MISSING else value
+    elif value is MISSING:
         module.__dict__.pop(name, None)
     else:
         module.__dict__[name] = value
@@ -248,14 +281,18 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
     Where it cannot be known whether one is a cache, it stays. Gives a function that makes those
     of train() anew, of what the parameters are then.
     """
-    before: list[tuple[nn.Module, str, Any, dict[Any, Any] | None]] = []
+    before: list[tuple[nn.Module, str, Any, Any]] = []
+    fields: list[tuple[Any, str, Any]] = []
     for module, forward, train in _may_keep(modules, method):
+        fields.extend((h, n, vars(h)[n]) for h, n in _fields(module, forward))
         for name in (forward.names | forward.filled) & forward.computed | train.names:
-            value = module.__dict__.get(name, MISSING)
+            value = _held(module, name, forward)
             if name in INTERNAL or (type(module), name) in _STATES:
                 continue
-            if type(value) is dict:
-                before.append((module, name, value, dict(value)))
+            if name in module._buffers and value is MISSING:
+                continue
+            if type(value) is dict or (type(value) is list and name in forward.filled):
+                before.append((module, name, value, value.copy()))
             elif value is None or value is MISSING or (_is_cache(value) and _never_changes(value)):
                 before.append((module, name, value, None))
     found = [entry for entry in entries(modules, method) if entry.certain]
@@ -264,13 +301,19 @@ def hidden(modules: list[nn.Module], method: str) -> Iterator[Callable[[], None]
     try:
         yield functools.partial(_make_anew, found)
     finally:
+        for holder, name, value in fields:
+            if value is None or _is_cache(value):
+                _put(holder, name, value)
         for module, name, value, content in before:
-            if content is not None:
+            if type(content) is list:
+                value[:] = content
+                module.__dict__[name] = value
+            elif content is not None:
                 for key in [k for k, v in value.items() if _is_result(v)]:
                     if key not in content:
                         del value[key]
                 module.__dict__[name] = value
-            elif _is_cache(value) or _is_table(value) or _is_made(module.__dict__.get(name)):
+            elif _is_cache(value) or _is_table(value) or _is_made(held(module, name)):
                 _put(module, name, value)
 
 
@@ -296,5 +339,9 @@ def drop(model: nn.Module) -> None:
     for entry in found:
         if not entry.by_train:
             _put(entry.module, entry.name, entry.empty)
+    classes: set[Any] = {type(module) for module in below(model)}
+    for member in itertools.chain(*(chain for cls in classes for chain in members(cls).values())):
+        if is_memo(member):
+            member.cache_clear()
     with torch.no_grad():
         _make_anew(found)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .. import gaussian, torch_private
-from ..posterior import STATE, Slot, tensors_of
+from ..posterior import STATE, Slot, given, tensors_of
 from ..scope import LOCAL, Scope
 from .tracer import Trace
 from .writer import Expression, access
@@ -59,6 +59,10 @@ def local(
     Reference:
         Kingma, Salimans and Welling, 2015, arXiv:1506.02557, section 2.3, equation 6.
     """
+    bias = _unless_given(module, bias)
+    found = given(module, weight, _slot(module, weight))
+    if found is not None:
+        return operation(input, found, _drawn(module, bias), *args, **kwargs)
     mean, raw, slot = _posterior(module, weight)
     spread = gaussian.var_from_raw(raw, slot.parameterization)
     shift_spread = None
@@ -95,6 +99,10 @@ def flipout(
     Reference:
         Wen, Vicol, Ba, Tran and Grosse, 2018, arXiv:1803.04386, section 3.1, equation 4.
     """
+    bias = _unless_given(module, bias)
+    found = given(module, weight, _slot(module, weight))
+    if found is not None:
+        return operation(input, found, _drawn(module, bias), *args, **kwargs)
     scope = _scope(module)
     mean, _, slot = _posterior(module, weight)
     deviation, bias_deviation = scope.deviation(module, weight, slot), None
@@ -114,6 +122,9 @@ def local_embedding(
 ) -> Tensor:
     """Draw the rows that are looked up, one by one; nothing is drawn of the others."""
     slot = _slot(module, weight)
+    found = given(module, weight, slot)
+    if found is not None:
+        return F.embedding(input, found, *args, **kwargs)
     # the fallback of a module around this one must not exchange the mean for a draw
     with torch_private.DisableTorchFunction():
         mean, raw = tensors_of(module, weight, slot)
@@ -128,6 +139,9 @@ def flipout_embedding(
 ) -> Tensor:
     """Look up one shared deviation, with random signs of the columns for each example."""
     slot = _slot(module, weight)
+    found = given(module, weight, slot)
+    if found is not None:
+        return F.embedding(input, found, *args, **kwargs)
     deviation = _scope(module).deviation(module, weight, slot)
     with torch_private.DisableTorchFunction():
         mean, _ = tensors_of(module, weight, slot)
@@ -144,6 +158,21 @@ def _scope(module: nn.Module) -> Scope:
 def _slot(module: nn.Module, attribute: str) -> Slot:
     slot: Slot = module.__dict__[STATE].slots[attribute]
     return slot
+
+
+def _unless_given(module: nn.Module, bias: str | Tensor | None) -> str | Tensor | None:
+    """A bias by name, or the tensor that stands in the place of its posterior."""
+    if not isinstance(bias, str):
+        return bias
+    found = given(module, bias, _slot(module, bias))
+    return bias if found is None else found
+
+
+def _drawn(module: nn.Module, bias: str | Tensor | None) -> Tensor | None:
+    """A bias by name drawn as a whole."""
+    if not isinstance(bias, str):
+        return bias
+    return _scope(module).read(module, bias, _slot(module, bias))
 
 
 def _posterior(module: nn.Module, attribute: str) -> tuple[Tensor, Tensor, Slot]:

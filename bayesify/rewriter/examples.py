@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..torch_private import FakeTensorMode
-from .trace_context import ACTIVE
+from .active import ACTIVE
 from .values import TraceFailure
 
 _NARROW = (torch.bfloat16, torch.float16)

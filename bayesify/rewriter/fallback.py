@@ -6,6 +6,7 @@ that runs the fallback, and to every other thread, and to the toolkit, what it h
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import types
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import scope as scopes
-from ..posterior import STATE, owner_state, raw_name
+from .. import torch_private
+from ..posterior import STATE, owner_state, raw_name, tensors_of
 from ..scope import LOCAL
+from .active import ACTIVE
 from .assignments import members
-from .caches import below
 from .guards import INTERNAL
-from .trace_context import ACTIVE, opaque_calls, restore
+from .trace_context import opaque_calls, restore
 from .writes import Writes
 
 _LOCK = threading.Lock()
@@ -37,11 +39,14 @@ class DrawnParameters(dict[str, Any]):
     ``dict.get(parameters, name)``, give what it holds.
     """
 
-    __slots__ = ("module", "plain", "users")
+    __slots__ = ("before", "module", "plain", "put", "read", "users")
 
     def __init__(self, module: nn.Module, plain: dict[str, Any]) -> None:
         super().__init__(plain)
         self.module, self.plain, self.users = module, plain, 0
+        self.put: set[str] = set()  # what a forward has put in
+        self.before: dict[str, Any] = {}  # the parameters in whose place it did
+        self.read: dict[int, Any] = {}  # the draws that it has read, and may put back
 
     def exchanged(self) -> Any:
         """The slots of the module where it is that of before the conversion, else None."""
@@ -55,9 +60,23 @@ class DrawnParameters(dict[str, Any]):
             return dict.__getitem__(self, name)
         outer, ACTIVE.exchanged = ACTIVE.exchanged, frozenset()
         try:
-            return scopes.read(self.module, name)
+            found = scopes.read(self.module, name)
         finally:
             ACTIVE.exchanged = outer
+        if name not in self.put:
+            self.read[id(found)] = found
+        return found
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Take what ``functional_call`` puts in, and for a draw that it found the parameter."""
+        if self.read.get(id(value)) is value and value is not None:
+            self.put.discard(name)
+            value = self.before.pop(name, self.plain.get(name))
+        elif self.exchanged() is not None and value is not self.plain.get(name):
+            self.put.add(name)
+            if isinstance(held := dict.get(self, name), nn.Parameter):
+                self.before[name] = held
+        dict.__setitem__(self, name, value)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default
@@ -86,6 +105,11 @@ class DrawnParameters(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (dict(dict.items(self)),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """A copy of the posterior, not of a draw; in one scope it has the same noise."""
+        with torch_private.DisableTorchFunction():  # HeldReads would give draws to be copied
+            return copy.deepcopy(dict(dict.items(self)), memo)
 
 
 @contextmanager
@@ -151,6 +175,13 @@ class HeldReads(TorchFunctionMode):
         if LOCAL.scope is None or not LOCAL.scope.drawing or ACTIVE.tracer is not None:
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name == "requires_grad_" or (
+            name == "__set__" and func.__self__.__name__ == "requires_grad"
+        ):
+            value = kwargs.get("requires_grad") if kwargs else None
+            value = value if value is not None else (*args[1:], True)[0]
+            if self.set_requires_grad(args[0], bool(value)):
+                return args[0]
         if name == "__get__" and func.__self__.__name__ in _HARMLESS:
             return func(*args, **(kwargs or {}))
         return self.writes.run(func, self.exchange(args), self.exchange(kwargs or {}))
@@ -170,6 +201,25 @@ class HeldReads(TorchFunctionMode):
     def exchange_while_drawing(self, value: Any) -> Any:
         scope = LOCAL.scope
         return value if scope is None or not scope.drawing else self.exchange(value)
+
+    def set_requires_grad(self, tensor: Any, value: bool) -> bool:
+        """Let the posterior of a draw, or of a mean, have a gradient or none; whether it is one.
+
+        The draw that was made lets it through: the next read makes another with the same noise.
+        """
+        assert LOCAL.scope is not None
+        for module, attribute in self.where.values():
+            slot = module.__dict__[STATE].slots[attribute]
+            scope, index = LOCAL.scope.of(module), (slot.uid, scopes.grad_mode())
+            mean = dict.get(module._parameters, attribute)
+            if tensor is mean or (mean is not None and scope.realised.get(index) is tensor):
+                for part in tensors_of(module, attribute, slot):
+                    part.requires_grad_(value)
+                scope.realised.pop(index, None)
+                scope.later.pop(index, None)
+                slot.drawn = None
+                return True
+        return False
 
     def exchange(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -200,25 +250,6 @@ def drawn_reads(
                 yield mode
         else:
             yield None
-
-
-class DrawnHook:
-    """A forward hook that reads parameters, run with those reads exchanged for draws."""
-
-    def __init__(self, hook: Any) -> None:
-        self.hook = hook
-        self.held: bool | None = None  # whether it was seen to read some that it holds itself
-
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        scope = LOCAL.scope
-        if scope is None or not scope.drawing:
-            return self.hook(module, *args, **kwargs)
-        held = self.held is not False or holds_parameters(self.hook)
-        with drawn_reads(below(module), held) as mode:
-            result = self.hook(module, *args, **kwargs)
-        if mode is not None:
-            self.held = bool(self.held) or mode.met
-        return result
 
 
 def owner_holds_parameters(owner: nn.Module) -> bool:
@@ -261,12 +292,13 @@ def holds_parameters(value: Any, depth: int = 0) -> bool:
     elif kind is types.MethodType:
         parts = (value.__self__, value.__func__)
     else:
-        cells = [_content(cell) for cell in value.__closure__ or ()]
+        cells = [content_of(cell) for cell in value.__closure__ or ()]
         parts = (value.__defaults__, value.__kwdefaults__, *cells)
     return any(holds_parameters(part, depth + 1) for part in parts)
 
 
-def _content(cell: types.CellType) -> Any:
+def content_of(cell: types.CellType) -> Any:
+    """What a closure holds in a cell; None if nothing yet."""
     try:
         return cell.cell_contents
     except ValueError:  # empty

@@ -20,9 +20,11 @@ from .. import torch_private
 from ..errors import UnsupportedModuleError
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
+from .active import ACTIVE
 from .caches import below
+from .hooks import DrawnHook, drawn_hook
+from .memos import uncached_methods
 from .surroundings import mentions
-from .trace_context import ACTIVE
 from .variants import adopt, call, listed
 
 _NOT_WRAPPED = (
@@ -123,12 +125,12 @@ def original_class(cls: type) -> type:
     return original
 
 
-def regenerate(module: nn.Module) -> None:
-    """Give a converted module the class that suits the slots it has now."""
+def regenerate(module: nn.Module, hooked: bool = False) -> None:
+    """Give a converted module the class that suits the slots it has now, and its hooks."""
     cls = type(module)
     state = owner_state(module)
     if state is not None and "_bayesify_original" in cls.__dict__:  # not where FSDP2 has its own
-        hooked = "__call__" in cls.__dict__
+        hooked = hooked or "__call__" in cls.__dict__
         module.__class__ = generated_class(original_class(cls), frozenset(state.slots), hooked)
 
 
@@ -236,6 +238,8 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
     if attributes and not hasattr(original, "qconfig"):
         namespace["qconfig"] = property(_qconfig, _set_qconfig, _delete_qconfig)
     namespace.update(_listing_methods(original))
+    namespace.update(_hook_methods(original))
+    namespace.update(uncached_methods(original))
     if issubclass(original, fx.GraphModule):
         namespace.update(_graph_module_methods(base, hooked))
     if hooked and "__call__" not in namespace:
@@ -339,6 +343,31 @@ def _listing_methods(base: Any) -> dict[str, Any]:
     if base.load_state_dict is not nn.Module.load_state_dict:
         methods += (load_state_dict,)
     return {method.__name__: method for method in methods}
+
+
+def _hook_methods(base: Any) -> dict[str, Any]:
+    """Hooks that are registered after the conversion read draws as well."""
+
+    def taken(module: Any, hook: Any) -> Any:
+        if ACTIVE.tracer is not None or module.__dict__.get(STATE) is None:
+            return hook
+        found = drawn_hook(module, hook)
+        if isinstance(found, DrawnHook) and "__call__" not in type(module).__dict__:
+            regenerate(module, hooked=True)
+        return found
+
+    @functools.wraps(base.register_forward_hook)
+    def register_forward_hook(self: Any, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.register_forward_hook(self, taken(self, hook), *args, **kwargs)
+
+    @functools.wraps(base.register_forward_pre_hook)
+    def register_forward_pre_hook(self: Any, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.register_forward_pre_hook(self, taken(self, hook), *args, **kwargs)
+
+    return {
+        "register_forward_hook": register_forward_hook,
+        "register_forward_pre_hook": register_forward_pre_hook,
+    }
 
 
 def _spreads(module: nn.Module) -> dict[str, nn.Parameter]:

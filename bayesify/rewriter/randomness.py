@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .trace_context import ACTIVE
+from .active import ACTIVE
 from .values import TraceFailure
 
 

@@ -52,10 +52,30 @@ def read_by(owner: nn.Module, method: Callable[..., Any]) -> tuple[Outside, ...]
 
 def mentions(name: str, cls: type, method: Callable[..., Any]) -> bool:
     """Whether a method of a class, or what it may call, names a global or attribute so."""
+    return name in names_in(method, cls)
+
+
+def names_in(function: Any, cls: type) -> set[str]:
+    """The globals and attributes that a function, or what it may call, names.
+
+    Args:
+        function: A method of ``cls``, or any function.
+        cls: Into whose methods it is followed.
+    """
     search = _Search(cls)
-    search.visit(method)
+    search.visit(function)
     search.follow()
-    return name in search.names
+    return search.names
+
+
+def memos_named_by(cls: type) -> tuple[Any, ...]:
+    """The functions with a ``functools.lru_cache`` that the methods of a class may call."""
+    search = _Search(cls)
+    for many in members(cls).values():
+        for member in many:
+            search.visit(member)
+    search.follow()
+    return tuple(search.memos.values())
 
 
 def put_back(entries: tuple[Outside, ...]) -> str | None:
@@ -85,6 +105,7 @@ class _Search:
         self.holders: dict[int, Any] = {}  # objects, classes and modules
         self.cells: dict[int, types.CellType] = {}
         self.variables: dict[int, contextvars.ContextVar[Any]] = {}
+        self.memos: dict[int, Any] = {}
 
     def visit(self, value: Any) -> None:
         if isinstance(value, types.FunctionType):
@@ -110,6 +131,8 @@ class _Search:
         elif isinstance(value, nn.Module | torch.Tensor) or callable(value):
             wrapped = getattr(value, "__wrapped__", None)  # such as functools.lru_cache makes
             if isinstance(wrapped, types.FunctionType):
+                if hasattr(value, "cache_clear") and not _fixed(wrapped.__module__):
+                    self.memos[id(value)] = value
                 self.visit(wrapped)
         elif type(getattr(value, "__dict__", None)) is dict:
             self.holders[id(value)] = value

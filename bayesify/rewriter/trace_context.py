@@ -15,28 +15,12 @@ from torch import nn
 
 from .. import torch_private
 from ..posterior import owner_state, raw_name
-from .guards import INTERNAL, MISSING
+from .active import ACTIVE
+from .guards import HOOKS, INTERNAL, MISSING
+from .values import TraceFailure
 
 if TYPE_CHECKING:
-    from ..torch_private import FakeTensorMode
-    from .tracer import MethodTracer
-
-
-class _Active(threading.local):
-    def __init__(self) -> None:
-        self.tracer: MethodTracer | None = None
-        self.exchange: Callable[[Any], Any] | None = None
-        self.exchanged: frozenset[int] = frozenset()  # modules whose parameters read as draws
-        self.fake_mode: FakeTensorMode | None = None
-        self.hooked = False
-        self.patched = False
-        # functions of autograd: of which apply has begun and with which grad mode, and of which
-        # a call was recorded
-        self.applied: tuple[Any, bool] | None = None
-        self.recorded: Any = None
-
-
-ACTIVE = _Active()
+    pass
 
 
 TRACE_LOCK = threading.RLock()
@@ -207,17 +191,22 @@ def patches() -> Iterator[None]:
             tracer.note_absent(self, name)
             raise
         tracer.note_read(self, name, value)
-        return _without_log_variances(self, value) if name == "_parameters" else value
+        if name not in _REGISTRIES or id(self) in tracer.made:
+            return value
+        if name == "_parameters":
+            value = _without_log_variances(self, value)
+        return Registry(value, name in HOOKS)
 
     def patched_write(self: nn.Module, name: str, value: Any) -> None:
         tracer = ACTIVE.tracer
         if tracer is None:
             return set_attribute(self, name, value)
         tracer.note_write(self, name, value)
-        if name in self._buffers:
-            self._buffers[name] = value
+        own = self.__dict__
+        if name in own["_buffers"]:
+            own["_buffers"][name] = value
         else:
-            self.__dict__[name] = value
+            own[name] = value
         return None
 
     module_class: Any = nn.Module
@@ -239,6 +228,31 @@ def patches() -> Iterator[None]:
         module_class.__setattr__ = set_attribute
         if not inner:
             del module_class.__getattribute__
+
+
+_REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", *HOOKS))
+
+
+class Registry(dict[Any, Any]):
+    """The parameters, buffers, children or hooks of a module, as a forward sees them in a trace.
+
+    What it puts in or takes out, ``functional_call`` for one, would act on the trace alone, also
+    where it is put back at the end: the code itself must run.
+    """
+
+    def __init__(self, content: Any, hooks: bool) -> None:
+        super().__init__(content)
+        self.hooks = hooks
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        other = "it changes the parameters, buffers or children of a module"
+        raise TraceFailure(HOOKS_CHANGED if self.hooks else other)
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    pop = popitem = clear = update = setdefault = move_to_end = _refuse
+
+
+HOOKS_CHANGED = "it changes the hooks of a module"
 
 
 def original_of(cls: type) -> Any:

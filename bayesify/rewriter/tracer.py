@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from .. import torch_private
 from ..posterior import owner_state
 from ..torch_private import DeviceContext, FakeTensor, FakeTensorMode, device_constructors, pytree
 from . import caches, context_variables, objects
+from .active import ACTIVE
 from .arguments import Outline
 from .examples import Examples
 from .guards import (
@@ -41,7 +43,7 @@ from .guards import (
 from .objects import TracedObject, may_be_handed_on
 from .randomness import has_random_numbers, random_numbers_kept
 from .trace_context import (
-    ACTIVE,
+    HOOKS_CHANGED,
     TRACE_LOCK,
     attributes_of_objects,
     has_hooks,
@@ -53,6 +55,7 @@ from .trace_context import (
     without_hooks,
 )
 from .values import (
+    FREEZES,
     Dims,
     ForeignTensor,
     StateFound,
@@ -256,6 +259,8 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             return self._property(func.__self__.__name__, name == "__get__", args)
         if name in _VALUE_METHODS and isinstance(subject, Tensor):
             raise TraceFailure(f"Tensor.{name} reads a tensor's value")
+        if name == "requires_grad_" and isinstance(subject, nn.Parameter):
+            raise TraceFailure(FREEZES)
         if name == "_assert":
             return func(args[0] if not isinstance(args[0], Tensor) else self._value(), *args[1:])
         if isinstance(subject, Tensor):
@@ -285,9 +290,10 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             self._node(
                 "call_function", setattr, (self.argument(tensor), name, self.argument(args[1]))
             )
+            if name == "requires_grad":
+                raise TraceFailure(FREEZES)
             if name == "data":
                 self._refuse_write(tensor)
-            if name in ("data", "requires_grad"):
                 raise TraceFailure(f"assignment to Tensor.{name}")
             return None
         if name == "shape":
@@ -780,12 +786,15 @@ class MethodTracer(GraphWriter, TorchFunctionMode):
             args, kwargs = build(traced)
             before = _shape_of((args, kwargs))
             held = self._containers()
+            handles = RemovableHandle.next_id
             context = contextvars.copy_context()  # what it leaves set is not to stay
             result = context.run(functools.partial(method, *args, **kwargs))
             if self._error:
                 raise TraceFailure(f"it handles an error of its trace ({self._error})")
             if context.run(context_variables.changed, self._variables):
                 raise TraceFailure("it sets a context variable for later calls")
+            if RemovableHandle.next_id != handles:  # for all modules, say
+                raise TraceFailure(HOOKS_CHANGED)
             self._check_containers(held)
             for module, name, value in self._made:  # something may have been put into it since
                 self._check_state(module, name, value)

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from .. import torch_private
-from .trace_context import ACTIVE
+from .active import ACTIVE
 
 Dims = frozenset[tuple[int, int]] | None
 """Which (tensor argument, dimension) pairs a number depends on; None: it cannot be said."""
+
+
+FREEZES = "it changes whether a tensor has a gradient"
 
 
 class TraceFailure(BaseException):

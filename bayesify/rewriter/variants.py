@@ -24,7 +24,8 @@ from ..errors import UnsupportedModuleError
 from ..kernels.noise import exporting
 from ..posterior import STATE, OwnerState, Slot, owner_state
 from ..scope import LOCAL
-from . import caches, surroundings
+from . import caches, memos, surroundings
+from .active import ACTIVE
 from .arguments import Outline, argument_names, describe, flatten, shapes_of, unflatten
 from .estimators import reads_to_estimates
 from .fallback import HeldReads, drawn_reads, exchanged, owner_holds_parameters
@@ -36,9 +37,9 @@ from .passes import (
     restore_contexts,
     source_of,
 )
-from .trace_context import ACTIVE, has_hooks
+from .trace_context import HOOKS_CHANGED, has_hooks
 from .tracer import WRITES, MethodTracer, Trace
-from .values import ForeignTensor, StateFound, TraceFailure
+from .values import FREEZES, ForeignTensor, StateFound, TraceFailure
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +193,9 @@ def _example(
         variant, result = make(owner, state, method, original, key, tensors)
         if variant.code is not None and _all_tensors(tensors):
             return result
+    if variant.code is None and variant.reason.startswith((HOOKS_CHANGED, memos.FILLED)):
+        # which are to see no examples
+        raise TraceFailure(variant.reason)
     result = original(owner, *args, **kwargs)
     if variant.code is None and (ACTIVE.hooked or any(map(has_hooks, owner.modules()))):
         # it may give what hooks collect, those that it registers too, and no hook sees examples
@@ -429,7 +433,7 @@ def _trace(
     # inside the trace of a caller, its fake mode is on and torch functions are off
     with (
         scopes.recording(_refuse_checkpoint), unseen, torch_private.disable_current_modes(),
-        torch_private.EnableTorchFunction(),
+        torch_private.EnableTorchFunction(), memos.unfilled(caches.below(owner)),
     ):  # fmt: skip
         try:
             trace = tracer.run(functools.partial(original, owner), names, build, tensors)
@@ -489,7 +493,7 @@ def _fall_back(
 ) -> Any:  # fmt: skip
     """Run the original method with its parameter reads exchanged for draws."""
     aside = owner if owner_holds_parameters(owner) else None
-    held = variant.held is not False or aside is not None
+    held = variant.held is not False or aside is not None or variant.reason == FREEZES
     drawn = functools.partial(_drawn, owner, method, held, aside)
     outer, LOCAL.reads = LOCAL.reads, drawn
     try:

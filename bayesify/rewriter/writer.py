@@ -61,6 +61,7 @@ class GraphWriter:
         self.paths: dict[int, tuple[str, ...]] = {}
         self._modules: list[nn.Module] = []
         self.tensors: dict[int, tuple[str, tuple[str, ...], str, Tensor]] = {}
+        attributes: list[tuple[tuple[str, ...], str, Any]] = []
         stack: list[tuple[tuple[str, ...], nn.Module]] = [((), self.owner)]
         while stack:
             path, module = stack.pop()
@@ -76,12 +77,14 @@ class GraphWriter:
                     self.tensors.setdefault(id(buffer), ("buffer", path, name, buffer))
             for name, value in module.__dict__.items():
                 if name not in INTERNAL:
-                    self._index_attribute(path, name, value)
+                    attributes.append((path, name, value))
             stack.extend(
                 ((*path, name), child)
                 for name, child in reversed(module._modules.items())
                 if child is not None
             )
+        for attribute in attributes:  # last: what is a parameter too, of whatever module, is one
+            self._index_attribute(*attribute)
 
     def _index_attribute(self, path: tuple[str, ...], name: str, value: Any) -> None:
         if isinstance(value, Tensor):

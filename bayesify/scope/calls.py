@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import torch_private, torch_support
 from ..kernels import grouped
 from ..kernels.noise import exporting, fold
-from ..posterior import STATE, Slot, owner_state, tensors_of
+from ..posterior import STATE, Slot, given, owner_state, tensors_of
 from .checkpoints import SEAM
 from .drawing import AT_MEAN, Scope, autocast_dtype, grad_mode, suits_group
 from .local import LOCAL
@@ -66,6 +66,9 @@ def read(module: nn.Module, attribute: str, autocast: bool = False) -> Tensor:
     slot = module.__dict__[STATE].slots[attribute]
     scope = LOCAL.scope
     assert scope is not None
+    weight = given(module, attribute, slot)
+    if weight is not None:
+        return weight
     scope = scope.of(module)
     if not scope.drawing:
         return tensors_of(module, attribute, slot)[0]
@@ -107,6 +110,8 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
         if state is None:
             continue
         for attribute, slot in state.slots.items():
+            if given(child, attribute, slot) is not None:
+                continue
             if seen.setdefault(slot.key, slot.uid) != slot.uid:
                 # a copy of a layer in the same model: not the same noise
                 scope.keys.setdefault(slot.uid, fold(slot.key, 1 + len(scope.keys)))
@@ -118,6 +123,8 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
             else:
                 dtype = None
             if type(mean) is not nn.Parameter or index in scope.realised or index in scope.later:
+                continue
+            if not scope.keeps(slot, mean):
                 continue
             if slot.estimator != "weight" or slot.uid in seldom:
                 continue  # most of its reads need no draw, or there is none

@@ -24,7 +24,8 @@ class Scope:
     """
 
     __slots__ = (
-        "compiled", "drawing", "filled", "keys", "later", "lowered", "reads", "realised", "seed",
+        "compiled", "drawing", "filled", "keys", "later", "lowered", "means", "reads", "realised",
+        "seed",
     )  # fmt: skip
 
     def __init__(self, seed: Tensor | None, keys: dict[int, int] | None = None) -> None:
@@ -32,6 +33,7 @@ class Scope:
         self.drawing = seed is not None
         self.keys = {} if keys is None else keys
         self.realised: dict[tuple[Any, ...], Tensor] = {}
+        self.means: dict[int, Tensor] = {}  # of what is realised, by slot
         self.later: dict[tuple[Any, ...], grouped.Later] = {}  # drawn, and not read yet
         self.filled: set[tuple[int, int]] = set()  # what needs no look again: (module, grad mode)
         self.reads: set[tuple[int, int]] = set()
@@ -42,6 +44,7 @@ class Scope:
         """Let go of what is realised."""
         self.realised.clear()
         self.later.clear()
+        self.means.clear()
         self.filled.clear()
 
     def of(self, module: nn.Module) -> Scope:
@@ -58,8 +61,18 @@ class Scope:
         if keep:
             child.realised = dict(self.realised)
             child.later = dict(self.later)
+            child.means = dict(self.means)
             child.filled = set(self.filled)
         return child
+
+    def keeps(self, slot: Slot, mean: Tensor | None) -> bool:
+        """Whether what is realised of a slot is of this mean.
+
+        In one scope ``functional_call`` may put in the posterior of another model.
+        """
+        if mean is None or torch.compiler.is_compiling():
+            return True
+        return self.means.setdefault(slot.uid, mean) is mean
 
     def read(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """The draw of one slot, whose parameters are those that ``module`` holds now."""
@@ -78,7 +91,7 @@ class Scope:
             return self.read(module, attribute, slot)
         mean, _ = tensors_of(module, attribute, slot)
         dtype = autocast_dtype(mean)
-        if dtype is None:
+        if dtype is None or not self.keeps(slot, mean):
             return self.read(module, attribute, slot)
         index = (slot.uid, grad_mode(), dtype)
         self.lowered.add(index)
@@ -95,6 +108,8 @@ class Scope:
     def draw(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """As :meth:`read`, but no read."""
         index = (slot.uid, grad_mode())
+        if not self.keeps(slot, dict.get(module._parameters, attribute)):
+            return realise(module, attribute, slot, self.seed, self.key_of(slot))
         tensor = self.realised.get(index)
         if tensor is None:
             tensor = self._first_read(index, slot)
@@ -120,15 +135,18 @@ class Scope:
         """The draw of one slot less its mean: sigma times noise. Zeros, where there is no seed."""
         if self.seed is None:
             return torch.zeros_like(tensors_of(module, attribute, slot)[0])
+        mean, raw = tensors_of(module, attribute, slot)
         index = (slot.uid, grad_mode(), "deviation")
-        tensor = self.realised.get(index)
+        kept = self.keeps(slot, mean)
+        tensor = self.realised.get(index) if kept else None
         if tensor is None:
-            mean, raw = tensors_of(module, attribute, slot)
             dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
             epsilon = self.noise(slot, mean.shape, dtype, mean.device)
             with torch_private.DisableTorchFunction():  # as in realise
                 std = gaussian.std_from_raw(raw, slot.parameterization).to(dtype)
-                tensor = self.realised[index] = (std * epsilon).to(mean.dtype)
+                tensor = (std * epsilon).to(mean.dtype)
+            if kept:
+                self.realised[index] = tensor
         return tensor
 
     def noise(
