@@ -122,9 +122,9 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                 index = (*index, dtype)
             else:
                 dtype = None
-            if type(mean) is not nn.Parameter or index in scope.realised or index in scope.later:
+            if type(mean) is not nn.Parameter or not scope.keeps(child, attribute, mean):
                 continue
-            if not scope.keeps(slot, mean):
+            if index in scope.realised or index in scope.later:
                 continue
             if slot.estimator != "weight" or slot.uid in seldom:
                 continue  # most of its reads need no draw, or there is none

@@ -33,7 +33,7 @@ class Scope:
         self.drawing = seed is not None
         self.keys = {} if keys is None else keys
         self.realised: dict[tuple[Any, ...], Tensor] = {}
-        self.means: dict[int, Tensor] = {}  # of what is realised, by slot
+        self.means: dict[tuple[int, str], Tensor] = {}  # of what is realised, by place
         self.later: dict[tuple[Any, ...], grouped.Later] = {}  # drawn, and not read yet
         self.filled: set[tuple[int, int]] = set()  # what needs no look again: (module, grad mode)
         self.reads: set[tuple[int, int]] = set()
@@ -65,14 +65,14 @@ class Scope:
             child.filled = set(self.filled)
         return child
 
-    def keeps(self, slot: Slot, mean: Tensor | None) -> bool:
-        """Whether what is realised of a slot is of this mean.
+    def keeps(self, module: nn.Module, attribute: str, mean: Tensor | None) -> bool:
+        """Whether what is realised is of this mean of a module.
 
         In one scope ``functional_call`` may put in the posterior of another model.
         """
         if mean is None or torch.compiler.is_compiling():
             return True
-        return self.means.setdefault(slot.uid, mean) is mean
+        return self.means.setdefault((id(module), attribute), mean) is mean
 
     def read(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """The draw of one slot, whose parameters are those that ``module`` holds now."""
@@ -91,7 +91,7 @@ class Scope:
             return self.read(module, attribute, slot)
         mean, _ = tensors_of(module, attribute, slot)
         dtype = autocast_dtype(mean)
-        if dtype is None or not self.keeps(slot, mean):
+        if dtype is None or not self.keeps(module, attribute, mean):
             return self.read(module, attribute, slot)
         index = (slot.uid, grad_mode(), dtype)
         self.lowered.add(index)
@@ -108,7 +108,7 @@ class Scope:
     def draw(self, module: nn.Module, attribute: str, slot: Slot) -> Tensor:
         """As :meth:`read`, but no read."""
         index = (slot.uid, grad_mode())
-        if not self.keeps(slot, dict.get(module._parameters, attribute)):
+        if not self.keeps(module, attribute, dict.get(module._parameters, attribute)):
             return realise(module, attribute, slot, self.seed, self.key_of(slot))
         tensor = self.realised.get(index)
         if tensor is None:
@@ -137,7 +137,7 @@ class Scope:
             return torch.zeros_like(tensors_of(module, attribute, slot)[0])
         mean, raw = tensors_of(module, attribute, slot)
         index = (slot.uid, grad_mode(), "deviation")
-        kept = self.keeps(slot, mean)
+        kept = self.keeps(module, attribute, mean)
         tensor = self.realised.get(index) if kept else None
         if tensor is None:
             dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
