@@ -350,6 +350,8 @@ def export_onnx(
     with replacing(path, overwrite=overwrite) as temporary:
         try:
             written.save(temporary, external_data=False)
+        except OSError:
+            raise
         except Exception as error:  # onnxscript's own kind, around a TypeError of protobuf
             raise UnsupportedModuleError(
                 f"{type(model).__name__} cannot be written as ONNX ({_reason(error)}). With torch "

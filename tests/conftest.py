@@ -26,9 +26,13 @@ class TorchRandom:
     setstate = staticmethod(torch.set_rng_state)
 
 
-# A job in the background is started with Ctrl-C ignored, and what is ignored stays so.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A job in the background is started with Ctrl-C ignored, one under nohup with SIGHUP; what is
+# ignored stays so.
+for number, usual in (
+    (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL),
+):  # fmt: skip
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps no reference of its own
 hypothesis.register_random(TORCH_RANDOM)

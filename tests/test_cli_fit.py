@@ -168,7 +168,7 @@ def test_wrong_options(arguments: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_cut_short_is_one_clear_error(workers: int) -> None:
-    for name in ("a", "b"):
+    for name in ("a", "b", "c"):
         Path("tree", name).mkdir(parents=True)
         for i in range(3):  # of different sizes and modes
             mode = ("RGB", "L", "RGBA")[i]

@@ -717,7 +717,6 @@ def test_public_method_that_reads_through_a_private_one(cls: type[nn.Module]) ->
     assert leaks(converted, lambda: converted.embed(X)) == set()
 
 
-@pytest.mark.xfail(reason="a module's own __call__ is not rewritten")
 def test_own_call() -> None:
     converted = to_bbb(Callable_())
     assert leaks(converted, lambda: converted(X)) == set()

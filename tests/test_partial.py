@@ -339,7 +339,8 @@ def test_the_command_line_takes_the_same(name: str) -> None:
         flags = [word for key, value in options.items() for word in (f"--{key}", value)]
         command = ("convert", name, *flags, "--dry-run", "--json")
         if taken and not meant(model):
-            assert "No parameter" in run(*command, code=1).stderr
+            result = run(*command, code=1)
+            assert "No parameter" in result.stdout + result.stderr
             continue
         document = json.loads(run(*command).stdout)
         found = {row["name"] for row in document["rows"] if row["action"] == "bayes"}
