@@ -81,7 +81,7 @@ $(AUDIT): $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check pip-audit
 	@touch $@
 
-audit: $(AUDIT) ## look up the known vulnerabilities of all that is installed, at pypi.org
+audit: $(AUDIT) ## look up the known vulnerabilities of all that is installed (asks the network)
 	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audit.txt
 	$(BIN)/python -m pip_audit --strict --no-deps --disable-pip --requirement $(VENV)/audit.txt
 

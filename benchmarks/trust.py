@@ -33,6 +33,7 @@ from trust_sections import SECTIONS
 from trust_sections.section import FAULT, TRACE, Section, Trial
 
 RESULTS = Path(__file__).parent / "results" / "trust.json"
+PAGE = ROOT / "docs" / "trust.md"
 SLOW, LARGE = 5.0, 1024
 """Seconds and MiB of one trial above which it counts as a fault."""
 _BATCH = 100
@@ -188,6 +189,44 @@ def write(results: dict[str, Any]) -> None:
     temporary = RESULTS.with_suffix(".tmp")
     temporary.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     temporary.replace(RESULTS)
+    PAGE.write_text(page(document), "utf-8")
+
+
+def page(document: dict[str, Any]) -> str:
+    """docs/trust.md: what was tried and how it ended."""
+    versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
+    lines = [
+        "# What was tried to break it",
+        "",
+        "`make trust` tries it again, goes on where it ended, and writes this page;",
+        "`python benchmarks/trust.py --minutes 120` goes on towards the full counts. A *fault* is an",
+        "error of another kind than bayesify's own, code that a file executes, a hang or a death,",
+        f"more than {SLOW:g} s or more than {LARGE:,} MiB. What is promised is in",
+        "[SECURITY.md](../SECURITY.md).",
+        "",
+        "| what | trials | of | opened | refused | faults | executed | most time | most memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for found in document["sections"].values():
+        outcomes = found["outcomes"]
+        cells = [
+            found["what"], f"{found['trials']:,}", f"{found['full']:,}",
+            f"{outcomes.get('taken', 0):,}", f"{outcomes.get('refused', 0):,}",
+            f"{outcomes.get(FAULT, 0):,}", f"{found['executed']:,}",
+            f"{found['most_seconds']:.1f} s", f"{found['most_mib']:,} MiB",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    place = document["machine"]
+    lines += [
+        "",
+        "Not among them yet: kills and signals at every moment of a run, full disks and draws over",
+        "many seeds. Tests hold samples of these.",
+        "",
+        f"*{place['processor']}, {place['cores']} cores, Python {place['python']}, {versions}; "
+        f"{document['date']}, commit `{document['commit']}`.*",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def run(chosen: Sequence[Section], wanted: dict[str, int], until: float, fresh: bool) -> int:
