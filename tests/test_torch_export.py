@@ -18,6 +18,7 @@ from bayesify.rewriter.variants import rungs
 # torch 2.6 says so of the constants that it adds by itself
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Additional .* suppressed about get_attr:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*does not reference an nn.Module:UserWarning"),
 ]
 
