@@ -233,7 +233,7 @@ def test_a_model_that_keeps_a_function_of_its_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(each, bayesify.predict(model, x, num_samples=3, seed=0).softmax(-1))
     try:
         bayesify.export_torch(model, tmp_path / "b", x)
-    except bayesify.UnsupportedModuleError as error:
+    except UnsupportedModuleError as error:
         if torch_support.installed() <= (2, 8) and "arity mismatch" in str(error):
             pytest.skip("torch 2.8 and older export no model that fills an empty attribute")
         raise
