@@ -66,8 +66,8 @@ class Ensemble(nn.Module):
         for member in self.members:
             output = member(*inputs) if given is None else given.call(member)
             logits = class_logits(output, "ensemble")
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            found.append(logits.to(wide).softmax(-1))
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            found.append(wide.softmax(-1))
         probs = torch.stack(found)
         return (probs.mean(0), probs) if self.per_draw else probs.mean(0)
 
@@ -184,7 +184,7 @@ def to_program(
         module = ensemble(model, num_samples, seed=seed, per_draw=per_draw)
     # torch.export takes a batch of 1 for a constant
     example = _each(inputs, lambda t: torch.cat([t, t[:1]]) if len(t) == 1 else t)
-    batch = Dim("batch", min=1)
+    batch = Dim("batch", min=1, max=2**31 - 1)  # torch 2.6 wants to know that it is no 2**63 - 1
     shapes = pytree.tree_map(lambda v: {0: batch} if isinstance(v, Tensor) else None, example)
     # A model may keep results of a call: those of the trace must not serve the comparison.
     traced = copy.deepcopy(module)
@@ -193,11 +193,18 @@ def to_program(
             warnings.simplefilter("ignore")  # the exporter's own
             # an ensemble takes *inputs, which are one argument to torch.export
             given = (shapes,) if isinstance(module, Ensemble) else shapes
-            program = torch.export.export(traced, example, dynamic_shapes=given)
+            program = torch.export.export(
+                traced,
+                example,
+                dynamic_shapes=given,
+                strict=False,  # torch 2.6: strict if unsaid
+            )
             if shrink:
                 graph_module = program.module()
                 if shrink_(graph_module):
-                    program = torch.export.export(graph_module, example, dynamic_shapes=shapes)
+                    program = torch.export.export(
+                        graph_module, example, dynamic_shapes=shapes, strict=False
+                    )
     except ArgumentError:
         raise
     except Exception as error:  # the tracer raises what the model raises
@@ -335,6 +342,10 @@ def export_onnx(
             if any(_is_odd_attention(node) for node in program.graph.nodes):
                 with sdpa_kernel(SDPBackend.MATH):
                     program = program.run_decompositions()
+                for node in program.graph.nodes:  # onnxscript's full_like does not know it
+                    if node.kwargs.get("memory_format") is torch.preserve_format:
+                        rest = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+                        node.kwargs = rest
             written = torch.onnx.export(
                 program, dynamo=True, verbose=False,
                 output_names=names if len(program.graph_signature.user_outputs) == len(names)
@@ -382,7 +393,12 @@ class _Checked(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return offset  # to the beginning, when all is written
+        if self.error is None:
+            try:
+                return self.file.seek(offset, whence)  # which writes what it has in its buffer
+            except OSError as error:
+                self.error = error
+        return offset
 
 
 def _is_odd_attention(node: torch.fx.Node) -> bool:

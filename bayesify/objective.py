@@ -14,7 +14,14 @@ from .errors import ArgumentError
 from .kernels import grouped
 from .kernels.noise import noise
 from .numeric import not_negative, real, whole
-from .posterior import Site, bayesian_sites, full_tensor, gaussian_prior
+from .posterior import (
+    Site,
+    bayesian_sites,
+    full_tensor,
+    gaussian_prior,
+    held_elements,
+    tensors_of,
+)
 from .priors import LEAST_STD, MEAN_RANGE, MOST_STD, ScaleMixturePrior, may_be_mean, may_be_std
 from .rewriter.active import ACTIVE
 from .rewriter.values import TraceFailure
@@ -84,7 +91,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
                     site.slot.drawn = None
                     continue
                 term = _closed_term(site, prior)
-            mesh = _mesh(site.mean)
+            mesh = _mesh(_tensors(site)[0])
             if mesh is None:
                 terms.append(term)
             else:
@@ -92,7 +99,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
         if hanging:
             terms.append(grouped.gaussian_kl(hanging))
         terms += [_over_processes(torch.stack(each).sum(), *mesh) for mesh, each in partial.items()]
-        device = found[0].mean.device
+        device = _tensors(found[0])[0].device
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in terms) else torch.float32
         return torch.stack([t.to(device, dtype) for t in terms]).sum()
 
@@ -315,8 +322,13 @@ def _seed_of(found: list[Site]) -> Tensor:
     return new_seed()
 
 
+def _tensors(site: Site) -> tuple[Tensor, Tensor]:
+    """Mean and trained spread, by no property: torch.compile of torch 2.10 cannot follow one."""
+    return tensors_of(site.module, site.attribute, site.slot)
+
+
 def _closed_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
-    mean = site.mean
+    mean, _ = _tensors(site)
     prior_mean, prior_var = (_beside(value, mean) for value in gaussian_prior(site))
     if not isinstance(prior_mean, Tensor):
         prior_mean = real(f"The prior mean of {site.name!r}", prior_mean, MEAN_RANGE, may_be_mean)
@@ -329,9 +341,10 @@ def _closed_prior(site: Site) -> tuple[Tensor | float, Tensor | float]:
 
 
 def _closed_term(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> Tensor:
-    mean, raw = _shard(site.mean), _shard(_wide(site.raw, site.mean))
+    whole, raw = _tensors(site)
+    held = _shard(_beside(held_elements(raw), whole)) if site.slot.has_held else None
+    mean, raw = _shard(whole), _shard(_wide(raw, whole))
     prior_mean, prior_var = map(_shard, prior)
-    held = None if site.held is None else _shard(_beside(site.held, site.mean))
     if held is not None:
         raw = raw.masked_fill(held, 0.0)  # at a sigma of 0 its logarithm has no gradient
         if isinstance(prior_var, Tensor):  # of another model, whose weights may be held as well
@@ -354,9 +367,10 @@ def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.H
 
 
 def _drawn_term(site: Site, prior: ScaleMixturePrior, seed: Tensor) -> Tensor:
-    full = site.mean
-    mean, std = _shard(full), _shard(_wide(site.std, full))
-    held = None if site.held is None else _shard(_beside(site.held, full))
+    full, raw = _tensors(site)
+    std = gaussian.std_from_raw(raw, site.slot.parameterization)
+    mean, std = _shard(full), _shard(_wide(std, full))
+    held = _shard(_beside(held_elements(raw), full)) if site.slot.has_held else None
     if held is not None:
         std = std.masked_fill(held, 1.0)
     epsilon = _shard(_beside(noise(seed, site.slot.key, full.shape, std.dtype, full.device), full))

@@ -9,7 +9,7 @@ import torch
 from .errors import UnsupportedVersionError
 
 COMPILE = "torch.compile, or torch.export with strict=True, of a Bayesian model"
-FIRST = {"bayesify": (2, 6), COMPILE: (2, 8)}
+FIRST = {"bayesify": (2, 6), COMPILE: (2, 10)}
 """The first version of torch with which each works; the first is the bound of pyproject.toml."""
 
 

@@ -14,7 +14,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from bayesify import at_mean, draws, kl_divergence, one_draw, sampled, to_bbb, to_deterministic
+from bayesify import (
+    at_mean,
+    draws,
+    kl_divergence,
+    one_draw,
+    sampled,
+    to_bbb,
+    to_deterministic,
+    torch_support,
+)
 from bayesify.priors import ScaleMixturePrior
 from bayesify.scope import open_modes
 
@@ -267,7 +276,7 @@ def test_compiled_code_reads_the_blocks_of_its_task() -> None:
             compiled(X)
             compiled(X)  # finds what the first one drew
         graphs = compiler.frame_count
-        assert graphs == 3
+        assert graphs == (3 if torch_support.installed() > (2, 10) else 4)
 
         async def seeded(seed: int) -> None:
             with one_draw(model, seed):

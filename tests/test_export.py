@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import bayesify
+from bayesify import torch_support
 from bayesify.cli.app import app
 from bayesify.errors import ArgumentError, CheckpointError, UnsupportedModuleError
 
@@ -230,7 +231,12 @@ def test_a_model_that_keeps_a_function_of_its_weights(tmp_path: Path) -> None:
     bayesify.export_torch(model, tmp_path / "a", x, num_samples=3, per_draw=True)
     _, each = run_program(tmp_path / "a", x)
     torch.testing.assert_close(each, bayesify.predict(model, x, num_samples=3, seed=0).softmax(-1))
-    bayesify.export_torch(model, tmp_path / "b", x)
+    try:
+        bayesify.export_torch(model, tmp_path / "b", x)
+    except UnsupportedModuleError as error:
+        if torch_support.installed() <= (2, 8) and "arity mismatch" in str(error):
+            pytest.skip("torch 2.8 and older export no model that fills an empty attribute")
+        raise
     torch.testing.assert_close(run_program(tmp_path / "b", x), model(x))
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import bayesify
+from bayesify import torch_support
 from bayesify.posterior import sites
 from reference import check, functional_call
 from test_user_models import Model, randn
@@ -294,6 +295,8 @@ def test_gradient_reversal_has_the_reversed_gradient() -> None:
     "name", ["reversal", "straight through", "partial", "its own apply", "script", "operator"]
 )
 def test_torch_compile_takes_the_call(name: str) -> None:
+    if name in ("partial", "its own apply") and torch_support.installed() <= (2, 10):
+        pytest.skip("torch 2.10 itself compiles no function of autograd that is called this way")
     torch.compiler.reset()  # graphs of other tests count against the limit of the shared wrapper
     model: Any = bayesify.to_bbb(type("Held", (Model,), {"forward": FORWARDS[name]})())
     x = torch.randn(3, 4)

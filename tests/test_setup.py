@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from bayesify.kernels import native
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 setuptools = pytest.importorskip(

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bayesify import ArgumentError
+from bayesify import ArgumentError, torch_support
 from bayesify.devices import resolve_device
 from bayesify.json_numbers import finite
 from bayesify.welford import Welford
@@ -16,7 +16,7 @@ from bayesify.welford import Welford
 
 def test_a_device_is_found_by_its_name() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
-    expected = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    expected = torch_support.accelerator() or torch.device("cpu")
     assert resolve_device("auto") == expected
 
 

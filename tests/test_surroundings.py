@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesify
+from bayesify import torch_support
 from bayesify.rewriter.variants import rungs
 
 SCALE = 2.0
@@ -205,6 +206,8 @@ def test_an_attribute_of_the_instance_takes_the_place_of_that_of_its_class() -> 
 
 @pytest.mark.parametrize("kind", [Global, OwnConfig], ids=lambda kind: kind.__name__)
 def test_torch_compile_reads_it_anew(kind: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind is OwnConfig and torch_support.installed() <= (2, 10):
+        pytest.skip("torch 2.10 itself compiles no `is` between two dicts")
     model, x = bayesify.to_bbb(kind()), torch.randn(2, 3)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

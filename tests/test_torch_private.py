@@ -186,7 +186,7 @@ def test_the_version_is_read(
 def test_both_versions_and_the_remedy_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.6.1")
     with pytest.raises(
-        bayesify.UnsupportedVersionError, match=r"needs torch 2.8 .*is 2.6.1: pip install 'torch>="
+        bayesify.UnsupportedVersionError, match=r"needs torch 2.10 .*is 2.6.1: pip install 'torch>="
     ):
         torch_support.check(COMPILE)
 

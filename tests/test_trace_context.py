@@ -76,6 +76,7 @@ class Undecided(nn.Module):
         return torch._grouped_mm(self.layer(x)[None], torch.ones(1, 4, 4)) + undecided(x)
 
 
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped_mm")
 def test_what_examples_cannot_do_is_not_in_the_log_of_torch() -> None:
     log = logging.getLogger("torch._subclasses.fake_tensor")
     records: list[logging.LogRecord] = []

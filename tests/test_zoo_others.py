@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import zoo_others
 import zoo_others_table
 from torch import nn
@@ -30,10 +31,13 @@ SAMPLE = (
 @pytest.mark.filterwarnings("ignore")  # the libraries' own
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_passes(name: str) -> None:
+    if name.endswith(":flint") and "flint" not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no such model")
     found = zoo_others.check(zoo_others.entries()[name])
     assert found["problems"] == []
     listed = ROWS.get(name, found)
-    if not listed["problems"]:
+    same = all(metadata.version(k) == v for k, v in listed.get("versions", {}).items())
+    if not listed["problems"] and same:  # another version may have other layers
         assert found["tensors"] == listed["tensors"]
         assert found["all_swapped"] <= listed["all_swapped"]
 

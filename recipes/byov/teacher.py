@@ -105,6 +105,6 @@ def live_prior(teacher: Teacher, prior: PriorName, floor: float) -> LivePrior:
         var = teacher.var[name]
         if prior == "teacher-mean" or var is None:
             return means[name], 1.0
-        return means[name], var.clamp_min(floor)
+        return means[name], var.clamp(floor)  # clamp_min of sharded ones needs a later torch
 
     return LivePrior(source)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from bayesify import ArgumentError, DataError
 from bayesify.data import InMemory, resize_and_crop

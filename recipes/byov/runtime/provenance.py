@@ -48,7 +48,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "device": device_name(device),
             "threads": torch.get_num_threads(),
         },
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit(),
         "versions": {package: version(package) for package in ("torch", "timm")},
         "c_library": native.there(),
