@@ -193,12 +193,8 @@ def to_program(
             warnings.simplefilter("ignore")  # the exporter's own
             # an ensemble takes *inputs, which are one argument to torch.export
             given = (shapes,) if isinstance(module, Ensemble) else shapes
-            program = torch.export.export(
-                traced,
-                example,
-                dynamic_shapes=given,
-                strict=False,  # torch 2.6: strict if unsaid
-            )
+            # torch 2.6 is strict if nothing is said
+            program = torch.export.export(traced, example, dynamic_shapes=given, strict=False)
             if shrink:
                 graph_module = program.module()
                 if shrink_(graph_module):
