@@ -2,6 +2,7 @@
 
 import random
 import signal
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -53,6 +54,8 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries that use the global state must be fixed as well
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # what it gave up on in an earlier test, it would here
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -91,6 +91,8 @@ class Writes:
             return None
         with torch_private.DisableTorchFunction():
             start = target.data_ptr()
+            if start == 0:  # no memory: on the meta device all tensors seem to lie at one place
+                return None
             for index, draw in scope.realised.items():
                 if _is_wrapped(draw):
                     continue
