@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import dis
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesify
+from bayesify.rewriter import assignments
 from bayesify.rewriter.variants import rungs
 from reference import check
 
@@ -404,3 +406,8 @@ def test_a_table_of_results_serves_no_draw(kind: type, asks: bool) -> None:
     with bayesify.one_draw(fresh, seed=1):
         fresh(x)
     assert torch.equal(fresh(x), x @ (fresh.get_parameter("layer.weight") * 2))
+
+
+def test_a_value_whose_making_cannot_be_followed_is_not_said_to_be_made_of_the_module() -> None:
+    lines = list(dis.get_instructions(compile("", "none", "exec")))
+    assert not assignments._is_made_of(frozenset(("self",)), lines, 0, 0)

@@ -256,6 +256,8 @@ def _is_made_of(
 ) -> bool:  # fmt: skip
     """Whether some expression loads no variable but ``own``, and is no constant."""
     parts = _parts(lines, i, below)
+    if not parts:  # it begins beyond what can be followed, as in a loop of Python 3.10
+        return False
     variables = set(also)
     for part, after in zip(parts, [*parts[1:], None], strict=True):
         loaded = _loaded(part)
