@@ -84,7 +84,7 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     sharded parameter is drawn by the module that reads it, after its own all-gather. Where draws
     are made together in a process group, the node of each comes at its first read
     (:class:`~.grouped.Later`). Elsewhere that gains nothing, and nodes made one after the other are
-    cheaper: by a tenth of the step of a small network.
+    cheaper.
 
     Returns:
         The slots that were drawn; none while torch.compile traces, which drops what is not read,
