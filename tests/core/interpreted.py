@@ -1,6 +1,6 @@
 """The Triton kernels on CPU tensors, run by Triton's interpreter; started by test_triton_draw.py.
 
-By themselves: ``TRITON_INTERPRET=1 python -m pytest tests/interpreted.py``.
+By themselves: ``TRITON_INTERPRET=1 python -m pytest tests/core/interpreted.py``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import bayesify
-from bayesify import gaussian, objective
-from bayesify.kernels import grouped, philox, triton_draw, triton_kernels
-from bayesify.kernels.buffers import Buffers
-from bayesify.scope import drawing
 from test_grouped import (
     mixed,
     plainly,
@@ -30,6 +23,13 @@ from test_grouped import (
     test_the_value_of_the_kl_is_that_of_torch_distributions,
     test_two_graphs_at_once_and_a_graph_that_is_kept,
 )
+from torch import Tensor, nn
+
+import bayesify
+from bayesify import gaussian, objective
+from bayesify.kernels import grouped, philox, triton_draw, triton_kernels
+from bayesify.kernels.buffers import Buffers
+from bayesify.scope import drawing
 
 __all__ = [
     "test_batched_gradients",

@@ -19,7 +19,7 @@ from recipes.byov.config import BYOVConfig, RunConfig
 from recipes.byov.presets import PRESETS
 from recipes.byov.runtime.log import read_log
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def small_options(folder: Path) -> list[str]:

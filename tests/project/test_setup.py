@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 setuptools = pytest.importorskip(
     "setuptools", minversion="77", reason="pip builds with a setuptools of its own; none is here"
 )

@@ -32,7 +32,7 @@ from bayesify.posterior import sites
 from bayesify.selection import PRESETS
 from bayesify.storage import load, read_header
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FACTORY = '''
 import torch
 from torch import nn

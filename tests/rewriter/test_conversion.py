@@ -48,7 +48,7 @@ from bayesify import (
 from bayesify.posterior import sites
 from reference import Probe, check
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import bayesify as bb
 from bayesify.errors import ArgumentError
+from clusters import clusters
 from recipes.byov.runtime.monitors import (
     CollapseLimits,
     collapse_alarms,
@@ -22,7 +23,6 @@ from recipes.byov.runtime.monitors import (
     posterior_health,
 )
 from recipes.byov.runtime.online_probe import OnlineProbe
-from test_frozen_features import clusters
 
 # Online probe
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_user_models import Model, randn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +21,6 @@ import bayesify
 from bayesify.posterior import owner_state
 from bayesify.rewriter.variants import rungs
 from reference import check, functional_call, same
-from test_user_models import Model, randn
 
 
 class Colour(enum.Enum):

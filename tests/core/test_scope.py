@@ -40,7 +40,7 @@ from bayesify.posterior import STATE, sites
 from bayesify.scope import LOCAL, open_modes
 from reference import functional_call
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOGVAR = -2.0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_user_models import Model, randn
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -18,7 +19,6 @@ import bayesify
 from bayesify import torch_support
 from bayesify.posterior import sites
 from reference import check, functional_call
-from test_user_models import Model, randn
 
 # Each backward differs from the derivative of its forward: whoever traces through it is seen.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = (
     "jinja2", "markupsafe", "matplotlib", "onnx", "onnxruntime", "onnxscript", "peft", "scipy",
     "tensorboard", "transformers",

@@ -28,7 +28,7 @@ from bayesify.models import ModelSpec
 from bayesify.posterior import gaussian_prior, is_bayesian, sites
 from bayesify.storage import load, read_header, read_stats, replacing, save
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Tied(nn.Module):

@@ -18,7 +18,7 @@ pytestmark = [
         "benchmarks/initial_sigma.py names: they may not be shipped",
     ),
 ]
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def test_lite0_keeps_its_function_at_the_default_sigma_and_comes_back_bit_for_bit() -> None:

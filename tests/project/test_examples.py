@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 import bayesify
 from bayesify.cli.app import app
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 # A python block and, where it follows at once, the text block with what it prints.

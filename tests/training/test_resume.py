@@ -30,7 +30,7 @@ from bayesify.models import InputConfig
 from bayesify.signals import waiting_signals
 from bayesify.training import FitResult, Interrupted, Progress, fit
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = InputConfig(size=(1, 28, 28), mean=(0.286,), std=(0.353,))
 
 

@@ -8,7 +8,7 @@ import torch
 
 import bayesify
 
-PAGE = Path(__file__).parents[1] / "docs" / "how-it-works.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-it-works.md"
 
 
 def test_the_code_that_the_page_shows_is_what_is_generated() -> None:

@@ -17,7 +17,7 @@ import bayesify
 from bayesify import torch_private, torch_support
 from bayesify.torch_support import COMPILE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "bayesify" / "torch_private.py"
 NAMESPACES = {"torch._C", "torch._C._autograd", "torch._C._functorch"}
 LISTED = [

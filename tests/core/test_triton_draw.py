@@ -19,14 +19,14 @@ from bayesify.kernels import choice, grouped, philox
 from bayesify.kernels import noise as draw_noise
 from bayesify.posterior import sites
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=TESTS.parent,
+        cwd=HERE.parents[1],
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
@@ -45,7 +45,7 @@ OWN = "kernel or draws_are or gradients_are or contiguous or anywhere or launch"
 )
 def test_in_the_interpreter(chosen: str) -> None:
     pytest.importorskip("triton")
-    options = ("-q", "-p", "no:cacheprovider", "-k", chosen, str(TESTS / "interpreted.py"))
+    options = ("-q", "-p", "no:cacheprovider", "-k", chosen, str(HERE / "interpreted.py"))
     result = run("-m", "pytest", *options, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

@@ -15,7 +15,7 @@ from recipes.byov.evaluation.runs import open_run
 from recipes.byov.runtime.log import read_log
 from recipes.byov.train import train
 
-RUN = Path(__file__).parent / "files" / "byov_run"
+RUN = Path(__file__).parents[1] / "files" / "byov_run"
 TINY = replace(
     CONFIG,
     encoder_args={"patch_size": 14, "embed_dim": 4, "depth": 1, "num_heads": 1},

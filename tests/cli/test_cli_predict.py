@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from test_cli_outputs import FACTORY
 from typer.testing import CliRunner, Result
 
 import bayesify
@@ -20,7 +21,6 @@ from bayesify.cli.app import app, main
 from bayesify.data import prepare
 from bayesify.models import input_config
 from bayesify.storage import load
-from test_cli_outputs import FACTORY
 
 MODEL = ("--model", "predictfactory:net", "-k", 2)
 
