@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -517,7 +518,7 @@ def _broken(value: Tensor, own: Tensor) -> bool:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Read the state_dict in a file, without unpickling anything but tensors."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"There is no weights file {path}.")
     if path.suffix == ".safetensors":
         try:
