@@ -18,7 +18,7 @@ from .section import FAULT, Section, Trial
 
 _N = 1 << 18
 _LEAST = 1e-9
-"""A p-value below it counts as a fault: in 10,000 tests of true draws the chance is 1 in 100,000."""
+"""A p-value below it counts as a fault: in 10,000 tests of true draws one chance in 100,000."""
 EDGES = (0, 1, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, -(2**63), 2**63, 2**64 - 1)
 """Seeds at the edges of the integers of C."""
 
@@ -77,7 +77,9 @@ def _streams(rng: random.Random) -> list[float]:
     seed = _seed(rng)
     first = _noise(seed, "layer.1.weight")
     others = [_noise(seed, "layer.2.weight"), _noise(seed, "layer.1.bias")]
-    others += [_noise(s, "layer.1.weight") for s in (seed + 1, seed ^ 1 << 32, seed ^ 1 << 63, ~seed)]
+    others += [
+        _noise(s, "layer.1.weight") for s in (seed + 1, seed ^ 1 << 32, seed ^ 1 << 63, ~seed)
+    ]
     return [_correlation(first, other) for other in others]
 
 

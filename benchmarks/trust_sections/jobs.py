@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,7 +160,7 @@ class Bench:
         for size in ("small", "large"):
             out = self.inputs / f"{size}.bbb.safetensors"
             words = ["convert", f"trustfactory:{size}", "--img-size", 8, "-o", out, "-q"]
-            child = Child(lambda words=words: command(words), folder / "log")
+            child = Child(partial(command, words), folder / "log")
             if child.wait() != 0:
                 raise RuntimeError(child.said())
         self.input_bytes = contents(self.inputs)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .forks import Child, command, wait_for
@@ -67,7 +68,7 @@ def _prepare(folder: Path) -> Trial:
             two.update({k: v for k, v in contents(outputs).items() if k != log})
         return two
 
-    def of_two(rng: random.Random, sent: list[int]) -> str:
+    def of_two(rng: random.Random, sent: Sequence[int]) -> str:
         expected = two_expected()
         outputs = bench.outputs()
         processes = _Two(bench, outputs)
@@ -87,7 +88,7 @@ def _prepare(folder: Path) -> Trial:
         other = [name for name, data in expected.items() if found.get(name) != data]
         return f"{FAULT}: two processes ({codes}): other {other}" if other else "went on"
 
-    def of_torchrun(rng: random.Random, sent: list[int]) -> str:
+    def of_torchrun(rng: random.Random, sent: Sequence[int]) -> str:
         outputs = bench.outputs()
         words = [str(word) for word in bench.words(_TWO, outputs, "--resume")[2:]]
         words[words.index("--epochs") + 1] = "5000"
