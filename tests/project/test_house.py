@@ -65,8 +65,6 @@ RECIPE_FLOOR_OF = {unit: floor for floor, units in enumerate(RECIPE_FLOORS) for 
 NOT_PACKAGED = {"paper"}  # only a checkout has it
 HEAVY = {"timm", "torchvision"}
 LONG = {  # files of more than 450 lines that still hold two ideas; none may be added
-    "bayesify/data.py",
-    "bayesify/models.py",
     "bayesify/rewriter/tracer.py",
     "bayesify/rewriter/variants.py",
 }
