@@ -43,8 +43,10 @@ def test_an_earlier_state_ends_like_a_fit_without_interruption(tmp_path: Path) -
     found = fit(resumed, data(), **OPTIONS, checkpoint=path, resume=True)
     assert (found.steps, found.best_epoch) == (expected.steps, expected.best_epoch) == (12, 4)
     for name in ("losses", "kl", "holdout_losses"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5, msg=name
+        )
     for (name, ours), theirs in zip(
         resumed.state_dict().items(), whole.state_dict().values(), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, msg=name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
