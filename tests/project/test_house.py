@@ -24,7 +24,17 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("torch_support",),
-    ("gaussian", "images", "numeric", "signals", "spacing", "devices", "json_numbers", "welford"),
+    (
+        "gaussian",
+        "images",
+        "numeric",
+        "seeds",
+        "signals",
+        "spacing",
+        "devices",
+        "json_numbers",
+        "welford",
+    ),
     ("torch_private",),
     ("kernels",),
     ("priors",),
