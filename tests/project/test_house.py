@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("torch_private",),
     ("kernels",),
-    ("priors",),
+    ("priors", "provenance"),
     ("posterior",),
     ("scope", "absorbed_biases", "fixed", "own_lists"),
     ("selection",),
