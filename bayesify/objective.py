@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import gaussian, torch_private, torch_support
 from .errors import ArgumentError
-from .kernels import grouped
+from .kernels import compiled, grouped
 from .kernels.noise import noise
 from .numeric import not_negative, real, whole
 from .posterior import (
@@ -20,6 +20,7 @@ from .posterior import (
     full_tensor,
     gaussian_prior,
     held_elements,
+    owner_state,
     tensors_of,
 )
 from .priors import LEAST_STD, MEAN_RANGE, MOST_STD, ScaleMixturePrior, may_be_mean, may_be_std
@@ -66,6 +67,15 @@ def kl_divergence(model: nn.Module) -> Tensor:
     >>> torch.isclose(kl, 0.5 * sum(p.mean.square().sum() for p in bayesify.posteriors(model)))
     tensor(True)
     """
+    return _kl_divergence(model, None)
+
+
+def _kl_divergence(model: nn.Module, loss: Tensor | None) -> Tensor:
+    """As :func:`kl_divergence`, to be added to ``loss``.
+
+    The backward of a compiled call can run only once: the KL divergence may hang on it where the
+    loss comes of that call, so that both have one backward.
+    """
     if ACTIVE.tracer is not None:
         raise TraceFailure("it computes a KL divergence, which reads means and not draws")
     if torch.compiler.is_dynamo_compiling():
@@ -77,7 +87,10 @@ def kl_divergence(model: nn.Module) -> Tensor:
         terms = []
         partial: dict[Any, list[Tensor]] = {}  # FSDP2: sums over the shards of this process
         hanging: list[tuple[grouped.Hook, Tensor | float, Tensor | float]] = []
-        may_hang = torch.is_grad_enabled() and grouped.possible()
+        together: list[tuple[Site, tuple[Tensor | float, Tensor | float]]] = []
+        tracing = torch.compiler.is_dynamo_compiling()
+        may_group = tracing or grouped.possible()
+        may_hang = torch.is_grad_enabled() and may_group and not tracing
         for site in found:
             if isinstance(site.slot.prior, ScaleMixturePrior):
                 if seed is None:
@@ -90,6 +103,9 @@ def kl_divergence(model: nn.Module) -> Tensor:
                     hanging.append((hook, *prior))
                     site.slot.drawn = None
                     continue
+                if may_group and _suits_group(site, prior):
+                    together.append((site, prior))
+                    continue
                 term = _closed_term(site, prior)
             mesh = _mesh(_tensors(site)[0])
             if mesh is None:
@@ -98,6 +114,10 @@ def kl_divergence(model: nn.Module) -> Tensor:
                 partial.setdefault(mesh, []).append(term)
         if hanging:
             terms.append(grouped.gaussian_kl(hanging))
+        if may_hang and loss is not None and together:
+            hung, together = _on_compiled_draws(model, loss, together)
+            terms += hung
+        terms += _together(together)
         terms += [_over_processes(torch.stack(each).sum(), *mesh) for mesh, each in partial.items()]
         device = _tensors(found[0])[0].device
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in terms) else torch.float32
@@ -164,7 +184,7 @@ def elbo_loss(
     )
     if factor == 0.0:
         return loss
-    return loss + factor * kl_divergence(model).to(loss.device)
+    return loss + factor * _kl_divergence(model, loss).to(loss.device)
 
 
 def kl_scale(
@@ -364,6 +384,65 @@ def _hook(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> grouped.H
     if any(isinstance(v, Tensor) and v.dtype != mean.dtype for v in prior):
         return None
     return hook
+
+
+def _suits_group(site: Site, prior: tuple[Tensor | float, Tensor | float]) -> bool:
+    """Whether :mod:`.kernels.compiled` can compute this term."""
+    mean, raw = _tensors(site)
+    return (
+        site.slot.parameterization == "exp"
+        and grouped.suits(mean, raw)
+        and mean.dtype == raw.dtype
+        and all(
+            not isinstance(v, Tensor)
+            or (v.dtype == mean.dtype and v.device == mean.device and v.shape in ((), mean.shape))
+            for v in prior
+        )
+    )
+
+
+_Terms = list[tuple[Site, tuple[Tensor | float, Tensor | float]]]
+
+
+def _together(rows: _Terms) -> list[Tensor]:
+    """The sums of the terms, one for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], _Terms] = {}
+    for row in rows:
+        mean, _ = _tensors(row[0])
+        groups.setdefault((mean.device, mean.dtype), []).append(row)
+    return [
+        compiled.kl(
+            [_tensors(site) for site, _ in rows],
+            [prior for _, prior in rows],
+            [site.slot.has_held for site, _ in rows],
+        )
+        for rows in groups.values()
+    ]
+
+
+def _on_compiled_draws(model: nn.Module, loss: Tensor, rows: _Terms) -> tuple[list[Tensor], _Terms]:
+    """Terms whose gradient is computed with that of what a compiled call drew, and the others."""
+    terms: list[Tensor] = []
+    for module in model.modules():
+        state = owner_state(module)
+        drawn = None if state is None else state.drawn
+        if state is None or drawn is None:
+            continue
+        by_uid = {site.slot.uid: (site, prior) for site, prior in rows}
+        own = [by_uid[uid] for uid in drawn.slots if uid in by_uid]
+        if len(own) < len(drawn.slots) or not compiled.comes_of(loss, drawn):
+            continue  # a part of the model, or a prior of another kind, or another call's loss
+        state.drawn = None
+        value = compiled.hung_kl(
+            drawn,
+            [_tensors(site) for site, _ in own],
+            [prior for _, prior in own],
+            [site.slot.has_held for site, _ in own],
+        )
+        if value is not None:
+            terms.append(value)
+            rows = [row for row in rows if row[0].slot.uid not in drawn.slots]
+    return terms, rows
 
 
 def _drawn_term(site: Site, prior: ScaleMixturePrior, seed: Tensor) -> Tensor:
