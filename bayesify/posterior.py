@@ -85,9 +85,8 @@ class OwnerState:
     ``plain`` names the parameters that a conversion left without a posterior, in the module and
     below it as far as there is no other converted module; ``told`` is what a warning has named.
     ``seldom`` are the slots that a call of the module left unread, ``lowered`` the dtypes of those
-    that it read in autocast's alone, both by method and grad mode. ``drawn`` is what its last
-    compiled call drew. ``variants`` are by method and
-    number: of a dict, torch.compile guards on the entries that it read, of a list on the length.
+    read in autocast's alone, both by method and grad mode; ``drawn`` what its last compiled call
+    drew. ``variants`` are by method and number: of a dict, torch.compile guards on what it read.
     """
 
     slots: dict[str, Slot] = field(default_factory=dict)

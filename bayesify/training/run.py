@@ -16,10 +16,11 @@ from torch.optim.swa_utils import update_bn
 
 from ..classes import classes_of
 from ..data import ImageData
+from ..divergence import kl_divergence
 from ..errors import BayesifyError, CheckpointError
 from ..inference import Given, recompute_batchnorm_
 from ..models import InputConfig
-from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
+from ..objective import kl_scale, kl_schedule, noise_budget
 from ..optim import check_optimizer, param_groups, warmup_cosine
 from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites

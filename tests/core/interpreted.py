@@ -26,7 +26,7 @@ from test_grouped import (
 from torch import Tensor, nn
 
 import bayesify
-from bayesify import gaussian, objective
+from bayesify import divergence, gaussian
 from bayesify.kernels import grouped, philox, triton_draw, triton_kernels
 from bayesify.kernels.buffers import Buffers
 from bayesify.scope import drawing
@@ -61,7 +61,7 @@ def reference_noise(
 def _by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA device decides is decided for the CPU."""
     monkeypatch.setattr(grouped, "by_triton", lambda device: True)
-    for module in (grouped, drawing, objective):
+    for module in (grouped, drawing, divergence):
         monkeypatch.setattr(module, "noise", reference_noise)
     monkeypatch.setattr(triton_draw, "BLOCK", 1 << 16)  # the interpreter is slow by block
 

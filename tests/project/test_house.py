@@ -36,6 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("unconverted", "copies"),
     ("convert",),
+    ("divergence",),
     ("objective", "optim", "inference", "pruning", "metrics"),
     ("models", "classes", "loading", "zoo"),
     ("data", "storage", "corruptions"),
