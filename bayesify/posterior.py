@@ -17,8 +17,8 @@ from .gaussian import Parameterization
 from .kernels.buffers import Buffers
 from .kernels.compiled import Drawn
 from .kernels.grouped import Hook
-from .kernels.noise import key_of
 from .priors import STD_RANGE, GaussianPrior, LivePrior, Prior, may_be_std
+from .seeds import key_of
 
 Estimator = Literal["weight", "local", "flipout"]
 STATE = "_bayesify"
@@ -82,8 +82,8 @@ class Slot:
 class OwnerState:
     """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``.
 
-    ``plain`` names the parameters that a conversion left without a posterior, in the module and
-    below it as far as there is no other converted module; ``told`` is what a warning has named.
+    ``plain`` names parameters that a conversion left without a posterior, down to the next
+    converted module; ``told`` is what a warning has named.
     ``seldom`` are the slots that a call of the module left unread, ``lowered`` the dtypes of those
     read in autocast's alone, both by method and grad mode; ``drawn`` what its last compiled call
     drew. ``variants`` are by method and number: of a dict, torch.compile guards on what it read.
