@@ -12,9 +12,9 @@ from .divergence import kl_beside
 from .errors import ArgumentError
 from .numeric import not_negative, real, whole
 from .posterior import bayesian_sites
+from .settings.training import KLReduction
 from .unconverted import warn_of_unconverted
 
-KLReduction = Literal["num_data", "num_weights", "sum"]
 ScheduleShape = Literal["cosine", "linear", "constant"]
 
 _REDUCTIONS = ("num_data", "num_weights", "sum")
