@@ -68,7 +68,6 @@ LONG = {  # files of more than 450 lines that still hold two ideas; none may be 
     "bayesify/data.py",
     "bayesify/models.py",
     "bayesify/rewriter/tracer.py",
-    "bayesify/rewriter/variants.py",
 }
 NOT_AT_IMPORT = {"matplotlib", "numpy", "rich", "timm", "torch", "torchvision", "typer"}
 
