@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
+from ..settings.training import CHANGEABLE
 from ..storage import check_target, locked, parse_json, replacing
-from .settings import CHANGEABLE
 
 KEY = "bayesify.fit"
 FORMAT = 1

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("torch_support",),
     ("gaussian", "images", "numeric", "signals", "spacing", "devices", "json_numbers", "welford"),
-    ("torch_private",),
+    ("torch_private", "settings"),
     ("kernels",),
     ("priors",),
     ("posterior",),
