@@ -77,7 +77,6 @@ NOT_PACKAGED = {"paper"}  # only a checkout has it
 HEAVY = {"timm", "torchvision"}
 LONG = {  # files of more than 450 lines that still hold two ideas; none may be added
     "bayesify/rewriter/tracer.py",
-    "bayesify/rewriter/variants.py",
 }
 NOT_AT_IMPORT = {"matplotlib", "numpy", "rich", "timm", "torch", "torchvision", "typer"}
 
