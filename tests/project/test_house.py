@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gaussian", "images", "numeric", "signals", "spacing", "devices", "json_numbers", "welford"),
     ("torch_private",),
     ("kernels",),
-    ("priors",),
+    ("priors", "likelihoods"),
     ("posterior",),
     ("scope", "absorbed_biases", "fixed", "own_lists"),
     ("selection",),
