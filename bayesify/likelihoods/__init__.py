@@ -13,3 +13,6 @@ from .normal import Gaussian as Gaussian
 from .outputs import main_output as main_output
 from .predictive import Bounds as Bounds
 from .predictive import Predictive as Predictive
+from .stored import from_json as from_json
+from .stored import to_json as to_json
+from .stored import unstored as unstored

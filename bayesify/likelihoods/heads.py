@@ -66,6 +66,10 @@ class Heads(Likelihood):
     def mask(self, target: Any) -> Tensor | None:
         raise ArgumentError("Each head has a mask of its own.")
 
+    def check_shapes(self) -> None:
+        for _, head in self.items():
+            head.check_shapes()
+
     def counts(self, target: Any) -> Tensor:
         each = [head.counts(picked(target, name, "target")) for name, head in self.items()]
         return torch.stack([count.cpu() for count in each]).sum(0)

@@ -78,6 +78,13 @@ class Likelihood(nn.Module, ABC):
     def mask(self, target: Target) -> Tensor | None:
         """Which targets count, of the shape of the targets; None if all do."""
 
+    def check_shapes(self) -> None:
+        """Refuse a likelihood that learns something of no known shape yet.
+
+        Raises:
+            ArgumentError: It must see an output first.
+        """
+
     def counts(self, target: Target) -> Tensor:
         """How many targets each example has, masked ones left out, (batch,)."""
         plain, _ = split(target)

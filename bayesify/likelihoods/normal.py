@@ -147,14 +147,17 @@ class Gaussian(Likelihood):
         """
         if self.noise == "predicted":
             raise ArgumentError("Gaussian('predicted') has the noise in the model's output.")
-        if self.noise == "learned":
-            if self.log_noise is None:
-                raise ArgumentError(
-                    "The noise of Gaussian('learned') has no shape before it has seen an output: "
-                    "say it, Gaussian('learned', outputs=1)."
-                )
+        self.check_shapes()
+        if self.log_noise is not None:
             return self.log_noise.exp() * self.scale.to(self.log_noise) * self.noise_scale
         return torch.tensor(float(self.noise) * self.noise_scale)
+
+    def check_shapes(self) -> None:
+        if self.noise == "learned" and self.log_noise is None:
+            raise ArgumentError(
+                "The noise of Gaussian('learned') has no shape before it has seen an output: say "
+                "it, Gaussian('learned', outputs=1)."
+            )
 
     def _learn(self, outputs: int, like: Tensor) -> None:
         start = torch.zeros(outputs, dtype=torch.float32, device=like.device)
