@@ -16,8 +16,8 @@ from .errors import ArgumentError, UnsupportedModuleError
 from .gaussian import Parameterization
 from .kernels.buffers import Buffers
 from .kernels.grouped import Hook
-from .kernels.noise import key_of
 from .priors import STD_RANGE, GaussianPrior, LivePrior, Prior, may_be_std
+from .seeds import key_of
 
 Estimator = Literal["weight", "local", "flipout"]
 STATE = "_bayesify"

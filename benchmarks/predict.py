@@ -27,7 +27,7 @@ from provenance import machine, provenance
 from torch import Tensor, nn
 
 import bayesify
-from bayesify.kernels import fold
+from bayesify.seeds import fold
 from bayesify.storage import replacing
 
 RESULTS = Path(__file__).parent / "results"

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .. import torch_private, torch_support
 from ..kernels import grouped
-from ..kernels.noise import exporting, fold
+from ..kernels.noise import exporting
 from ..posterior import STATE, Slot, given, owner_state, tensors_of
+from ..seeds import fold
 from .checkpoints import SEAM
 from .drawing import AT_MEAN, Scope, autocast_dtype, grad_mode, suits_group
 from .local import LOCAL

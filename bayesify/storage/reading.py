@@ -23,7 +23,6 @@ from ..classes import name_classes_
 from ..convert import apply_
 from ..errors import ArgumentError, CheckpointError, ModelError
 from ..gaussian import Parameterization
-from ..kernels.noise import key_of
 from ..likelihoods import likelihood_of, set_likelihood_
 from ..models import ModelSpec
 from ..planning import BBBConfig, Conversion
@@ -38,6 +37,7 @@ from ..posterior import (
 )
 from ..pruning import keep_pruned_
 from ..rewriter import caches
+from ..seeds import key_of
 from .layout import Contents, Row, read_contents
 from .undoing import left_as_it_was
 

@@ -15,8 +15,9 @@ import bayesify
 from bayesify import scope
 from bayesify.kernels import cpu_draw, grouped, native
 from bayesify.kernels.buffers import Buffers
-from bayesify.kernels.noise import BLOCK, fill_by_generators, fill_normal, fold
+from bayesify.kernels.noise import BLOCK, fill_by_generators, fill_normal
 from bayesify.posterior import sites
+from bayesify.seeds import fold
 
 pytestmark = pytest.mark.usefixtures("library")
 

@@ -138,7 +138,7 @@ def open_run(
     try:
         config = BYOVConfig.from_json({k: v for k, v in identity.items() if k in known})
     except (ArgumentError, TypeError, AttributeError) as error:
-        raise checkpoint.damaged(newest, error) from error
+        raise checkpoint.KIND.damaged(newest, error) from error
     check_encoder(newest, config, encoder, encoder_args)
     spec = data
     if spec is None:
@@ -170,7 +170,7 @@ def open_run(
         try:
             network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
         except RuntimeError as error:
-            raise checkpoint.damaged(newest, error) from error
+            raise checkpoint.KIND.damaged(newest, error) from error
         teacher = network.to(here).eval()
     model = convert_(plain, config)
     # checkpoints that do not say it are of runs with one value for all tensors
