@@ -26,9 +26,9 @@ from .priors import LEAST_STD, MEAN_RANGE, MOST_STD, ScaleMixturePrior, may_be_m
 from .rewriter.active import ACTIVE
 from .rewriter.values import TraceFailure
 from .scope import LOCAL, new_seed, open_modes
+from .settings.training import KLReduction
 from .unconverted import warn_of_unconverted
 
-KLReduction = Literal["num_data", "num_weights", "sum"]
 ScheduleShape = Literal["cosine", "linear", "constant"]
 
 _REDUCTIONS = ("num_data", "num_weights", "sum")

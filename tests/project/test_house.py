@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "json_numbers",
         "welford",
     ),
-    ("torch_private",),
+    ("torch_private", "settings"),
     ("kernels",),
     ("priors", "likelihoods"),
     ("posterior",),
