@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .inference import calibrate_ as calibrate_
     from .inference import predict as predict
     from .inference import recompute_batchnorm_ as recompute_batchnorm_
+    from .likelihoods import likelihood_of as likelihood_of
+    from .likelihoods import set_likelihood_ as set_likelihood_
     from .models import InputConfig as InputConfig
     from .models import ModelSpec as ModelSpec
     from .models import create_model as create_model
@@ -87,6 +89,7 @@ _HOMES = {
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",
+    "likelihoods": "likelihood_of set_likelihood_",
     "models": "InputConfig ModelSpec create_model input_config",
     "divergence": "kl_divergence",
     "objective": "elbo_loss kl_schedule kl_scale noise_budget",
