@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
+from ..settings.training import CHANGEABLE
 from ..storage import check_target, locked
 from ..storage.state import StateKind, mismatched, read_state
-from .settings import CHANGEABLE
 
 
 class Interrupted(KeyboardInterrupt):

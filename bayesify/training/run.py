@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,21 @@ from torch.optim.swa_utils import update_bn
 
 from ..classes import classes_of
 from ..data import ImageData
+from ..divergence import kl_divergence
 from ..errors import BayesifyError
 from ..inference import Given, recompute_batchnorm_
 from ..models import InputConfig
-from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
+from ..objective import kl_scale, kl_schedule, noise_budget
 from ..optim import check_optimizer, param_groups, warmup_cosine
 from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
+from ..settings.fields import plain
+from ..settings.training import FitSettings
 from ..signals import Signals
 from ..storage import left_as_it_was
 from ..storage.state import write_state
 from ..torch_private import NormBase, foreach_copy_
-from .augmentation import Augment
 from .averaging import TailAverage
 from .batches import (
     Data,
@@ -46,7 +47,6 @@ from .labels import LabelCheck
 from .progress import FitResult, Progress, travel
 from .randomness import RandomState, current, restore, torch_state
 from .resume import FIT, Interrupted, check_names, check_same, check_values, like
-from .settings import Settings
 
 _SAVE_EVERY = 600.0
 """Seconds after which the state is written also within an epoch."""
@@ -59,9 +59,8 @@ class Run:
         self,
         model: nn.Module,
         train: Data,
-        settings: Settings,
+        settings: FitSettings,
         loss: Loss,
-        augment: Augment,
         device: torch.device,
         model_config: InputConfig | None,
         workers: int,
@@ -79,7 +78,7 @@ class Run:
         common: dict[str, Any] = {"model_config": config, "workers": workers}
         self.batches, self.order = shuffled_batches(
             train, indices, batch_size=settings.batch_size, accumulate=settings.accumulate,
-            augment=augment, seed=settings.seed, pin=device.type == "cuda", **common,
+            augment=settings.augment, seed=settings.seed, pin=device.type == "cuda", **common,
         )  # fmt: skip
         self.held_batches = (
             batches_in_order(train, batch_size=settings.batch_size, indices=held, **common)
@@ -144,7 +143,7 @@ class Run:
         groups = param_groups(
             self.model,
             lr=settings.lr,
-            logvar_lr=settings.logvar_lr,
+            logvar_lr=settings.logvar_rate,
             weight_decay=settings.weight_decay,
         )
         optimizer = torch.optim.AdamW(groups, fused=fused)
@@ -244,7 +243,7 @@ class Run:
                 yield loss
 
     def _highest(self, group: dict[str, Any]) -> float:
-        return self.settings.logvar_lr if group.get("name") == "logvars" else self.settings.lr
+        return self.settings.logvar_rate if group.get("name") == "logvars" else self.settings.lr
 
     def _end_epoch(self) -> None:
         self.labels.end_of_epoch()
@@ -413,7 +412,7 @@ class Run:
         """What the fit is, for a comparison with the one in the file."""
         infinite = math.isinf(self.settings.max_grad_norm)
         return {
-            **asdict(self.settings),
+            **plain(self.settings),
             "max_grad_norm": None if infinite else self.settings.max_grad_norm,
             "num_data": self.num_data,
         }

@@ -272,7 +272,7 @@ def test_pruned_weights_stay_pruned(parameterization: Any) -> None:
     ("change", "message"),
     [
         ({"fisher": "ggn"}, "fisher must be one of 'mc', 'exact', 'empirical', got 'ggn'"),
-        ({"prior_precision": 0.0}, "prior_precision must be a finite number above 0, 'marglik'"),
+        ({"prior_precision": 0.0}, "prior_precision must be above 0 and finite, or 'holdout'"),
         ({"prior_precision": "cv"}, "prior_precision must be"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"holdout": 1.0}, "holdout must be between 0 and 1"),

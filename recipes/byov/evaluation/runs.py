@@ -172,7 +172,10 @@ def open_run(
         except RuntimeError as error:
             raise checkpoint.KIND.damaged(newest, error) from error
         teacher = network.to(here).eval()
-    model = convert_(plain, config)
+    # its patterns may be regular expressions, which could take for ever: the tensors say the same
+    spread = "_logvar" if config.parameterization == "exp" else "_rho"
+    left = [n for n, _ in plain.named_parameters() if n + spread not in saved["student"]]
+    model = convert_(plain, replace(config, skip=tuple(left) if config.skip else ()))
     # checkpoints that do not say it are of runs with one value for all tensors
     initial_logvar = initial_logvars(model) | (saved.get("initial_logvar") or {})
     try:
