@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import NamedTuple
@@ -170,6 +170,37 @@ def recipe_faults(root: Path) -> list[str]:
     return found
 
 
+def code_lines(text: str) -> list[tuple[int, str]]:
+    """Number and text of each line of code: no docstring, comment, import or lone punctuation."""
+    left_out: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
+            left_out.update(range(node.lineno, (node.end_lineno or 0) + 1))
+    stripped = ((n, line.strip()) for n, line in enumerate(text.splitlines(), 1))
+    return [
+        (number, line.partition("  # ")[0])
+        for number, line in stripped
+        if number not in left_out and not line.startswith("#") and re.search(r"\w", line)
+    ]
+
+
+def repeated(files: Iterable[Path], most: int = 12) -> list[str]:
+    """Runs of more than ``most`` lines of code that stand twice in the files."""
+    seen: dict[tuple[str, ...], str] = {}
+    found = []
+    for file in files:
+        lines = code_lines(file.read_text("utf-8"))
+        for first in range(len(lines) - most):
+            run = tuple(line for _, line in lines[first : first + most + 1])
+            place = f"{file}:{lines[first][0]}"
+            if run in seen:
+                found.append(f"{place} is {seen[run]}")
+            seen.setdefault(run, place)
+    return found
+
+
 def run_python(code: str, folder: Path, path: str | None) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a new process, in ``folder``, with PYTHONPATH set to ``path``."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -276,6 +307,21 @@ def test_no_file_grows_beyond_450_lines() -> None:
     files = [file for room in ("bayesify", "recipes") for file in (ROOT / room).rglob("*.py")]
     lines = {file: len(file.read_text("utf-8").splitlines()) for file in files}
     assert {str(file.relative_to(ROOT)) for file in files if lines[file] > 450} <= LONG
+
+
+def test_no_run_of_lines_stands_twice() -> None:
+    rooms = ("bayesify", "recipes", "benchmarks", "examples")
+    assert repeated(file for room in rooms for file in sorted((ROOT / room).rglob("*.py"))) == []
+
+
+def test_a_run_that_stands_twice_is_found(tmp_path: Path) -> None:
+    lines = [f"x{i} = call({i})" for i in range(13)]
+    (tmp_path / "a.py").write_text("\n".join(['"""Text."""', *lines]))
+    moved = [f"    {line}  # a comment" for line in lines]
+    (tmp_path / "b.py").write_text("\n".join(["def f():", '    """Other."""', *moved, ""]))
+    (tmp_path / "c.py").write_text("\n".join(lines[:12]))
+    a, b, c = (tmp_path / f"{name}.py" for name in "abc")
+    assert repeated([a, b, c]) == [f"{b}:3 is {a}:2"]
 
 
 def test_import_is_lean(tmp_path: Path) -> None:
