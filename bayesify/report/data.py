@@ -6,7 +6,6 @@ import contextlib
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,8 +196,8 @@ def gather(
     num_samples, batch_size = count("num_samples", num_samples), count("batch_size", batch_size)
     seed = seed_number(seed)
     bayesian_sites(model)
-    look: Any = partial(readable, workers=workers, skip=skip_unreadable)
-    images, ood = images_by_name(look(images)[0], model), None if ood is None else look(ood)[0]
+    images = images_by_name(readable(images, workers=workers, skip=skip_unreadable)[0], model)
+    ood = None if ood is None else readable(ood, workers=workers, skip=skip_unreadable)[0]
     config = model_config or input_config(model)
     run = _Run(model.eval(), config, num_samples, seed, batch_size, device, amp, workers, on_step)
     found = run.over(images, "Measuring", labelled=True)
