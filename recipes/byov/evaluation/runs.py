@@ -17,6 +17,7 @@ from bayesify import ArgumentError, CheckpointError, ModelError, posteriors
 from bayesify.data import InMemory
 from bayesify.devices import resolve_device
 from bayesify.json_numbers import finite
+from bayesify.provenance import commit, device_name
 from bayesify.storage import replacing
 
 from ..config import BYOVConfig, RunConfig
@@ -27,7 +28,6 @@ from ..model import Student, build_student, convert_
 from ..runtime import checkpoint
 from ..runtime.log import read_log
 from ..runtime.monitors import initial_logvars, posterior_health
-from ..runtime.provenance import commit, device_name
 from ..trust import check_data, check_encoder
 from .features import Reading, Rows, refresh_batchnorm_
 
