@@ -192,8 +192,7 @@ def tensors_of(module: nn.Module, attribute: str, slot: Slot) -> tuple[nn.Parame
             conversion.
     """
     parameters = module._parameters
-    # past the fallback, whose mapping itself gives draws
-    mean = dict.get(parameters, attribute)
+    mean = dict.get(parameters, attribute)  # past the fallback, whose mapping gives draws
     raw = dict.get(parameters, raw_name(attribute, slot))
     if mean is None or raw is None or mean.shape != raw.shape:
         kind = type(module).__name__

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import grouped
 from .buffers import BY_HANDLE, Buffers
+from .drawn import Draw, Item
 
 Prior = tuple[Tensor | float, Tensor | float]
 """Mean and variance: numbers, or tensors of the weight's shape."""
@@ -67,7 +68,7 @@ def _identities(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 # -- draws ---------------------------------------------------------------------------------------
 
 
-def draw(items: Sequence[grouped.Item], seed: Tensor) -> tuple[list[Tensor], Tensor | None]:
+def draw(items: Sequence[Item], seed: Tensor) -> tuple[list[Tensor], Tensor | None]:
     """The draw of each item, and the token of :class:`Drawn` if they have a gradient.
 
     A tensor whose draw is never read gets a gradient of zeros instead of none.
@@ -145,7 +146,7 @@ def _draws_backward(
             half = None
             if halves[i].shape == mean.shape:
                 half = item.buffers.take(mean).copy_(halves[i])  # the gradient is written over it
-            node = grouped.Draw(item, half, seed)
+            node = Draw(item, half, seed)
             node.prior = prior
             factor = None if prior is None else kl
             by_mean, by_logvar = grouped.gradients_of(node, grad, factor)
@@ -166,11 +167,11 @@ def _key(seed: Tensor, means: Sequence[Tensor]) -> tuple[int, int]:
     return int(seed), means[0].data_ptr()
 
 
-def _item(mean: Any, logvar: Any, key: int, buffers: int, held: bool = False) -> grouped.Item:
+def _item(mean: Any, logvar: Any, key: int, buffers: int, held: bool = False) -> Item:
     if mean.is_cuda and not grouped.aligned(mean, logvar):
         mean, logvar = mean.clone(), logvar.clone()
     memory = BY_HANDLE.get(buffers)
-    return grouped.Item(mean, logvar, key, Buffers() if memory is None else memory, None, held)
+    return Item(mean, logvar, key, Buffers() if memory is None else memory, None, held)
 
 
 # -- the KL divergence ---------------------------------------------------------------------------
@@ -232,10 +233,10 @@ def _nodes(
     means: Sequence[Tensor], logvars: Sequence[Tensor], prior_means: Sequence[Tensor | None],
     means_of_priors: Sequence[float], prior_vars: Sequence[Tensor | None],
     vars_of_priors: Sequence[float], held: Sequence[bool],
-) -> list[grouped.Draw]:  # fmt: skip
+) -> list[Draw]:  # fmt: skip
     nodes, nothing = [], torch.zeros(())
     for i, (mean, logvar) in enumerate(zip(means, logvars, strict=True)):
-        node = grouped.Draw(_item(mean, logvar, 0, -1, held[i]), None, nothing)
+        node = Draw(_item(mean, logvar, 0, -1, held[i]), None, nothing)
         m, v = prior_means[i], prior_vars[i]
         node.prior = means_of_priors[i] if m is None else m, vars_of_priors[i] if v is None else v
         nodes.append(node)
@@ -262,7 +263,7 @@ def _kl_gradient(ctx: Any, grad: Tensor) -> Any:
         saved[:n], saved[n : 2 * n], prior_means, ctx.numbers, prior_vars, ctx.variances, ctx.held
     )  # fmt: skip
     if torch.is_grad_enabled():  # this gradient has one itself
-        pairs = [node.plain_gradients(None, grad) for node in _nodes(*arguments)]
+        pairs = [grouped.plain_gradients(node, None, grad) for node in _nodes(*arguments)]
         by_means, by_logvars = ([pair[i] for pair in pairs] for i in (0, 1))
     else:
         found = torch.ops.bayesify.kl_backward(grad, *arguments)

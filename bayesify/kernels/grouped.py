@@ -16,23 +16,10 @@ from torch import Tensor, nn
 from .. import torch_private
 from ..gaussian import HELD
 from . import cpu_draw
-from .buffers import Buffers
 from .choice import by_triton
+from .drawn import Draw as Draw
+from .drawn import Item as Item
 from .noise import noise
-
-
-class Item(NamedTuple):
-    """One tensor to draw: N(mean, exp(logvar)), noise key, memory, and the dtype of the draw.
-
-    With ``held`` the KL divergence leaves out weights whose log variance is below ``HELD``.
-    """
-
-    mean: nn.Parameter
-    logvar: nn.Parameter
-    key: int
-    buffers: Buffers
-    dtype: torch.dtype | None = None  # of the mean
-    held: bool = False
 
 
 def possible() -> bool:
@@ -156,77 +143,49 @@ class Repeated:
         return found
 
 
-class Draw:
-    """What the backward of one draw needs, and whether a KL divergence hangs on it."""
-
-    def __init__(self, item: Item, half: Tensor | None, seed: Tensor) -> None:
-        self.item, self.seed = item, seed
-        self.half = half  # None where the backward makes the noise again
-        self.repeatable = half is None
-        self.prior: tuple[Tensor | float, Tensor | float] | None = None
-        self.versions = (item.mean._version, item.logvar._version)
-
-    def may_carry(self, mean: Tensor, logvar: Tensor) -> bool:
-        """Whether a KL divergence of these tensors, which must be its own, can hang here.
-
-        Not after a backward that used up the draw, nor after a change of its tensors.
-        """
-        return (
-            not self._spent()
-            and mean is self.item.mean
-            and logvar is self.item.logvar
-            and mean.dtype == logvar.dtype
-            and self._unchanged()
+def gradients(drawn: Draw, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
+    """Of mean and log variance: by the draw, and by the KL divergence if one hangs on it."""
+    if not drawn.unchanged():
+        raise RuntimeError(
+            "A mean or log variance was changed in place between forward and backward (by an "
+            "optimizer step?): its gradient would be wrong. Call backward before."
         )
+    if grad is not None and drawn.spent():
+        raise RuntimeError(
+            "This draw's backward ran already. Give retain_graph=True to the first one."
+        )
+    if torch.is_grad_enabled():
+        return plain_gradients(drawn, grad, kl)
+    sparse = grad is not None and grad.layout is not torch.strided
+    if grad is not None and sparse and kl is not None:
+        grad, sparse = grad.to_dense(), False  # as the gradient of the KL divergence is
+    ordinary = _ordinary(grad)
+    if drawn.repeatable and (sparse or not ordinary):
+        return plain_gradients(drawn, grad, kl)
+    keeps_graph = torch_private.current_graph_task_keep_graph()
+    return gradients_of(drawn, grad, kl, ordinary and not keeps_graph)
 
-    def _spent(self) -> bool:
-        return self.half is None and not self.repeatable
 
-    def _unchanged(self) -> bool:
-        return self.versions == (self.item.mean._version, self.item.logvar._version)
-
-    def gradients(self, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
-        """Of mean and log variance: by the draw, and by the KL divergence if one hangs on it."""
-        if not self._unchanged():
-            raise RuntimeError(
-                "A mean or log variance was changed in place between forward and backward (by an "
-                "optimizer step?): its gradient would be wrong. Call backward before."
-            )
-        if grad is not None and self._spent():
-            raise RuntimeError(
-                "This draw's backward ran already. Give retain_graph=True to the first one."
-            )
-        if torch.is_grad_enabled():
-            return self.plain_gradients(grad, kl)
-        sparse = grad is not None and grad.layout is not torch.strided
-        if grad is not None and sparse and kl is not None:
-            grad, sparse = grad.to_dense(), False  # as the gradient of the KL divergence is
-        ordinary = _ordinary(grad)
-        if self.repeatable and (sparse or not ordinary):
-            return self.plain_gradients(grad, kl)
-        keeps_graph = torch_private.current_graph_task_keep_graph()
-        return gradients_of(self, grad, kl, ordinary and not keeps_graph)
-
-    def plain_gradients(self, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
-        """As :meth:`gradients`, differentiable, by operations of torch alone."""
-        mean, logvar = self.item.mean, self.item.logvar
-        by_mean: Any = 0.0
-        by_logvar: Any = 0.0
-        if grad is not None:
-            dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-            eps = noise(self.seed, self.item.key, mean.shape, dtype, mean.device)
-            std = torch.exp(0.5 * logvar).to(dtype)
-            by_mean, by_logvar = grad, (grad.to(dtype) * (0.5 * std * eps)).to(logvar.dtype)
-        if kl is not None:
-            assert self.prior is not None
-            prior_mean, prior_var = self.prior
-            held = (logvar < HELD) & self.item.held
-            if isinstance(prior_var, Tensor):
-                prior_var = torch.where(held, 1.0, prior_var)
-            by_mean = by_mean + (kl * (mean - prior_mean) / prior_var).masked_fill(held, 0.0)
-            excess = torch.expm1(logvar - cpu_draw.log(prior_var)).masked_fill(held, 0.0)
-            by_logvar = by_logvar + 0.5 * kl * excess
-        return by_mean, by_logvar
+def plain_gradients(drawn: Draw, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
+    """As :func:`gradients`, by differentiable operations, which make the noise again."""
+    mean, logvar = drawn.item.mean, drawn.item.logvar
+    by_mean: Any = 0.0
+    by_logvar: Any = 0.0
+    if grad is not None:
+        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+        eps = noise(drawn.seed, drawn.item.key, mean.shape, dtype, mean.device)
+        std = torch.exp(0.5 * logvar).to(dtype)
+        by_mean, by_logvar = grad, (grad.to(dtype) * (0.5 * std * eps)).to(logvar.dtype)
+    if kl is not None:
+        assert drawn.prior is not None
+        prior_mean, prior_var = drawn.prior
+        held = (logvar < HELD) & drawn.item.held
+        if isinstance(prior_var, Tensor):
+            prior_var = torch.where(held, 1.0, prior_var)
+        by_mean = by_mean + (kl * (mean - prior_mean) / prior_var).masked_fill(held, 0.0)
+        excess = torch.expm1(logvar - cpu_draw.log(prior_var)).masked_fill(held, 0.0)
+        by_logvar = by_logvar + 0.5 * kl * excess
+    return by_mean, by_logvar
 
 
 class Later:
@@ -277,7 +236,7 @@ class _Draw(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        by_mean, by_logvar = ctx.node.gradients(*grads)
+        by_mean, by_logvar = gradients(ctx.node, *grads)
         wants_mean, wants_logvar, *_ = ctx.needs_input_grad
         return by_mean if wants_mean else None, by_logvar if wants_logvar else None, None, None
 
