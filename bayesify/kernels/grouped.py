@@ -63,9 +63,13 @@ def suits(mean: Tensor, raw: Tensor) -> bool:
         and raw.dtype is torch.float32
         and mean.is_contiguous()
         and raw.is_contiguous()
-        # accesses of 16 bytes; a view into a larger tensor may begin anywhere
-        and (way is cpu_draw or (mean.data_ptr() | raw.data_ptr()) % 16 == 0)
+        and (way is cpu_draw or torch.compiler.is_compiling() or aligned(mean, raw))
     )
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether a GPU may read tensors by 16 bytes; a view into a larger one may begin anywhere."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]]:
@@ -82,14 +86,26 @@ def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]
 def prepare(items: Sequence[Item], seed: Tensor) -> list[Tensor | Later]:
     """As :func:`draw`; a draw that has a gradient gets its node when it is first read."""
     gradient = torch.is_grad_enabled()
+    found: list[Tensor | Later] = []
+    for item, (value, half) in zip(items, values(items, int(seed), gradient), strict=True):
+        differentiable = gradient and (item.mean.requires_grad or item.logvar.requires_grad)
+        found.append(Later(value, Draw(item, half, seed)) if differentiable else value)
+    return found
+
+
+def values(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Each draw, without a node, and what its backward keeps of the noise (:func:`keeps_noise`)."""
     found: list[Any] = [None] * len(items)
     for way, members in _by_way(items):
-        drawn = way.draw([items[i] for i in members], int(seed), gradient)
-        for index, (value, half) in zip(members, drawn, strict=True):
-            item = items[index]
-            differentiable = gradient and (item.mean.requires_grad or item.logvar.requires_grad)
-            found[index] = Later(value, Draw(item, half, seed)) if differentiable else value
+        drawn = way.draw([items[i] for i in members], seed, gradient)
+        for index, row in zip(members, drawn, strict=True):
+            found[index] = row
     return found
+
+
+def keeps_noise(mean: Tensor) -> bool:
+    """Whether a backward keeps the noise of its draw, where it is slow to make."""
+    return mean.device.type == "cpu"
 
 
 def _by_way(items: Sequence[Item]) -> list[tuple[Any, list[int]]]:
@@ -139,21 +155,19 @@ def gradients(drawn: Draw, grad: Tensor | None, kl: Tensor | None) -> tuple[Any,
             "This draw's backward ran already. Give retain_graph=True to the first one."
         )
     if torch.is_grad_enabled():
-        return _plain_gradients(drawn, grad, kl)
+        return plain_gradients(drawn, grad, kl)
     sparse = grad is not None and grad.layout is not torch.strided
     if grad is not None and sparse and kl is not None:
         grad, sparse = grad.to_dense(), False  # as the gradient of the KL divergence is
     ordinary = _ordinary(grad)
     if drawn.repeatable and (sparse or not ordinary):
-        return _plain_gradients(drawn, grad, kl)
+        return plain_gradients(drawn, grad, kl)
     keeps_graph = torch_private.current_graph_task_keep_graph()
-    way = _way(drawn.item.mean.device)
-    by_mean, by_logvar = way.gradients(drawn, grad, kl, ordinary and not keeps_graph)
-    return by_mean, by_logvar
+    return gradients_of(drawn, grad, kl, ordinary and not keeps_graph)
 
 
-def _plain_gradients(drawn: Draw, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
-    """The same by differentiable operations, which make the noise again."""
+def plain_gradients(drawn: Draw, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
+    """As :func:`gradients`, by differentiable operations, which make the noise again."""
     mean, logvar = drawn.item.mean, drawn.item.logvar
     by_mean: Any = 0.0
     by_logvar: Any = 0.0
@@ -258,9 +272,34 @@ def gaussian_kl(drawn: Sequence[tuple[Hook, Tensor | float, Tensor | float]]) ->
     for hook, prior_mean, prior_var in drawn:
         hook.node.prior = prior_mean, prior_var
         groups.setdefault(hook.node.item.mean.device, []).append(hook)
-    terms = []
-    for device, hooks in groups.items():
-        value = _way(device).kl([hook.node for hook in hooks])
-        terms.append(_Hang.apply(value, *(hook.token for hook in hooks)))
-    first: Tensor = terms[0]
-    return sum((term.to(first.device) for term in terms[1:]), start=first)
+    terms = [
+        hang(kl_of([hook.node for hook in hooks]), *(hook.token for hook in hooks))
+        for hooks in groups.values()
+    ]
+    return sum((term.to(terms[0].device) for term in terms[1:]), start=terms[0])
+
+
+def hang(value: Tensor, *tokens: Tensor) -> Tensor:
+    """``value``, whose gradient goes to the backward of the draws that gave the tokens."""
+    found: Tensor = _Hang.apply(value, *tokens)
+    return found
+
+
+def kl_of(nodes: Sequence[Draw]) -> Tensor:
+    """Sum of the KL divergences from the nodes' tensors to their priors, without gradient.
+
+    The tensors are of one device.
+    """
+    value: Tensor = _way(nodes[0].item.mean.device).kl(nodes)
+    return value
+
+
+def gradients_of(
+    node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Of mean and log variance; with ``overwrite``, what the node keeps of the noise may be used.
+
+    A sparse ``grad`` needs a node that keeps the noise.
+    """
+    by_mean, by_logvar = _way(node.item.mean.device).gradients(node, grad, kl, overwrite)
+    return by_mean, by_logvar

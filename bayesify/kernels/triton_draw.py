@@ -102,9 +102,10 @@ def gradients(node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: boo
     mean, logvar = node.item.mean.detach(), node.item.logvar.detach()
     by_logvar = torch.empty_like(logvar)
     by_mean = grad if kl is None else torch.empty_like(mean)
-    prior_mean, prior_var = node.prior or (logvar, logvar)
-    assert isinstance(prior_mean, Tensor)
-    assert isinstance(prior_var, Tensor)
+    prior_mean, prior_var = (
+        value if isinstance(value, Tensor) else torch.full((), value, device=mean.device)
+        for value in node.prior or (logvar, logvar)
+    )
     n = mean.numel()
     if n:
         with torch.cuda.device_of(mean):

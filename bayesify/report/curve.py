@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from .. import evaluate
 from ..data import ImageData
 from ..storage import replacing
+from ..training.readable import readable
 from .figure import figure_class
 
 Prune = Callable[[nn.Module, float, Any], object]
@@ -41,10 +42,15 @@ def pruning_curve(
         on_step: Gets the number of sparsities done.
         **measured: Further arguments of :func:`bayesify.evaluate`.
 
+    Raises:
+        DataError: An image of ``data`` cannot be read; all are looked at first, and once.
+
     Returns:
         One row for each score, sparsity and kind of prediction: ``score``, ``sparsity``,
         ``prediction``, ``accuracy``, ``nll`` and ``ece``.
     """
+    skip = bool(measured.pop("skip_unreadable", False))
+    data, _ = readable(data, workers=int(measured.get("workers", 0)), skip=skip)
     rows: list[dict[str, Any]] = []
     done = 0
     for score in scores:

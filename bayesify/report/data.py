@@ -33,6 +33,7 @@ from ..posterior import bayesian_sites
 from ..pruning import prune_
 from ..scope import at_mean
 from ..training.matching import images_by_name
+from ..training.readable import readable
 from .content import Bin, Detection, Example, OodScores, Report, Row
 from .curve import pruning_curve
 from .weights import left_out, measure
@@ -59,6 +60,7 @@ def gather(
     device: torch.device | str | None = None,
     amp: bool = False,
     workers: int = 0,
+    skip_unreadable: bool = False,
     title: str | None = None,
     facts: Iterable[tuple[str, str]] = (),
     on_step: Step | None = None,
@@ -79,6 +81,7 @@ def gather(
         device: Where the model is moved to; None leaves it where it is.
         amp: Autocast to bfloat16.
         workers: Processes that read images.
+        skip_unreadable: As in :func:`bayesify.evaluate`.
         title: Name of the model; None takes its class.
         facts: Further (name, value) lines for the run's settings.
         on_step: Gets what is done, and the number of steps done and of all.
@@ -96,7 +99,8 @@ def gather(
     num_samples, batch_size = count("num_samples", num_samples), count("batch_size", batch_size)
     seed = seed_number(seed)
     bayesian_sites(model)
-    images = images_by_name(images, model)
+    images = images_by_name(readable(images, workers=workers, skip=skip_unreadable)[0], model)
+    ood = None if ood is None else readable(ood, workers=workers, skip=skip_unreadable)[0]
     config = model_config or input_config(model)
     run = _Run(model.eval(), config, num_samples, seed, batch_size, device, amp, workers, on_step)
     found = run.over(images, "Measuring", labelled=True)

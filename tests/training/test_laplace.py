@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 import bayesify
 from bayesify.data import ImageData, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
-from bayesify.kernels.noise import fold
 from bayesify.models import InputConfig
+from bayesify.seeds import fold
 from bayesify.training import fisher, fit_laplace_
 from bayesify.training.fisher import fisher_diagonal
 from bayesify.training.holdout import held_out_loss
@@ -272,7 +272,7 @@ def test_pruned_weights_stay_pruned(parameterization: Any) -> None:
     ("change", "message"),
     [
         ({"fisher": "ggn"}, "fisher must be one of 'mc', 'exact', 'empirical', got 'ggn'"),
-        ({"prior_precision": 0.0}, "prior_precision must be a finite number above 0, 'marglik'"),
+        ({"prior_precision": 0.0}, "prior_precision must be above 0 and finite, or 'holdout'"),
         ({"prior_precision": "cv"}, "prior_precision must be"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"holdout": 1.0}, "holdout must be between 0 and 1"),

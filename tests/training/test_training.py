@@ -529,7 +529,7 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         ({"train": Stream()}, "with a length, got Stream"),
         ({"train": [1, 2]}, "got list"),
         ({"kl_shape": "sine"}, "kl_shape must be 'linear' or 'cosine'"),
-        ({"logvar_lr": -1.0}, "logvar_lr must be at least 0"),
+        ({"logvar_lr": -1.0}, "logvar_lr must be None or at least 0"),
         ({"draws_per_step": 0}, "draws_per_step must be"),
         ({"accumulate": 9}, "accumulate=9 batches of batch_size=9 are more than the 60 training"),
         ({"holdout": 1.0}, "holdout must be from 0"),
