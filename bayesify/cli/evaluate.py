@@ -19,6 +19,7 @@ from .options import (
     ModelName,
     NumSamples,
     Seed,
+    SkipUnreadable,
     Split,
     Workers,
     resolve_device,
@@ -43,6 +44,7 @@ def evaluate(
     model: ModelName = None,
     model_args: ModelArgs = None,
     workers: Workers = 0,
+    skip_unreadable: SkipUnreadable = False,
     seed: Seed = 0,
     resamples: Annotated[
         int,
@@ -73,12 +75,17 @@ def evaluate(
         from ..data import load_dataset
         from . import render
         from .checkpoint import note_on_classes, open_model
+        from .images import readable_images
 
         target_device = resolve_device(device)
         images = load_dataset(data, split=split)
         ood_data = None if ood is None else load_dataset(ood, split=split)
         opened = open_model(file, model, model_args, target_device)
         note_on_classes(opened, file, data)
+        images, unreadable = readable_images(images, workers, skip_unreadable)
+        ood_unreadable = 0
+        if ood_data is not None:
+            ood_data, ood_unreadable = readable_images(ood_data, workers, skip_unreadable)
         with render.progress("Measuring") as bar:
             rows = training.evaluate(
                 opened.model,
@@ -97,8 +104,9 @@ def evaluate(
             )
         if json:
             head = {"file": str(file), "data": data, "split": images.split, "images": len(images)}
+            head["unreadable"] = unreadable
             if ood_data is not None:
-                head |= {"ood": ood, "ood_images": len(ood_data)}
+                head |= {"ood": ood, "ood_images": len(ood_data), "ood_unreadable": ood_unreadable}
             render.as_json({**head, "rows": [asdict(row) for row in rows]})
             return
         render.table(*_main(rows))

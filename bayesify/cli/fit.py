@@ -23,6 +23,7 @@ from .options import (
     ModelName,
     Quiet,
     Seed,
+    SkipUnreadable,
     Workers,
     resolve_device,
 )
@@ -182,14 +183,7 @@ def fit(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a fit that was interrupted.")
     ] = False,
-    skip_unreadable: Annotated[
-        bool,
-        typer.Option(
-            "--skip-unreadable",
-            help="Leave out images that cannot be read, which are an error else.",
-            rich_help_panel=_DATA,
-        ),
-    ] = False,
+    skip_unreadable: SkipUnreadable = False,
     model: ModelName = None,
     model_args: ModelArgs = None,
     workers: Workers = 0,

@@ -39,6 +39,12 @@ Split = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Images in a batch.")]
 Workers = Annotated[int, typer.Option("--workers", help="Processes that read images.")]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Leave out images that cannot be read, which are an error else."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all that is random.")]
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes what there is.")

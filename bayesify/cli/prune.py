@@ -21,6 +21,7 @@ from .options import (
     NumSamples,
     Quiet,
     Seed,
+    SkipUnreadable,
     Split,
     Workers,
     resolve_device,
@@ -85,6 +86,7 @@ def prune(
     model: ModelName = None,
     model_args: ModelArgs = None,
     workers: Workers = 0,
+    skip_unreadable: SkipUnreadable = False,
     seed: Seed = 0,
     device: Device = "auto",
     amp: Amp = False,
@@ -122,12 +124,14 @@ def prune(
             from ..data import load_dataset
             from ..pruning import sparsity as sparsity_of
             from ..report.curve import draw_curve, pruning_curve
+            from .images import readable_images
 
             check_outputs({"--plot": plot}, {"FILE": file, "--data": data}, force=force)
             target_device = resolve_device(device)
             images = load_dataset(str(data), split=split)
             opened = open_model(file, model, model_args, target_device)
             note_on_classes(opened, file, str(data))
+            images, unreadable = readable_images(images, workers, skip_unreadable)
             if sparsity_of(opened.model).pruned:
                 render.note("The file has pruned weights already: they stay pruned throughout.")
             swept = sorted(shares or _CURVE)
@@ -140,7 +144,8 @@ def prune(
             if plot is not None:
                 draw_curve(rows, plot, overwrite=force)
             if json:
-                render.as_json({"file": str(file), "data": data, "rows": rows})
+                about = {"file": str(file), "data": data, "unreadable": unreadable}
+                render.as_json({**about, "rows": rows})
             else:
                 render.table(
                     ("score", "sparsity", "prediction", "accuracy", "NLL", "ECE"),

@@ -21,6 +21,7 @@ from .options import (
     NumSamples,
     Quiet,
     Seed,
+    SkipUnreadable,
     Split,
     Workers,
     resolve_device,
@@ -51,6 +52,7 @@ def report(
     model: ModelName = None,
     model_args: ModelArgs = None,
     workers: Workers = 0,
+    skip_unreadable: SkipUnreadable = False,
     seed: Seed = 0,
     device: Device = "auto",
     amp: Amp = False,
@@ -73,6 +75,7 @@ def report(
         from ..report import render as render_page
         from . import render
         from .checkpoint import note_on_classes, open_model
+        from .images import readable_images
 
         check_installed()
         check_outputs({"--out": out}, {"FILE": file, "DATA": data, "--ood": ood}, force=force)
@@ -81,13 +84,18 @@ def report(
         ood_data = None if ood is None else load_dataset(ood, split=split)
         opened = open_model(file, model, model_args, target_device)
         note_on_classes(opened, file, data)
+        images, unreadable = readable_images(images, workers, skip_unreadable)
+        if ood_data is not None:
+            ood_data, more = readable_images(ood_data, workers, skip_unreadable)
+            unreadable += more
+        left = [("left out", f"{unreadable:,} images that cannot be read")] if unreadable else []
         with render.progress("Measuring") as bar:
             found = gather(
                 opened.model, images, ood=ood_data, num_samples=num_samples, seed=seed,
                 batch_size=batch_size, resamples=resamples, pruning=pruning,
                 model_config=opened.input, device=target_device, amp=amp, workers=workers,
                 title=opened.spec.name,
-                facts=[("file", str(file)), *storage.describe(opened.header)],
+                facts=[("file", str(file)), *left, *storage.describe(opened.header)],
                 on_step=lambda what, done, total: bar.to(done, total, what),
             )  # fmt: skip
         page = render_page(found)

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..numeric import real
 from ..planning import BBBConfig, Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, Estimator
 from ..priors import STD_RANGE, GaussianPrior, LivePrior, Prior, ScaleMixturePrior, may_be_std
-from ..selection import parse_patterns
+from ..selection import Pattern, Recorded, parse_patterns
 from .json_text import parse_json
 
 FORMAT = 1
@@ -30,6 +30,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "input": (dict, type(None)), "model": (dict,), "posterior": (list,), "versions": (dict,),
 }  # fmt: skip
 KEY = "bayesify"
+_MAX_PATTERNS, _MAX_PATTERN = 1000, 1000
+"""Of one conversion, and characters of one: each is compared with every name of a model."""
 LIKELIHOOD = "__likelihood__."
 """Before the names of the likelihood's tensors, which are no part of the model's state."""
 
@@ -131,7 +133,13 @@ def conversion_from_json(data: Mapping[str, Any]) -> Conversion:
     """The conversion that :func:`conversion_to_json` gave; anything else raises."""
     skip, only = (tuple(map(_text, _list(data[key]))) for key in ("skip", "only"))
     estimators = tuple((_text(p), e) for p, e in _list(data.get("estimators", [])))
-    parse_patterns((*skip, *only, *(pattern for pattern, _ in estimators)))
+    patterns = (*skip, *only, *(pattern for pattern, _ in estimators))
+    globs = [pattern for pattern in patterns if set(pattern) & set("*?[")]
+    if len(globs) > _MAX_PATTERNS or any(len(pattern) > _MAX_PATTERN for pattern in patterns):
+        raise ValueError(
+            f"more than {_MAX_PATTERNS:,} patterns, or one of more than {_MAX_PATTERN:,} characters"
+        )
+    parse_patterns([pattern for pattern in patterns if not pattern.startswith("re:")])
     return Conversion(
         skip=skip,
         only=only,
@@ -180,6 +188,38 @@ def classes_in(header: Mapping[str, Any]) -> tuple[str, ...]:
     named = header["info"].get("classes")
     known = isinstance(named, list) and all(isinstance(name, str) for name in named)
     return tuple(named) if known else ()
+
+
+def _recorded(
+    root: str, conversion: Conversion, rows: tuple[Row, ...], state: Mapping[str, Tensor]
+) -> Conversion:
+    """The conversion with what its regular expressions had chosen in their place.
+
+    A file of a stranger could hold one that takes for ever, so they are not even compiled.
+    """
+    prefix = f"{root}." if root else ""
+    estimators = {
+        name.removeprefix(prefix): row.estimator
+        for row in rows
+        for name in row.names
+        if name.startswith(prefix)
+    }
+    below = frozenset(key.removeprefix(prefix) for key in state if key.startswith(prefix))
+    bayesian = frozenset(estimators)
+
+    def record(pattern: Pattern, names: frozenset[str]) -> Pattern:
+        regex = isinstance(pattern, str) and pattern.startswith("re:")
+        return Recorded(str(pattern), names, below) if regex else pattern
+
+    return replace(
+        conversion,
+        skip=tuple(record(pattern, below - bayesian) for pattern in conversion.skip),
+        only=tuple(record(pattern, bayesian) for pattern in conversion.only),
+        estimators=tuple(
+            (record(p, frozenset(n for n, own in estimators.items() if own == e)), e)
+            for p, e in conversion.estimators
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -237,6 +277,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         }
         for name, prior_mean in prior_means.items():
             _check_spread(name, state[name], name + PRIOR_MEAN_SUFFIX, prior_mean)
+        conversions = tuple((root, _recorded(root, c, rows, state)) for root, c in conversions)
     except (KeyError, TypeError, ValueError, AttributeError, BayesifyError) as error:
         raise _damaged(path, error) from error
     kind, spec = header["model"]["class"], header["model"]["spec"]

@@ -39,6 +39,7 @@ from .batches import (
     pair,
 )
 from .matching import by_name
+from .readable import readable
 
 Prediction = Literal["deterministic", "at the means", "temperature scaled", "MC average"]
 
@@ -97,6 +98,7 @@ def evaluate(
     workers: int = 0,
     control: bool = False,
     resamples: int = 0,
+    skip_unreadable: bool = False,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[Evaluation]:
     """Measure the predicted class probabilities of ``model``, in ``eval()``, batch by batch.
@@ -119,6 +121,8 @@ def evaluate(
             temperature that was fitted on other images of ``data``, five-fold. A posterior is not
             worth its price where it does no better. All logits are kept until the end.
         resamples: Of the bootstrap intervals, 0 or at least 2; 0 gives none.
+        skip_unreadable: Leave out the images of an ``ImageData`` that cannot be read, with a
+            warning. All are looked at before the first is measured.
         on_step: Gets the number of batches done and of all, after every batch.
 
     Returns:
@@ -130,7 +134,7 @@ def evaluate(
         ArgumentError: An argument has a value that cannot work, the output is no table of logits,
             or labels are missing, soft or out of range.
         DataError: ``data`` has classes that are not the model's, or a number of them other than
-            that of a model without names.
+            that of a model without names; or an image cannot be read.
 
     >>> import torch, bayesify
     >>> data = torch.utils.data.TensorDataset(torch.randn(20, 2), torch.randint(3, (20,)))
@@ -138,13 +142,18 @@ def evaluate(
     >>> [(row.prediction, row.num_samples) for row in rows]
     [('at the means', 1), ('MC average', 5)]
     """
-    size = check_data(data)
+    check_data(data)
     batch_size, seed = count("batch_size", batch_size), seed_number(seed)
     num_samples = count("num_samples", num_samples)
     resamples = whole("resamples", resamples, "0 or a whole number above 1", least=0)
     if resamples == 1:
         raise ArgumentError("resamples must be 0 or a whole number above 1, got 1.")
-    if control and size < 2:
+    workers = count("workers", workers, least=0)
+    data, _ = readable(data, workers=workers, skip=skip_unreadable)
+    if ood is not None:
+        check_data(ood)
+        ood, _ = readable(ood, workers=workers, skip=skip_unreadable)
+    if control and check_data(data) < 2:
         raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
     data = by_name(data, model)
     target = device_of(model) if device is None else torch.device(device)
@@ -155,8 +164,6 @@ def evaluate(
         config = config_for(wanted, model, model_config)
         return batches_in_order(wanted, batch_size=batch_size, model_config=config, workers=workers)
 
-    if ood is not None:
-        check_data(ood)
     inside = batches_of(data)
     outside = None if ood is None else batches_of(ood)
     total = len(inside) + (0 if outside is None else len(outside))

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..divergence import kl_divergence
 from ..errors import ArgumentError, BayesifyError
 from ..inference import Given
 from ..models import InputConfig
-from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
+from ..objective import kl_scale, kl_schedule, noise_budget
 from ..optim import check_optimizer, likelihood_groups, posterior_groups, warmup_cosine
 from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
