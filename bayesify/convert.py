@@ -45,9 +45,9 @@ from .posterior import (
     sites,
 )
 from .priors import Prior
+from .rewriter.dispatch import adopt
 from .rewriter.hooks import draw_in_hooks_, unwrap_
 from .rewriter.owner import generated_class, original_class, regenerate
-from .rewriter.variants import adopt
 from .scope.unused import note_extension
 from .selection import Pattern, Recorded
 from .unconverted import Part, converted_parts, has_slot, settle

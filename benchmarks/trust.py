@@ -29,11 +29,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the recipe, as a checkout has it
 
-from provenance import ROOT, machine, provenance
 from trust_sections import SECTIONS
 from trust_sections.section import FAULT, TRACE, Section, Trial
 
+from bayesify.provenance import machine, provenance
+
 RESULTS = Path(__file__).parent / "results" / "trust.json"
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "trust.md"
 _BATCH = 60.0  # seconds of one section before the next has its turn
 _LIMIT = 16 << 30  # bytes that a process of trials may ask for

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import BayesifyError, CheckpointError
 from ..gaussian import Parameterization
+from ..likelihoods import Likelihood, from_json, unstored
 from ..models import InputConfig
 from ..numeric import real
 from ..planning import BBBConfig, Conversion
@@ -31,6 +32,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
 KEY = "bayesify"
 _MAX_PATTERNS, _MAX_PATTERN = 1000, 1000
 """Of one conversion, and characters of one: each is compared with every name of a model."""
+LIKELIHOOD = "__likelihood__."
+"""Before the names of the likelihood's tensors, which are no part of the model's state."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ class Contents:
     ``conversions`` are (path of the converted module, arguments); ``spec`` is the JSON of a
     ModelSpec; ``state`` the tensors of the state_dict, tied ones under each of their keys;
     ``extra`` the plain values in it; ``classes`` the names of the outputs, as far as they are
-    known.
+    known; ``unstored`` the kinds of likelihoods that the model had and no file can hold.
     """
 
     rows: tuple[Row, ...]
@@ -237,6 +240,8 @@ class Contents:
     extra: dict[str, Any]
     prior_means: dict[str, Tensor]
     classes: tuple[str, ...]
+    likelihood: Likelihood | None
+    unstored: tuple[str, ...]
 
 
 def read_contents(path: str | os.PathLike[str]) -> Contents:
@@ -256,6 +261,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     try:
         rows, conversions = rows_of(header), conversions_of(header)
         extra = dict(header.get("extra", {}))
+        noise = {key: tensors.pop(key) for key in list(tensors) if key.startswith(LIKELIHOOD)}
+        said = header.get("likelihood")  # files of before say nothing
+        own = {key.removeprefix(LIKELIHOOD): value for key, value in noise.items()}
+        missing = () if said is None else tuple(unstored(said))
+        likelihood = None if (said is None or missing) and not own else from_json(said, own)
         state = {**tensors, **{key: tensors[kept] for key, kept in header["aliases"].items()}}
         for row in rows:
             for name in row.names:
@@ -271,7 +281,10 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     except (KeyError, TypeError, ValueError, AttributeError, BayesifyError) as error:
         raise _damaged(path, error) from error
     kind, spec = header["model"]["class"], header["model"]["spec"]
-    return Contents(rows, conversions, kind, spec, state, extra, prior_means, classes_in(header))
+    return Contents(
+        rows, conversions, kind, spec, state, extra, prior_means, classes_in(header), likelihood,
+        missing,
+    )  # fmt: skip
 
 
 def _check_spread(name: str, mean: Tensor, beside: str, tensor: Tensor) -> None:
@@ -318,9 +331,20 @@ def describe(header: Mapping[str, Any]) -> list[tuple[str, str]]:
     classes = classes_in(header)
     if classes:
         lines.append(("classes", f"{len(classes)}"))
+    said = header.get("likelihood")
+    if said is not None:
+        lines.append(("likelihood", _shown(said)))
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
     lines.append(("written by", f"{versions} (format {header['format']})"))
     return [(name, value) for name, value in lines if value]
+
+
+def _shown(likelihood: Mapping[str, Any]) -> str:
+    """A likelihood as it would be written in Python."""
+    arguments = likelihood["args"] or {}
+    if likelihood["kind"] == "Heads":
+        return ", ".join(f"{name}: {_shown(head)}" for name, head in arguments["heads"])
+    return f"{likelihood['kind']}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
 
 @contextmanager
@@ -376,6 +400,9 @@ def _check_header(header: Mapping[str, Any]) -> None:
     total, bayesian = elements["total"], elements["bayesian"]
     if not (type(total) is type(bayesian) is int and 0 <= bayesian <= total > 0):
         raise ValueError(f"elements is {elements!r:.60}")
+    if header.get("likelihood") is not None:
+        unstored(header["likelihood"])
+        _shown(header["likelihood"])
     for value in (*header["aliases"].values(), *header["versions"].values()):
         _text(value)
     if header["input"] is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from torch.utils.data import Dataset
 from ..data import ImageData, prepare, resize_and_crop
 from ..errors import ArgumentError, DataError
 from ..models import InputConfig
+from ..settings.training import Augment as Augment
+from ..settings.training import AugmentName
 from .randomness import current, restore, seed_all
 
-AugmentName = Literal["none", "flip-crop", "resized-crop", "rand-augment"]
 Transform = Callable[[Tensor], Tensor]
-Augment = AugmentName | Transform
 
 _CPU = torch.device("cpu")
 

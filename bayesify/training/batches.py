@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ..data import ImageData
 from ..errors import ArgumentError
-from ..kernels.noise import fold
 from ..loading import Loader
 from ..models import InputConfig, input_config
 from ..numeric import count
+from ..seeds import fold
 from .augmentation import Augment, Augmented, augmentation
 
 Data = ImageData | Dataset[Any]
@@ -51,7 +51,7 @@ class Order(Sampler[list[Any]]):
         return self.batches - self.first
 
     def __iter__(self) -> Iterator[list[Any]]:
-        seed = fold(fold(self.seed, _ORDER), self.epoch)
+        seed = fold(self.seed, _ORDER, self.epoch)
         generator = torch.Generator().manual_seed(seed)
         order = self.indices[torch.randperm(len(self.indices), generator=generator)].tolist()
         for batch in range(self.first, self.batches):
@@ -138,7 +138,7 @@ def _dataset(data: Data, model_config: InputConfig | None, augment: Augment) -> 
     return data
 
 
-def config_for(data: Data, model: nn.Module, given: InputConfig | None) -> InputConfig | None:
+def config_for(data: Any, model: nn.Module, given: InputConfig | None) -> InputConfig | None:
     """How images are prepared for the model; nothing for a data set that does so itself."""
     if not isinstance(data, ImageData):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from ..errors import ArgumentError
 from ..inference import Given, class_logits
 from ..posterior import bayesian_sites
 from ..scope import at_mean
+from ..settings.training import FisherKind
 from .batches import pair
 from .labels import LabelCheck
-
-FisherKind = Literal["mc", "exact", "empirical"]
 
 _GRADIENTS = 1 << 27
 """Numbers that the gradients in memory together may have: half a GiB in float32."""

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..classes import classes_of, name_classes_
 from ..data import ImageData
 from ..errors import ArgumentError
+from ..likelihoods import Categorical, Likelihood
 from ..models import InputConfig
-from ..objective import KLReduction
+from ..numeric import whole
+from ..settings.fields import documented, taken
+from ..settings.training import Augment, FitSettings, KLReduction, KLShape, Reading
 from ..signals import waiting_signals
-from .augmentation import Augment
 from .autocast import check_amp
 from .batches import (
     Data,
@@ -25,123 +28,114 @@ from .batches import (
     check_data,
     device_of,
 )
+from .examples import Inputs
+from .feeds import as_loader
 from .matching import by_name
 from .progress import FitResult, Progress
 from .randomness import seeded
 from .readable import readable
-from .resume import held_checkpoint, read_state
+from .resume import held_checkpoint, read_fit
 from .run import Run
-from .settings import KLShape, Settings
+from .task import Task, likelihood_for
 
 logger = logging.getLogger(__name__)
 
 
-def fit(
+@documented(FitSettings, Reading)
+def fit(  # noqa: D417 - the others are fields of FitSettings and Reading
     model: nn.Module,
-    train: Data,
+    train: Data | DataLoader[Any],
     *,
     epochs: int,
-    batch_size: int,
     lr: float,
-    loss: Loss = F.cross_entropy,
-    logvar_lr: float | None = None,
-    kl_weight: float = 1.0,
-    kl_reduction: KLReduction = "num_data",
-    kl_warmup: float = 0.0,
-    kl_shape: KLShape = "linear",
-    warmup: float = 0.05,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    average: float = 0.0,
-    draws_per_step: int = 1,
-    accumulate: int = 1,
-    augment: Augment = "none",
-    holdout: float = 0.0,
-    patience: int | None = None,
-    freeze_batchnorm: bool = False,
+    batch_size: int | None = None,
+    likelihood: Likelihood | Mapping[Any, Likelihood] | None = None,
+    loss: Loss | None = None,
+    num_data: int | None = None,
+    inputs: Inputs | None = None,
+    logvar_lr: float | None = FitSettings.logvar_lr,
+    kl_weight: float = FitSettings.kl_weight,
+    kl_reduction: KLReduction = FitSettings.kl_reduction,
+    kl_warmup: float = FitSettings.kl_warmup,
+    kl_shape: KLShape = FitSettings.kl_shape,
+    warmup: float = FitSettings.warmup,
+    weight_decay: float = FitSettings.weight_decay,
+    max_grad_norm: float = FitSettings.max_grad_norm,
+    average: float = FitSettings.average,
+    draws_per_step: int = FitSettings.draws_per_step,
+    accumulate: int = FitSettings.accumulate,
+    augment: Augment = FitSettings.augment,
+    holdout: float = FitSettings.holdout,
+    patience: int | None = FitSettings.patience,
+    freeze_batchnorm: bool = FitSettings.freeze_batchnorm,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    seed: int = 0,
+    seed: int = FitSettings.seed,
     device: torch.device | str | None = None,
-    amp: bool = False,
+    amp: bool = FitSettings.amp,
     model_config: InputConfig | None = None,
-    workers: int = 0,
-    skip_unreadable: bool = False,
+    workers: int = Reading.workers,
+    skip_unreadable: bool = Reading.skip_unreadable,
     on_look: Callable[[int, int], None] | None = None,
     on_start: Callable[[str], None] = logger.info,
     on_step: Callable[[Progress], None] | None = None,
 ) -> FitResult:
     r"""Fit ``model`` to labelled examples: its posterior, or its weights if it is deterministic.
 
-    Every step draws the weights and minimises :func:`bayesify.elbo_loss` of one batch by AdamW;
-    the learning rates rise over ``warmup`` and then fall to 0 as a cosine. Afterwards the
+    Every step draws the weights w and minimises by AdamW, of the B examples of a batch,
+
+    .. math:: -\frac1B \sum_i c_i \log p(y_i | f(x_i; w)) + \frac{\beta}{N} \mathrm{KL}
+
+    where log p is the log density of an example, the sum over its targets, and c its weight, or 1:
+    a weight of 2 is the same as to have an example twice. Losses and the noise budget are shown for
+    one target: divided by the mean number of targets of an example in the first batch, as gradients
+    are where ``max_grad_norm`` looks at them.
+
+    The learning rates rise over ``warmup`` and then fall to 0 as a cosine. Afterwards the
     statistics of BatchNorm are gathered anew at the posterior means, from one more epoch of the
     same batches, augmented if those of the fit were. The model is left in ``eval()`` on
     ``device``; the global random states of torch, numpy and Python are as before.
 
     Args:
         model: Converted or not: without a posterior there is no KL, all else is the same.
-        train: An :class:`bayesify.data.ImageData` or any torch Dataset of (input, target) with a
-            length N. The last batch of an epoch is left out where it would be smaller. A classifier
-            gets the names of an ``ImageData``'s classes, or, where it knows names from an earlier
-            fit or a file, finds the classes among them: a part of them, in any order.
-        epochs: Passes over the data, at least 1.
-        batch_size: Examples in a batch, at least 1.
-        lr: Highest learning rate of means and deterministic parameters, above 0.
-        loss: Of a batch, from the model's output and the targets: a mean negative log likelihood
-            per example for ``kl_reduction="num_data"``. That of ``cross_entropy``, the default,
-            takes logits (batch, classes) and class numbers alone.
-        logvar_lr: Highest learning rate of the log variances; ``10 * lr`` if None, since Adam
-            moves a log variance by no more than about its rate in a step (the result's ``logvars``
-            says how far they came).
-        kl_weight: The factor beta, at least 0; below 1 a tempered posterior.
-        kl_reduction: The factor s, see :func:`bayesify.elbo_loss`.
-        kl_warmup: Share of the run in which beta rises from 0, from 0 to 1.
-        kl_shape: How it rises: ``"linear"`` or ``"cosine"``.
-        warmup: Share of the run in which the learning rates rise linearly, from 0 to below 1.
-        weight_decay: Of AdamW; never on log variances. The prior already pulls the means, so leave
-            it at 0 with a KL.
-        max_grad_norm: Gradients are scaled down to this norm, above 0 (``math.inf``: never).
-        average: Share of the run, at its end, over whose steps the parameters are averaged, from 0
-            to 1: of T steps the model gets :math:`\frac1n \sum_{t=T-n+1}^T \theta_t`, n being that
-            share of T, for means and log variances alike; at 0 it gets :math:`\theta_T`. Held-out
-            losses are those of the average as far as it has come.
-        draws_per_step: Draws of the weights whose losses a step averages, one after the other.
-        accumulate: Batches whose losses a step averages: ``accumulate * batch_size`` examples in
-            the memory of one batch, each batch with draws of its own.
-        augment: Random changes of the images of an ``ImageData``: ``"none"``, ``"flip-crop"``,
-            ``"resized-crop"``, ``"rand-augment"``, or a callable from a stored image to another,
-            uint8 (C, H, W), such as any composition of torchvision's v2 transforms.
-        holdout: Share of ``train`` that is held out, from 0 to below 1; the model gets the weights
-            of the epoch with the least loss there. Only examples that the weights given have never
-            seen make it a test of anything.
-        patience: Stop after so many epochs without a lower held-out loss; None never stops.
-        freeze_batchnorm: BatchNorm normalises with the running statistics that it has, as in
-            ``eval()``, and keeps them: for the fine-tuning of a pretrained network.
+        train: An :class:`bayesify.data.ImageData` or any torch Dataset of (input, target), or
+            (input, target, weight), with a length N; the last batch of an epoch is left out where
+            it would be smaller. Or a DataLoader, whose order and batches are taken as they come (a
+            smaller batch has its share of a step), or a stream (an IterableDataset) with
+            ``num_data``. A classifier gets the names of an ``ImageData``'s classes, or, where it
+            knows names from an earlier fit or a file, finds the classes among them: a part of them,
+            in any order.
+        likelihood: What the outputs mean (:mod:`bayesify.likelihoods`), or a mapping from outputs
+            to likelihoods. The model keeps it (:func:`bayesify.set_likelihood_`). None takes that
+            of the model, or else guesses :class:`Categorical` where the targets are class numbers
+            (batch,) and the outputs logits (batch, classes).
+        loss: Instead of a likelihood, of what has none: from the model's output and the targets to
+            a mean over the examples.
+        num_data: Number N of examples that the posterior is of, for streams; by default those of
+            ``train``.
+        inputs: Of batches that are dicts, the name of the entry that is the model's argument, or
+            names of several that are its keyword arguments, the others being targets; or a function
+            from a batch to (input, target) or (input, target, weight).
         checkpoint: File of the fit's state, written after every epoch, every ten minutes, and on
             Ctrl-C, SIGTERM and SIGHUP, which then end the fit after the step that it is in. It
             stays: remove it once the model is saved.
         resume: Go on with the state in ``checkpoint``, with the same model, data and arguments. On
             the CPU the result is that of a fit without interruption, bit for bit (with ``workers``
             unless the data set draws random numbers of its own).
-        seed: Of the batches' order, the draws, augmentation and dropout.
         device: Where the model is moved to; None leaves it where it is.
-        amp: Autocast to bfloat16; means, log variances and KL stay in float32. A processor
-            without bfloat16 arithmetic is slower with it; a warning says so.
         model_config: How images are prepared, for an ``ImageData``; None asks the model.
-        workers: Processes that read the data.
-        skip_unreadable: Leave out the images of an ``ImageData`` that cannot be read, with a
-            warning; else they are an error. All are read once before the first step.
-        on_look: Gets the number of images that were looked at for that, and of all.
-        on_start: Gets one line on the KL's scale and the noise budget.
+        on_look: Gets the number of images that were looked at for ``skip_unreadable``, and of all.
+        on_start: Gets one line on the likelihood, if it was guessed, the KL's scale and the noise
+            budget, as soon as they are known.
         on_step: Gets a :class:`Progress` after every step.
 
     Returns:
         A :class:`FitResult`.
 
     Raises:
-        ArgumentError: An argument has a value that cannot work, the default loss finds no logits,
-            or labels are missing, soft, out of range or all the same.
+        ArgumentError: An argument has a value that cannot work, nothing says what the outputs mean,
+            they do not fit the targets, all targets of an epoch are masked, or labels are missing,
+            soft, out of range or all the same.
         BayesifyError: Loss or gradient is not finite; the message names the step and the layer, the
             model holds the weights before that step.
         CheckpointError: ``checkpoint`` cannot be written or resumed.
@@ -160,50 +154,54 @@ def fit(
     >>> bayesify.fit(model, data, epochs=2, batch_size=10, lr=1e-2).steps
     4
     """
-    check_data(train)
-    settings = Settings(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        logvar_lr=10 * lr if logvar_lr is None else logvar_lr,
-        kl_weight=kl_weight,
-        kl_reduction=kl_reduction,
-        kl_warmup=kl_warmup,
-        kl_shape=kl_shape,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        average=average,
-        draws_per_step=draws_per_step,
-        accumulate=accumulate,
-        augment=augment if isinstance(augment, str) else "callable",
-        holdout=holdout,
-        patience=patience,
-        freeze_batchnorm=freeze_batchnorm,
-        seed=seed,
-        amp=amp,
-    )
+    given = isinstance(train, DataLoader | IterableDataset)
+    if isinstance(train, DataLoader):
+        if batch_size is not None:
+            raise ArgumentError("fit: a DataLoader has a batch_size of its own: leave it out.")
+        batch_size = train.batch_size or 1
+    elif batch_size is None:
+        raise ArgumentError("fit: batch_size is missing, the number of examples in a batch.")
+    settings, reading = taken(FitSettings, locals()), taken(Reading, locals())
+    if num_data is not None:
+        num_data = whole("fit: num_data", num_data, "a whole number above 0")
+    if given:
+        if checkpoint is not None:
+            raise ArgumentError(
+                "fit: checkpoint needs an order of the examples that can be gone on from: give the "
+                "data set itself, not a DataLoader or a stream."
+            )
+        train = as_loader(train, settings.batch_size, reading.workers)
+    else:
+        check_data(train)
     if not any(p.requires_grad for p in model.parameters()):
         raise ArgumentError(f"{type(model).__name__} has no trainable parameter: nothing to fit.")
-    classifies = loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
+    meaning, own = likelihood_for(model, likelihood, loss)
+    classifies = (
+        isinstance(own, nn.CrossEntropyLoss) or isinstance(meaning, Categorical)
+        or (meaning is None and own is None)
+    )  # fmt: skip
     with held_checkpoint(checkpoint, resume) as path:
-        saved = read_state(path) if path is not None and resume else None
-        known = None if saved is None else saved.values.get("unreadable")
-        train, unreadable = readable(
-            train, workers=workers, skip=skip_unreadable, known=known, on_look=on_look
-        )
-        if classifies:
+        saved = read_fit(path) if path is not None and resume else None
+        known = None if saved is None else saved.get("unreadable")
+        unreadable: list[int] = []
+        if not isinstance(train, DataLoader):
+            train, unreadable = readable(
+                train, workers=reading.workers, skip=reading.skip_unreadable, known=known,
+                on_look=on_look,
+            )  # fmt: skip
+        if classifies and isinstance(train, ImageData):
             train = by_name(train, model)
         target = device_of(model) if device is None else torch.device(device)
         check_amp(target, amp)
+        named = None
+        if isinstance(train, ImageData) and classes_of(model) is None:
+            named = train.classes, train.name
         run = Run(
-            model, train, settings, loss, augment, target, model_config, workers, path, unreadable,
-            on_step,
+            model, train, settings, Task(model, meaning, own, named), target, model_config, reading,
+            path, unreadable, on_start, on_step, inputs, num_data,
         )  # fmt: skip
         if saved is not None:
             run.check_resumable(saved)
-        if run.bayesian:
-            on_start(run.line_on_kl())
         with seeded(settings.seed, target):
             if saved is not None:
                 run.load(saved)

@@ -6,21 +6,21 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import gaussian
 from ..classes import classes_of, name_classes_
 from ..data import ImageData
 from ..errors import ArgumentError
+from ..likelihoods import Categorical
 from ..models import InputConfig
-from ..numeric import count, positive, real, seed_number, whole
 from ..posterior import Site, bayesian_sites, gaussian_prior
 from ..priors import GaussianPrior
-from .augmentation import Augment
+from ..settings.fields import documented, taken
+from ..settings.training import Augment, FisherKind, LaplaceSettings, Reading
 from .batches import (
     Data,
     batches_in_order,
@@ -29,7 +29,7 @@ from .batches import (
     device_of,
     split,
 )
-from .fisher import FisherKind, fisher_diagonal
+from .fisher import fisher_diagonal
 from .holdout import held_out_loss
 from .matching import by_name
 from .readable import readable
@@ -64,22 +64,23 @@ class LaplaceResult:
     unreadable: int = 0
 
 
-def fit_laplace_(
+@documented(LaplaceSettings, Reading)
+def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and Reading
     model: nn.Module,
     train: Data,
     *,
-    fisher: FisherKind = "mc",
-    prior_precision: float | Literal["holdout", "marglik"] = "holdout",
-    temperature: float = 1.0,
-    holdout: float = 0.02,
-    augment: Augment = "none",
-    max_examples: int | None = None,
-    batch_size: int = 128,
-    seed: int = 0,
+    fisher: FisherKind = LaplaceSettings.fisher,
+    prior_precision: float | Literal["holdout", "marglik"] = LaplaceSettings.prior_precision,
+    temperature: float = LaplaceSettings.temperature,
+    holdout: float = LaplaceSettings.holdout,
+    augment: Augment = LaplaceSettings.augment,
+    max_examples: int | None = LaplaceSettings.max_examples,
+    batch_size: int = LaplaceSettings.batch_size,
+    seed: int = LaplaceSettings.seed,
     device: torch.device | str | None = None,
     model_config: InputConfig | None = None,
-    workers: int = 0,
-    skip_unreadable: bool = False,
+    workers: int = Reading.workers,
+    skip_unreadable: bool = Reading.skip_unreadable,
     on_look: Callable[[int, int], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> LaplaceResult:
@@ -93,28 +94,8 @@ def fit_laplace_(
     Args:
         model: A converted classifier whose priors are Gaussian.
         train: As in :func:`fit`, with class numbers for targets.
-        fisher: ``"mc"`` (one label drawn from the model for each example, unbiased), ``"exact"``
-            (all classes: the generalised Gauss-Newton matrix, C times as slow), or ``"empirical"``
-            (the true labels), see :mod:`bayesify.training.fisher`.
-        prior_precision: The factor lambda, above 0; or how it is chosen: ``"holdout"`` by the
-            negative log likelihood of ten draws on held-out training examples, ``"marglik"`` by the
-            marginal likelihood of the Laplace approximation, which suits small networks: large ones
-            have so many weights that the data say nothing of that their noise destroys the network.
-            The model's prior changes accordingly.
-        temperature: The factor T, above 0; below 1 the posterior is cold.
-        holdout: Share of ``train`` that is held out where that chooses, in (0, 1).
-        augment: Random changes of held-out images, as in :func:`fit`. A network knows the images
-            that it was trained on by heart, and no uncertainty would help there; changed as much as
-            that it errs about as often as on new images, they are the next best thing.
-        max_examples: Take the Fisher information of so many examples, chosen at random, for that of
-            all; None takes all.
-        batch_size: Examples in a batch, at least 1. Their gradients, each as large as the model,
-            are made in parts of half a GiB.
-        seed: Of the choice of examples, the drawn labels and the held-out draws.
         device: Where the model is moved to; None leaves it where it is.
         model_config: As in :func:`fit`.
-        workers: Processes that read the data.
-        skip_unreadable: As in :func:`fit`.
         on_look: As in :func:`fit`.
         on_step: Gets the number of examples done and of all, after every batch.
 
@@ -138,25 +119,8 @@ def fit_laplace_(
     1.0
     """
     started = time.perf_counter()
+    settings, reading = taken(LaplaceSettings, locals()), taken(Reading, locals())
     check_data(train)
-    batch_size, seed = count("batch_size", batch_size), seed_number(seed)
-    if prior_precision not in ("marglik", "holdout"):
-        expected = "a finite number above 0, 'marglik' or 'holdout'"
-        prior_precision = real("fit_laplace_: prior_precision", prior_precision, expected, positive)
-    temperature = real(
-        "fit_laplace_: temperature", temperature, "a finite number above 0", positive
-    )
-    holdout = real(
-        "fit_laplace_: holdout", holdout, "between 0 and 1", lambda value: 0.0 < value < 1.0
-    )
-    if max_examples is not None:
-        expected = "None or a whole number above 0"
-        max_examples = whole("fit_laplace_: max_examples", max_examples, expected)
-    if augment != "none" and prior_precision != "holdout":
-        raise ArgumentError(
-            "fit_laplace_: augment changes held-out images, and there are none: take "
-            "prior_precision='holdout', or leave it out."
-        )
     found = bayesian_sites(model)
     for site in found:
         if not isinstance(site.slot.prior, GaussianPrior):
@@ -164,22 +128,27 @@ def fit_laplace_(
                 f"fit_laplace_ needs Gaussian priors; that of {site.name!r} is {site.slot.prior}. "
                 "Set another with set_prior_(model, GaussianPrior(1.0))."
             )
-    train, unreadable = readable(train, workers=workers, skip=skip_unreadable, on_look=on_look)
+    train, unreadable = readable(
+        train, workers=reading.workers, skip=reading.skip_unreadable, on_look=on_look
+    )
     size = check_data(train)
     train = by_name(train, model)
     target = device_of(model) if device is None else torch.device(device)
     model.to(target)
     config = config_for(train, model, model_config)
+    prior_precision, seed = settings.prior_precision, settings.seed
     by_holdout = prior_precision == "holdout"
-    indices, held = split(size, holdout if by_holdout else 0.0, seed)
+    indices, held = split(size, settings.holdout if by_holdout else 0.0, seed)
     num_data = len(indices)
-    if max_examples is not None and max_examples < num_data:
+    wanted = settings.max_examples
+    if wanted is not None and wanted < num_data:
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(num_data, generator=generator)[:max_examples].tolist()
+        chosen = torch.randperm(num_data, generator=generator)[:wanted].tolist()
         indices = sorted(indices[i] for i in chosen)
-    batches = batches_in_order(
-        train, batch_size=batch_size, model_config=config, workers=workers, indices=indices
-    )
+    common: dict[str, Any] = {
+        "batch_size": settings.batch_size, "model_config": config, "workers": reading.workers,
+    }  # fmt: skip
+    batches = batches_in_order(train, indices=indices, **common)
     told = on_step
 
     def on_batch(done: int) -> None:
@@ -187,7 +156,7 @@ def fit_laplace_(
             told(done, len(indices))
 
     information, examples = fisher_diagonal(
-        model, batches, fisher, device=target, seed=seed, on_batch=on_batch
+        model, batches, settings.fisher, device=target, seed=seed, on_batch=on_batch
     )
     terms = [_Term.of(site, num_data * information[site.name]) for site in found]
     kept = [site.raw.detach().clone() for site in found]
@@ -199,20 +168,19 @@ def fit_laplace_(
             evidence /= num_data
         elif by_holdout:
             check = batches_in_order(
-                train, batch_size=batch_size, model_config=config, workers=workers, indices=held,
-                augment=augment, seed=seed,
-            )  # fmt: skip
+                train, indices=held, augment=settings.augment, seed=seed, **common
+            )
 
             def measure(precision: float) -> float:
-                _set(terms, precision, temperature)
-                return held_out_loss(model, check, F.cross_entropy, target, False, seed)
+                _set(terms, precision, settings.temperature)
+                return held_out_loss(model, check, Categorical(), target, False, seed)
 
             tried = _search(measure, terms)
             scale = min(tried, key=lambda pair: pair[1])[0]
         else:
             assert isinstance(prior_precision, float)
             scale = prior_precision
-        _set(terms, scale, temperature)
+        _set(terms, scale, settings.temperature)
     except BaseException:
         with torch.no_grad():
             for site, raw in zip(found, kept, strict=True):

@@ -12,7 +12,7 @@ from scipy import stats
 
 import bayesify
 from bayesify.kernels import native, philox
-from bayesify.kernels.noise import key_of
+from bayesify.seeds import key_of
 
 from .section import FAULT, Section, Trial
 

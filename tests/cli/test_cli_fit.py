@@ -155,7 +155,7 @@ def test_laplace_by_the_command() -> None:
     [
         (["--method", "laplace-diag", "--epochs", "3"], "--epochs does nothing with --method"),
         (["--fisher", "exact"], "--fisher does nothing with --method vi"),
-        (["--method", "laplace-diag", "--prior-precision", "x"], "'marglik' or 'holdout'"),
+        (["--method", "laplace-diag", "--prior-precision", "x"], "'holdout' or 'marglik'"),
         (["--patience", "1"], "held-out training examples"),
         (["--resume"], "nothing to resume"),
     ],

@@ -22,8 +22,8 @@ from bayesify.errors import DataError, ModelError
 from bayesify.models import InputConfig, ModelSpec
 from bayesify.numeric import positive, real, whole
 from bayesify.posterior import sites
+from bayesify.settings import FitSettings
 from bayesify.storage import read_header
-from bayesify.training.settings import Settings
 
 INTEGERS = [np.int8, np.int32, np.int64, np.uint8, np.uint64]
 FLOATS = [np.float16, np.float32, np.float64, np.longdouble]
@@ -193,7 +193,7 @@ def test_settings_are_kept_as_numbers_of_python() -> None:
     }  # fmt: skip
     for name, value in wanted.items():
         values[name] = np.int32(value) if type(value) is int else np.float32(value)
-    settings = Settings(
+    settings = FitSettings(
         **values, kl_reduction="num_data", kl_shape="linear", augment="none",
         freeze_batchnorm=False, amp=False,
     )  # fmt: skip
@@ -250,7 +250,7 @@ REFUSALS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda v: bayesify.ensemble(net(), v), "num_samples"),
     (lambda v: bayesify.prune_(net(), v), "sparsity"),
     (lambda v: bayesify.fit_laplace_(net(), data(), temperature=v), "fit_laplace_: temperature"),
-    (lambda v: bayesify.fit_laplace_(net(), data(), seed=v), "seed"),
+    (lambda v: bayesify.fit_laplace_(net(), data(), seed=v), "fit_laplace_: seed"),
     (lambda v: bayesify.evaluate(net(), data(), resamples=v), "resamples"),
     (lambda v: bayesify.evaluate(net(), data(), workers=v), "workers"),
     (lambda v: bayesify.latency(int, seconds=v), "latency: seconds"),

@@ -10,14 +10,14 @@ import pytest
 import scipy.optimize
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import bayesify
 from bayesify.data import ImageData, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
-from bayesify.kernels.noise import fold
+from bayesify.likelihoods import Categorical
 from bayesify.models import InputConfig
+from bayesify.seeds import fold
 from bayesify.training import fisher, fit_laplace_
 from bayesify.training.fisher import fisher_diagonal
 from bayesify.training.holdout import held_out_loss
@@ -199,7 +199,7 @@ def test_the_prior_that_held_out_examples_choose() -> None:
     order = torch.randperm(300, generator=torch.Generator().manual_seed(fold(4, 1)))
     held = order[:90].sort().values
     batch = [(inputs[held], labels[held])]
-    again = held_out_loss(model, batch, F.cross_entropy, CPU, False, seed=4)
+    again = held_out_loss(model, batch, Categorical(), CPU, False, seed=4)
     assert again == pytest.approx(min(losses.values()), rel=1e-4)
     assert again < 0.9 * result.tried[0][1]
 
@@ -272,7 +272,7 @@ def test_pruned_weights_stay_pruned(parameterization: Any) -> None:
     ("change", "message"),
     [
         ({"fisher": "ggn"}, "fisher must be one of 'mc', 'exact', 'empirical', got 'ggn'"),
-        ({"prior_precision": 0.0}, "prior_precision must be a finite number above 0, 'marglik'"),
+        ({"prior_precision": 0.0}, "prior_precision must be above 0 and finite, or 'holdout'"),
         ({"prior_precision": "cv"}, "prior_precision must be"),
         ({"temperature": -1.0}, "temperature must be"),
         ({"holdout": 1.0}, "holdout must be between 0 and 1"),

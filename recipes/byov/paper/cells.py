@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bayesify.provenance import machine, provenance
+
 from ..config import UNSEEN_SHIFTS, BYOVConfig, RunConfig
 from ..evaluation.evaluate import evaluate
 from ..evaluation.ood import ood_detection, open_ood
@@ -24,7 +26,6 @@ from ..evaluation.uncertainty import UncertaintySettings
 from ..iterative import IterativeSettings
 from ..presets import PRESETS
 from ..runtime.monitors import collapse_alarms
-from ..runtime.provenance import provenance
 from ..train import train
 from ..train_log import Watcher
 from .figures import measure
@@ -272,20 +273,34 @@ def run_cell(
     run = replace(
         scale.run, out=folder, data=data or scale.run.data, device=device or scale.run.device
     )
-    config = config_of(scale, cell, seed)
     clock = folder / "seconds.json"
-    spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0
     if not (folder / "student.safetensors").exists():
+        spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0
         started = time.perf_counter()
         on_progress(f"{cell.name}, seed {seed}: training")
+        config = config_of(scale, cell, seed)
         outcome = train(config, run, resume=True, watcher=Watcher(log=on_progress))
         if first:
-            spent += time.perf_counter() - started
-            write_json(clock, {"train": spent})
+            write_json(clock, {"train": spent + time.perf_counter() - started})
         if outcome.results is None:
             return False
-    if not first:
-        return True
+    if first:
+        _measure_cell(scale, cell, seed, run, ood, on_progress)
+    return True
+
+
+def _measure_cell(
+    scale: Scale,
+    cell: Cell,
+    seed: int,
+    run: RunConfig,
+    ood: Sequence[str],
+    on_progress: Callable[[str], None],
+) -> None:
+    """Measure a trained cell and write its result."""
+    folder = run.out
+    clock = folder / "seconds.json"
+    spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0
     started = time.perf_counter()
     opened = open_run(folder, data=run.data, device=run.device, workers=run.workers)
 
@@ -317,10 +332,10 @@ def run_cell(
             "log": list(subsample(opened.log, layers=cell.group in _LAYERS_KEPT)),
             "results": results,
             "seconds": {"train": spent, "measure": time.perf_counter() - started},
-            **provenance(opened.device),
+            "machine": machine(opened.device),
+            **provenance("torch", "timm"),
         },
     )  # fmt: skip
-    return True
 
 
 def subsample(log: list[dict[str, Any]], *, layers: bool) -> Iterator[dict[str, Any]]:
