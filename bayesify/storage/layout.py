@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,17 +14,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..conversion import BBBConfig, Conversion, InitialStd, RelativeStd
 from ..errors import BayesifyError, CheckpointError
 from ..gaussian import Parameterization
 from ..models import InputConfig
 from ..numeric import real
-from ..planning import BBBConfig, Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, Estimator
 from ..priors import STD_RANGE, GaussianPrior, LivePrior, Prior, ScaleMixturePrior, may_be_std
-from ..selection import Pattern, Recorded, parse_patterns
+from ..selection import Filter, ParsedPattern, Recorded
 from .json_text import parse_json
 
-FORMAT = 1
+FORMAT = 2
 _KINDS: dict[str, tuple[type, ...]] = {
     "aliases": (dict,), "conversions": (list,), "elements": (dict,), "info": (dict,),
     "input": (dict, type(None)), "model": (dict,), "posterior": (list,), "versions": (dict,),
@@ -71,6 +72,7 @@ class Row:
         """The row that :meth:`to_json` gave; anything else raises."""
         prior = _prior_from_json(data["prior"])
         std = prior.std if isinstance(prior, GaussianPrior) else 1.0
+        estimator = data.get("estimator", "weight")
         return cls(
             name=_text(data["name"]),
             aliases=tuple(map(_text, _list(data["aliases"]))),
@@ -83,9 +85,7 @@ class Row:
                 f"such that std is {STD_RANGE}",
                 lambda scale: may_be_std(std * scale),
             ),
-            estimator=Conversion(estimators=(("*", data.get("estimator", "weight")),)).estimators[
-                0
-            ][1],
+            estimator=Conversion(estimator=(("*", estimator),)).estimator[0][1],
         )
 
 
@@ -108,44 +108,67 @@ def _prior_from_json(data: Mapping[str, Any]) -> Prior:
 
 def conversion_to_json(conversion: Conversion) -> dict[str, Any]:
     """Plain values that :func:`conversion_from_json` reads."""
-    # A file does not choose which class is imported: a class pattern becomes its name.
-    skip, only = (
-        [p if isinstance(p, str) else p.__name__ for p in patterns]
-        for patterns in (conversion.skip, conversion.only)
-    )
     return {
-        "skip": skip,
-        "only": only,
+        "skip": [*map(_pattern_to_json, conversion.skip)],
+        "only": [*map(_pattern_to_json, conversion.only)],
         "preset": conversion.preset,
         "prior": _prior_to_json(conversion.prior, "the conversion"),
-        "logvar": conversion.logvar,
-        "estimators": [
-            [p if isinstance(p, str) else p.__name__, e] for p, e in conversion.estimators
-        ],
+        "initial_std": _initial_std_to_json(conversion.initial_std),
+        "estimators": [[_pattern_to_json(p), e] for p, e in conversion.estimator],
         "config": asdict(conversion.config),
     }
 
 
 def conversion_from_json(data: Mapping[str, Any]) -> Conversion:
     """The conversion that :func:`conversion_to_json` gave; anything else raises."""
-    skip, only = (tuple(map(_text, _list(data[key]))) for key in ("skip", "only"))
-    estimators = tuple((_text(p), e) for p, e in _list(data.get("estimators", [])))
-    patterns = (*skip, *only, *(pattern for pattern, _ in estimators))
+    skip, only = (tuple(map(_pattern_from_json, _list(data[key]))) for key in ("skip", "only"))
+    estimator = tuple((_pattern_from_json(p), e) for p, e in _list(data.get("estimators", [])))
+    patterns = (*skip, *only, *(pattern for pattern, _ in estimator))
     globs = [pattern for pattern in patterns if set(pattern) & set("*?[")]
     if len(globs) > _MAX_PATTERNS or any(len(pattern) > _MAX_PATTERN for pattern in patterns):
         raise ValueError(
             f"more than {_MAX_PATTERNS:,} patterns, or one of more than {_MAX_PATTERN:,} characters"
         )
-    parse_patterns([pattern for pattern in patterns if not pattern.startswith("re:")])
+    config = dict(data["config"])
     return Conversion(
         skip=skip,
         only=only,
         preset=None if data["preset"] is None else _text(data["preset"]),
         prior=_prior_from_json(data["prior"]),
-        logvar=data["logvar"],
-        estimators=estimators,
-        config=BBBConfig(**data["config"]),
+        initial_std=_initial_std_from_json(data, config.pop("relative_std", None)),
+        estimator=estimator,
+        config=BBBConfig(**config),
     )
+
+
+def _pattern_to_json(pattern: ParsedPattern) -> str | dict[str, Any]:
+    """Text, or what a function has chosen: a file holds no code, nor says which class to import."""
+    if isinstance(pattern, Filter):
+        pattern = pattern.recorded
+    if isinstance(pattern, Recorded) and not pattern.startswith("re:"):
+        return {"function": str(pattern), "names": sorted(pattern.names)}
+    return pattern if isinstance(pattern, str) else pattern.__name__
+
+
+def _pattern_from_json(value: Any) -> str:
+    if isinstance(value, dict):
+        return Recorded(_text(value["function"]), frozenset(map(_text, _list(value["names"]))))
+    return Recorded(value) if _text(value).startswith("re:") else _text(value)
+
+
+def _initial_std_to_json(value: InitialStd | None) -> float | dict[str, float] | None:
+    return {"rms": value.fraction} if isinstance(value, RelativeStd) else value
+
+
+def _initial_std_from_json(data: Mapping[str, Any], relative: Any) -> InitialStd | None:
+    """The initial sigma; files of format 1 have ``logvar``, or ``relative_std`` in the config."""
+    if "initial_std" not in data:
+        logvar = data["logvar"]
+        if logvar is None:
+            return None if relative is None else RelativeStd(relative)
+        return math.exp(0.5 * real("logvar", logvar, "a number up to 80", lambda v: v <= 80.0))
+    value = data["initial_std"]
+    return RelativeStd(value["rms"]) if isinstance(value, dict) else value
 
 
 def _text(value: Any) -> str:
@@ -204,17 +227,19 @@ def _recorded(
     below = frozenset(key.removeprefix(prefix) for key in state if key.startswith(prefix))
     bayesian = frozenset(estimators)
 
-    def record(pattern: Pattern, names: frozenset[str]) -> Pattern:
-        regex = isinstance(pattern, str) and pattern.startswith("re:")
-        return Recorded(str(pattern), names, below) if regex else pattern
+    def record(pattern: ParsedPattern, names: frozenset[str]) -> ParsedPattern:
+        if not isinstance(pattern, Recorded):
+            return pattern
+        regex = pattern.startswith("re:")
+        return Recorded(str(pattern), names if regex else pattern.names, below)
 
     return replace(
         conversion,
         skip=tuple(record(pattern, below - bayesian) for pattern in conversion.skip),
         only=tuple(record(pattern, bayesian) for pattern in conversion.only),
-        estimators=tuple(
+        estimator=tuple(
             (record(p, frozenset(n for n, own in estimators.items() if own == e)), e)
-            for p, e in conversion.estimators
+            for p, e in conversion.estimator
         ),
     )
 

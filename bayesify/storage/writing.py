@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..classes import classes_of
+from ..conversion import Conversion
 from ..errors import ArgumentError, CheckpointError, ModelError
 from ..models import SPEC, ModelSpec, input_config
-from ..planning import Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, bayesian_sites, owner_state, posterior_tensors, sites
 from ..priors import LivePrior
 from ..unconverted import warn_of_unconverted

@@ -518,7 +518,7 @@ def test_copies_keep_the_estimators(copied: Callable[[Any], Any], pruned: bool) 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_at_the_means_it_is_the_original(estimator: Estimator) -> None:
     net = timm.create_model("test_vit", num_classes=3)
-    model = bayesify.to_bbb(net, estimator=estimator, logvar=-6.0)
+    model = bayesify.to_bbb(net, estimator=estimator, initial_std=math.exp(-3.0))
     x = torch.randn(2, 3, 160, 160)
     for training in (False, True):
         for each in (net, model):
