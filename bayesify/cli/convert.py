@@ -202,7 +202,7 @@ def _initial_std(
         return read_initial_std(given)
     if relative_std is not None:
         return RelativeStd(relative_std)
-    return None if logvar is None else math.exp(0.5 * logvar)
+    return None if logvar is None else math.exp(min(0.5 * logvar, 100.0))  # refused, not inf
 
 
 def _estimators(given: Sequence[str]) -> dict[str, str]:

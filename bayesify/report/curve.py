@@ -13,6 +13,7 @@ from .. import evaluate
 from ..data import ImageData
 from ..storage import replacing
 from ..training.readable import readable
+from .figure import figure_class
 
 Prune = Callable[[nn.Module, float, Any], object]
 """Prunes a model in place: of the model, the share, and the score."""
@@ -67,8 +68,6 @@ def pruning_curve(
 
 def draw_curve(rows: list[dict[str, Any]], path: Any, *, overwrite: bool = False) -> None:
     """Draw accuracy, NLL and ECE into a PNG, one line for each score and kind of prediction."""
-    from .plots import figure_class
-
     figure = figure_class()(figsize=(12, 3.6), layout="constrained")
     colours = {by: f"C{i}" for i, by in enumerate(dict.fromkeys(row["score"] for row in rows))}
     names = {"accuracy": "accuracy", "nll": "NLL in nats", "ece": "ECE"}

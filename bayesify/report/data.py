@@ -6,10 +6,9 @@ import contextlib
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from ..inference import Given, Predictor, class_logits
 from ..metrics import (
     ClassificationMetrics,
     Examples,
-    Interval,
     bootstrap_interval,
     cross_fitted_temperature,
     entropy,
@@ -36,8 +34,9 @@ from ..pruning import prune_
 from ..scope import at_mean
 from ..training.matching import images_by_name
 from ..training.readable import readable
+from .content import Bin, Detection, Example, OodScores, Report, Row
 from .curve import pruning_curve
-from .weights import Layer, left_out, measure
+from .weights import left_out, measure
 
 SHOWN = 6
 """Images in a row of examples."""
@@ -45,103 +44,6 @@ SHARES = (0.0, 0.25, 0.5, 0.7, 0.85, 0.95)
 CURVE_IMAGES, CURVE_DRAWS = 1000, 5
 """The pruning curve is for the eye: it is measured on so many images and draws at most."""
 Step = Callable[[str, int, int], None]
-
-
-class Bin(NamedTuple):
-    """A bin of the reliability diagram that holds images; ``interval`` is of its accuracy."""
-
-    lower: float
-    upper: float
-    size: int
-    confidence: float
-    accuracy: float
-    interval: Interval
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kind of prediction: its numbers, their bootstrap intervals, its bins, each example.
-
-    ``excess`` is the interval of its mean confidence less its accuracy, ``difference`` that of its
-    mean NLL less that of the temperature-scaled means.
-    """
-
-    prediction: str
-    draws: int
-    values: dict[str, float]
-    intervals: dict[str, Interval]
-    examples: Examples
-    bins: tuple[Bin, ...]
-    excess: Interval
-    temperature: float | None = None
-    difference: Interval | None = None
-
-
-@dataclass(frozen=True)
-class Detection:
-    """How well a score tells OOD images from the others."""
-
-    score: str
-    auroc: float
-    aupr: float
-    fpr95: float
-
-
-@dataclass(frozen=True)
-class OodScores:
-    """Images that the model was not made for; ``entropy`` of each, nats."""
-
-    name: str
-    split: str
-    entropy: Tensor
-    scores: tuple[Detection, ...]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image as it is stored, and its likeliest classes: (name, mean, std over the draws)."""
-
-    index: int
-    image: Tensor
-    label: str
-    predicted: str
-    entropy: float
-    information: float
-    bars: tuple[tuple[str, float, float], ...]
-
-    @property
-    def right(self) -> bool:
-        """Whether the likeliest class is the true one."""
-        return self.label == self.predicted
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the page shows. ``curve`` has the rows of :func:`pruning_curve`."""
-
-    title: str
-    data: str
-    split: str
-    images: int
-    classes: int
-    num_samples: int
-    resamples: int
-    rows: tuple[Row, ...]
-    information: Tensor
-    ood: OodScores | None
-    layers: tuple[Layer, ...]
-    left_out: tuple[tuple[str, int, int], ...]
-    surest: tuple[Example, ...]
-    least_sure: tuple[Example, ...]
-    sure_and_wrong: tuple[Example, ...]
-    curve: tuple[dict[str, Any], ...]
-    curve_images: int
-    curve_draws: int
-    facts: tuple[tuple[str, str], ...]
-
-    def row(self, prediction: str) -> Row | None:
-        """The row of one kind of prediction, None if it was not measured."""
-        return next((row for row in self.rows if row.prediction == prediction), None)
 
 
 def gather(
@@ -197,8 +99,8 @@ def gather(
     num_samples, batch_size = count("num_samples", num_samples), count("batch_size", batch_size)
     seed = seed_number(seed)
     bayesian_sites(model)
-    look: Any = partial(readable, workers=workers, skip=skip_unreadable)
-    images, ood = images_by_name(look(images)[0], model), None if ood is None else look(ood)[0]
+    images = images_by_name(readable(images, workers=workers, skip=skip_unreadable)[0], model)
+    ood = None if ood is None else readable(ood, workers=workers, skip=skip_unreadable)[0]
     config = model_config or input_config(model)
     run = _Run(model.eval(), config, num_samples, seed, batch_size, device, amp, workers, on_step)
     found = run.over(images, "Measuring", labelled=True)

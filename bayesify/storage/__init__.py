@@ -9,9 +9,12 @@ format        version of this layout, an integer
 model         ``class``, and ``spec``: the :class:`bayesify.models.ModelSpec`, or null
 input         the :class:`bayesify.models.InputConfig`, or null
 elements      ``total`` and ``bayesian``: parameters of the model, those with a posterior
-conversions   ``root`` and the arguments of each conversion, for layers that are added later
+conversions   ``root`` and the arguments of each conversion, for layers that are added later; of a
+              function among the patterns its name and the parameters that it chose
 posterior     one row for each Bayesian parameter: ``name``, ``aliases``, ``slot`` (the name that
               its noise is keyed by), ``parameterization``, ``prior``, ``prior_scale``
+likelihood    ``kind`` and ``args`` of the likelihood, or null; its tensors are
+              ``__likelihood__.<name>``. Its args are null where its code is the user's
 aliases       state_dict keys that are stored under another key
 versions      of the packages that wrote the file
 info          what the caller of :func:`save` added

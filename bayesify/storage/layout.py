@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..conversion import BBBConfig, Conversion, InitialStd, RelativeStd
+from ..conversion import Conversion
 from ..errors import BayesifyError, CheckpointError
-from ..gaussian import Parameterization
+from ..likelihoods import Likelihood, from_json, unstored
 from ..models import InputConfig
-from ..numeric import real
-from ..posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, Estimator
-from ..priors import STD_RANGE, GaussianPrior, LivePrior, Prior, ScaleMixturePrior, may_be_std
-from ..selection import Filter, ParsedPattern, Recorded
+from ..posterior import PRIOR_MEAN_SUFFIX
+from ..priors import GaussianPrior
 from .json_text import parse_json
+from .posterior_json import Row, conversions_of, recorded, rows_of, text_in
 
 FORMAT = 2
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -30,169 +28,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "input": (dict, type(None)), "model": (dict,), "posterior": (list,), "versions": (dict,),
 }  # fmt: skip
 KEY = "bayesify"
-_MAX_PATTERNS, _MAX_PATTERN = 1000, 1000
-"""Of one conversion, and characters of one: each is compared with every name of a model."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One Bayesian parameter; ``slot`` is the name that its noise is keyed by."""
-
-    name: str
-    aliases: tuple[str, ...]
-    slot: str
-    parameterization: Parameterization
-    prior: Prior
-    prior_scale: float
-    estimator: Estimator
-
-    @property
-    def names(self) -> frozenset[str]:
-        """All names of the parameter, more than one if it is tied."""
-        return frozenset((self.name, *self.aliases))
-
-    def raw(self, name: str | None = None) -> str:
-        """Key of the trained spread beside ``name``, by default the first."""
-        return (name or self.name) + RAW_SUFFIX[self.parameterization]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values that :meth:`from_json` reads."""
-        return {
-            "name": self.name,
-            "aliases": list(self.aliases),
-            "slot": self.slot,
-            "parameterization": self.parameterization,
-            "prior": _prior_to_json(self.prior, self.name),
-            "prior_scale": self.prior_scale,
-            "estimator": self.estimator,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """The row that :meth:`to_json` gave; anything else raises."""
-        prior = _prior_from_json(data["prior"])
-        std = prior.std if isinstance(prior, GaussianPrior) else 1.0
-        estimator = data.get("estimator", "weight")
-        return cls(
-            name=_text(data["name"]),
-            aliases=tuple(map(_text, _list(data["aliases"]))),
-            slot=_text(data["slot"]),
-            parameterization=BBBConfig(parameterization=data["parameterization"]).parameterization,
-            prior=prior,
-            prior_scale=real(
-                "prior_scale",
-                data["prior_scale"],
-                f"such that std is {STD_RANGE}",
-                lambda scale: may_be_std(std * scale),
-            ),
-            estimator=Conversion(estimator=(("*", estimator),)).estimator[0][1],
-        )
-
-
-def _prior_to_json(prior: Prior, name: str) -> dict[str, Any]:
-    if isinstance(prior, LivePrior):
-        raise CheckpointError(
-            f"The prior of {name!r} is live: it calls a function, which a file cannot hold. Set "
-            "another one before saving, set_prior_(model, GaussianPrior()), and the live one again "
-            "after loading."
-        )
-    return {"kind": type(prior).__name__, **asdict(prior)}
-
-
-def _prior_from_json(data: Mapping[str, Any]) -> Prior:
-    kinds: dict[Any, type[GaussianPrior | ScaleMixturePrior]] = {
-        kind.__name__: kind for kind in (GaussianPrior, ScaleMixturePrior)
-    }
-    return kinds[data["kind"]](**{k: v for k, v in data.items() if k != "kind"})
-
-
-def conversion_to_json(conversion: Conversion) -> dict[str, Any]:
-    """Plain values that :func:`conversion_from_json` reads."""
-    return {
-        "skip": [*map(_pattern_to_json, conversion.skip)],
-        "only": [*map(_pattern_to_json, conversion.only)],
-        "preset": conversion.preset,
-        "prior": _prior_to_json(conversion.prior, "the conversion"),
-        "initial_std": _initial_std_to_json(conversion.initial_std),
-        "estimators": [[_pattern_to_json(p), e] for p, e in conversion.estimator],
-        "config": asdict(conversion.config),
-    }
-
-
-def conversion_from_json(data: Mapping[str, Any]) -> Conversion:
-    """The conversion that :func:`conversion_to_json` gave; anything else raises."""
-    skip, only = (tuple(map(_pattern_from_json, _list(data[key]))) for key in ("skip", "only"))
-    estimator = tuple((_pattern_from_json(p), e) for p, e in _list(data.get("estimators", [])))
-    patterns = (*skip, *only, *(pattern for pattern, _ in estimator))
-    globs = [pattern for pattern in patterns if set(pattern) & set("*?[")]
-    if len(globs) > _MAX_PATTERNS or any(len(pattern) > _MAX_PATTERN for pattern in patterns):
-        raise ValueError(
-            f"more than {_MAX_PATTERNS:,} patterns, or one of more than {_MAX_PATTERN:,} characters"
-        )
-    config = dict(data["config"])
-    return Conversion(
-        skip=skip,
-        only=only,
-        preset=None if data["preset"] is None else _text(data["preset"]),
-        prior=_prior_from_json(data["prior"]),
-        initial_std=_initial_std_from_json(data, config.pop("relative_std", None)),
-        estimator=estimator,
-        config=BBBConfig(**config),
-    )
-
-
-def _pattern_to_json(pattern: ParsedPattern) -> str | dict[str, Any]:
-    """Text, or what a function has chosen: a file holds no code, nor says which class to import."""
-    if isinstance(pattern, Filter):
-        pattern = pattern.recorded
-    if isinstance(pattern, Recorded) and not pattern.startswith("re:"):
-        return {"function": str(pattern), "names": sorted(pattern.names)}
-    return pattern if isinstance(pattern, str) else pattern.__name__
-
-
-def _pattern_from_json(value: Any) -> str:
-    if isinstance(value, dict):
-        return Recorded(_text(value["function"]), frozenset(map(_text, _list(value["names"]))))
-    return Recorded(value) if _text(value).startswith("re:") else _text(value)
-
-
-def _initial_std_to_json(value: InitialStd | None) -> float | dict[str, float] | None:
-    return {"rms": value.fraction} if isinstance(value, RelativeStd) else value
-
-
-def _initial_std_from_json(data: Mapping[str, Any], relative: Any) -> InitialStd | None:
-    """The initial sigma; files of format 1 have ``logvar``, or ``relative_std`` in the config."""
-    if "initial_std" not in data:
-        logvar = data["logvar"]
-        if logvar is None:
-            return None if relative is None else RelativeStd(relative)
-        return math.exp(0.5 * real("logvar", logvar, "a number up to 80", lambda v: v <= 80.0))
-    value = data["initial_std"]
-    return RelativeStd(value["rms"]) if isinstance(value, dict) else value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is no list")
-    return value
-
-
-def rows_of(header: Mapping[str, Any]) -> tuple[Row, ...]:
-    """The Bayesian parameters that a header names."""
-    return tuple(map(Row.from_json, header["posterior"]))
-
-
-def conversions_of(header: Mapping[str, Any]) -> tuple[tuple[str, Conversion], ...]:
-    """(path of the converted module, arguments) of each conversion that a header names."""
-    return tuple(
-        (_text(c["root"]), conversion_from_json(c["arguments"])) for c in header["conversions"]
-    )
+LIKELIHOOD = "__likelihood__."
+"""Before the names of the likelihood's tensors, which are no part of the model's state."""
 
 
 def input_of(header: Mapping[str, Any]) -> InputConfig:
@@ -210,40 +47,6 @@ def classes_in(header: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(named) if known else ()
 
 
-def _recorded(
-    root: str, conversion: Conversion, rows: tuple[Row, ...], state: Mapping[str, Tensor]
-) -> Conversion:
-    """The conversion with what its regular expressions had chosen in their place.
-
-    A file of a stranger could hold one that takes for ever, so they are not even compiled.
-    """
-    prefix = f"{root}." if root else ""
-    estimators = {
-        name.removeprefix(prefix): row.estimator
-        for row in rows
-        for name in row.names
-        if name.startswith(prefix)
-    }
-    below = frozenset(key.removeprefix(prefix) for key in state if key.startswith(prefix))
-    bayesian = frozenset(estimators)
-
-    def record(pattern: ParsedPattern, names: frozenset[str]) -> ParsedPattern:
-        if not isinstance(pattern, Recorded):
-            return pattern
-        regex = pattern.startswith("re:")
-        return Recorded(str(pattern), names if regex else pattern.names, below)
-
-    return replace(
-        conversion,
-        skip=tuple(record(pattern, below - bayesian) for pattern in conversion.skip),
-        only=tuple(record(pattern, bayesian) for pattern in conversion.only),
-        estimator=tuple(
-            (record(p, frozenset(n for n, own in estimators.items() if own == e)), e)
-            for p, e in conversion.estimator
-        ),
-    )
-
-
 @dataclass(frozen=True)
 class Contents:
     """A whole file, checked to be complete in itself.
@@ -251,7 +54,7 @@ class Contents:
     ``conversions`` are (path of the converted module, arguments); ``spec`` is the JSON of a
     ModelSpec; ``state`` the tensors of the state_dict, tied ones under each of their keys;
     ``extra`` the plain values in it; ``classes`` the names of the outputs, as far as they are
-    known.
+    known; ``unstored`` the kinds of likelihoods that the model had and no file can hold.
     """
 
     rows: tuple[Row, ...]
@@ -262,6 +65,8 @@ class Contents:
     extra: dict[str, Any]
     prior_means: dict[str, Tensor]
     classes: tuple[str, ...]
+    likelihood: Likelihood | None
+    unstored: tuple[str, ...]
 
 
 def read_contents(path: str | os.PathLike[str]) -> Contents:
@@ -281,6 +86,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     try:
         rows, conversions = rows_of(header), conversions_of(header)
         extra = dict(header.get("extra", {}))
+        noise = {key: tensors.pop(key) for key in list(tensors) if key.startswith(LIKELIHOOD)}
+        said = header.get("likelihood")  # files of before say nothing
+        own = {key.removeprefix(LIKELIHOOD): value for key, value in noise.items()}
+        missing = () if said is None else tuple(unstored(said))
+        likelihood = None if (said is None or missing) and not own else from_json(said, own)
         state = {**tensors, **{key: tensors[kept] for key, kept in header["aliases"].items()}}
         for row in rows:
             for name in row.names:
@@ -292,11 +102,14 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         }
         for name, prior_mean in prior_means.items():
             _check_spread(name, state[name], name + PRIOR_MEAN_SUFFIX, prior_mean)
-        conversions = tuple((root, _recorded(root, c, rows, state)) for root, c in conversions)
+        conversions = tuple((root, recorded(root, c, rows, state)) for root, c in conversions)
     except (KeyError, TypeError, ValueError, AttributeError, BayesifyError) as error:
         raise _damaged(path, error) from error
     kind, spec = header["model"]["class"], header["model"]["spec"]
-    return Contents(rows, conversions, kind, spec, state, extra, prior_means, classes_in(header))
+    return Contents(
+        rows, conversions, kind, spec, state, extra, prior_means, classes_in(header), likelihood,
+        missing,
+    )  # fmt: skip
 
 
 def _check_spread(name: str, mean: Tensor, beside: str, tensor: Tensor) -> None:
@@ -343,9 +156,20 @@ def describe(header: Mapping[str, Any]) -> list[tuple[str, str]]:
     classes = classes_in(header)
     if classes:
         lines.append(("classes", f"{len(classes)}"))
+    said = header.get("likelihood")
+    if said is not None:
+        lines.append(("likelihood", _shown(said)))
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
     lines.append(("written by", f"{versions} (format {header['format']})"))
     return [(name, value) for name, value in lines if value]
+
+
+def _shown(likelihood: Mapping[str, Any]) -> str:
+    """A likelihood as it would be written in Python."""
+    arguments = likelihood["args"] or {}
+    if likelihood["kind"] == "Heads":
+        return ", ".join(f"{name}: {_shown(head)}" for name, head in arguments["heads"])
+    return f"{likelihood['kind']}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
 
 @contextmanager
@@ -395,14 +219,17 @@ def _check_header(header: Mapping[str, Any]) -> None:
         if not isinstance(header[key], kinds):
             raise TypeError(f"{key} is {header[key]!r:.60}")
     model, elements = header["model"], header["elements"]
-    _text(model["class"])
+    text_in(model["class"])
     if model["spec"] is not None:
-        _text(model["spec"]["name"])
+        text_in(model["spec"]["name"])
     total, bayesian = elements["total"], elements["bayesian"]
     if not (type(total) is type(bayesian) is int and 0 <= bayesian <= total > 0):
         raise ValueError(f"elements is {elements!r:.60}")
+    if header.get("likelihood") is not None:
+        unstored(header["likelihood"])
+        _shown(header["likelihood"])
     for value in (*header["aliases"].values(), *header["versions"].values()):
-        _text(value)
+        text_in(value)
     if header["input"] is not None:
         input_of(header)
     rows = rows_of(header)

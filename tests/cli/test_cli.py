@@ -591,6 +591,7 @@ def test_prune_draws_a_curve() -> None:
         (["convert", "tinyfactory:tiny", "--prior-std", "0"], 2, "std must be a number"),
         (["convert", "tinyfactory:tiny", "--prior-mean", "first"], 2, "a number or initial"),
         (["convert", "tinyfactory:tiny", "--logvar", "nan"], 2, "initial_std must be a number"),
+        (["convert", "tinyfactory:tiny", "--logvar", "5000"], 2, "initial_std must be a number"),
         (["convert", "tinyfactory:tiny", "--relative-std", "0"], 2, "fraction must be"),
         (["convert", "tinyfactory:tiny", "--relative-std", "1", "--logvar", "1"], 2, "give one"),
         (["convert", "tinyfactory:tiny", "--initial-std", "1", "--logvar", "1"], 2, "give one"),
