@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayesify import ArgumentError, CheckpointError, ModelError, posteriors
 from bayesify.data import InMemory
@@ -140,22 +140,14 @@ def open_run(
     except (ArgumentError, TypeError, AttributeError) as error:
         raise checkpoint.KIND.damaged(newest, error) from error
     check_encoder(newest, config, encoder, encoder_args)
+    here = resolve_device(device)  # one, also where torchrun started more processes
     spec = data
     if spec is None:
         spec = identity["data"]["name"]
         check_data(newest, spec)
-    here = resolve_device(device)  # one, also where torchrun started more processes
     with torch.random.fork_rng(devices=[]):
         _check_size(newest, config, saved)
-        source = open_images(config, RunConfig(data=spec, device=device)).to(here)
-        if source.test is None or not source.num_classes:
-            raise ArgumentError(
-                f"{spec!r} has no labelled test images, without which nothing can be measured; "
-                "give a data set that has with --data."
-            )
-        size = len(source.test) * source.channels * source.image_size**2
-        if not isinstance(source.test, InMemory) and size <= _MEMORY:
-            source = replace(source, test=in_memory(source, "test")).to(here)
+        source = _images(config, spec, here)
         plain = build_student(config, source.num_classes)
     trained = tuple(saved.get("classes") or source.classes)  # older checkpoints do not say them
     if not isinstance(plain, Student) and trained != source.classes:
@@ -165,13 +157,7 @@ def open_run(
         )
     teacher = None
     if saved["teacher"] is not None and isinstance(plain, Student):
-        network: Any = copy.deepcopy(plain).float()
-        state = {k: v for k, v in saved["teacher"].items() if k.startswith("network.")}
-        try:
-            network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
-        except RuntimeError as error:
-            raise checkpoint.KIND.damaged(newest, error) from error
-        teacher = network.to(here).eval()
+        teacher = _teacher(newest, plain, saved["teacher"]).to(here).eval()
     # its patterns may be regular expressions, which could take for ever: the tensors say the same
     spread = "_logvar" if config.parameterization == "exp" else "_rho"
     left = [n for n, _ in plain.named_parameters() if n + spread not in saved["student"]]
@@ -180,9 +166,7 @@ def open_run(
     initial_logvar = initial_logvars(model) | (saved.get("initial_logvar") or {})
     try:
         model.load_state_dict(saved["student"])
-    except (
-        RuntimeError
-    ) as error:  # the supervised baseline's classifier has the classes of its own data
+    except RuntimeError as error:  # the supervised baseline's classifier has classes of its own
         raise ArgumentError(
             f"{newest} does not fit {spec!r}, which has {source.num_classes} classes: {error}"
         ) from error
@@ -206,6 +190,39 @@ def open_run(
         log,
         initial_logvar,
     )
+
+
+def _images(config: BYOVConfig, spec: str, device: torch.device) -> Source:
+    """The data set, with its test images in memory where they fit.
+
+    Raises:
+        ArgumentError: It has no labelled test images.
+    """
+    source = open_images(config, RunConfig(data=spec)).to(device)
+    if source.test is None or not source.num_classes:
+        raise ArgumentError(
+            f"{spec!r} has no labelled test images, without which nothing can be measured; "
+            "give a data set that has with --data."
+        )
+    size = len(source.test) * source.channels * source.image_size**2
+    if isinstance(source.test, InMemory) or size > _MEMORY:
+        return source
+    return replace(source, test=in_memory(source, "test")).to(device)
+
+
+def _teacher(path: Path, student: Student, saved: Mapping[str, Tensor]) -> nn.Module:
+    """The teacher's network, of the same architecture.
+
+    Raises:
+        CheckpointError: The tensors are of another one.
+    """
+    network = copy.deepcopy(student).float()
+    state = {k: v for k, v in saved.items() if k.startswith("network.")}
+    try:
+        network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
+    except RuntimeError as error:
+        raise checkpoint.KIND.damaged(path, error) from error
+    return network
 
 
 def _check_size(path: Path, config: BYOVConfig, saved: Mapping[str, Any]) -> None:
