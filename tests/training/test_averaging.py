@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import bayesify
+from bayesify.likelihoods import Categorical
 from bayesify.training import fit
 from bayesify.training.holdout import held_out_loss
 
@@ -88,7 +88,7 @@ def test_held_out_losses_are_those_of_the_mean() -> None:
             for parameter, value in zip(model.parameters(), tensors, strict=True):
                 parameter.copy_(torch.from_numpy(value))
         again = held_out_loss(
-            model, [(inputs, targets)], F.cross_entropy, torch.device("cpu"), False, 2
+            model, [(inputs, targets)], Categorical(), torch.device("cpu"), False, 2
         )
         assert math.isclose(loss, again, rel_tol=1e-5)
 

@@ -10,12 +10,12 @@ import pytest
 import scipy.optimize
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import bayesify
 from bayesify.data import ImageData, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
+from bayesify.likelihoods import Categorical
 from bayesify.models import InputConfig
 from bayesify.seeds import fold
 from bayesify.training import fisher, fit_laplace_
@@ -199,7 +199,7 @@ def test_the_prior_that_held_out_examples_choose() -> None:
     order = torch.randperm(300, generator=torch.Generator().manual_seed(fold(4, 1)))
     held = order[:90].sort().values
     batch = [(inputs[held], labels[held])]
-    again = held_out_loss(model, batch, F.cross_entropy, CPU, False, seed=4)
+    again = held_out_loss(model, batch, Categorical(), CPU, False, seed=4)
     assert again == pytest.approx(min(losses.values()), rel=1e-4)
     assert again < 0.9 * result.tried[0][1]
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 import bayesify
 from bayesify.data import ImageData, InMemory, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
+from bayesify.likelihoods import Categorical
 from bayesify.models import InputConfig
 from bayesify.training import FitResult, Progress, evaluate, fit
 from bayesify.training.batches import Order, split
@@ -276,7 +277,7 @@ def test_the_held_out_loss_is_that_of_the_average_of_the_draws() -> None:
     data, model = blobs(), bayesify.to_bbb(small(), logvar=-1.0)
     inputs, targets = data.tensors
     found = held_out_loss(model, [(inputs[:40], targets[:40]), (inputs[40:], targets[40:])],
-                          F.cross_entropy, torch.device("cpu"), False, seed=2)  # fmt: skip
+                          Categorical(), torch.device("cpu"), False, seed=2)  # fmt: skip
     probs = bayesify.predict(model, inputs, num_samples=10, seed=2).softmax(-1).mean(0)
     assert found == pytest.approx(F.nll_loss(probs.log(), targets).item(), rel=1e-5)
 
@@ -526,7 +527,7 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         ({"kl_reduction": "mean"}, "kl_reduction must be one of"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
         ({"train": TensorDataset(torch.zeros(0, 2), torch.zeros(0))}, "data set is empty"),
-        ({"train": Stream()}, "with a length, got Stream"),
+        ({"train": Stream()}, "Stream is a stream.* give num_data="),
         ({"train": [1, 2]}, "got list"),
         ({"kl_shape": "sine"}, "kl_shape must be 'linear' or 'cosine'"),
         ({"logvar_lr": -1.0}, "logvar_lr must be None or at least 0"),
