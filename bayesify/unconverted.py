@@ -158,9 +158,9 @@ def warn_of_unconverted(model: nn.Module, *, once: bool = False, stacklevel: int
     state = owner_state(parts[0].module)
     assert state is not None
     now = frozenset(what for part in parts for what in part.new.values())
-    if once and now == state.told:
+    if once and now == state.warned:
         return
-    state.told = now
+    state.warned = now
     names = [
         part.new[place][0]
         for part in parts

@@ -161,7 +161,7 @@ def test_the_difference_to_the_control_is_paired(report: Report) -> None:
     )
 
 
-def test_strangers(model: nn.Module, report: Report) -> None:
+def test_ood_images(model: nn.Module, report: Report) -> None:
     assert report.ood is not None
     x, _ = inputs(ImageData("others", "all", CLASSES, Pictures(60, 90.0, 2)))
     known, _ = inputs(pictures())

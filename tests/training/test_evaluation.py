@@ -132,7 +132,7 @@ def test_the_control_scales_the_logits_at_the_means(bayesian: bool) -> None:
 
 
 @pytest.mark.parametrize("bayesian", [False, True])
-def test_strangers_are_told_apart_by_each_score(bayesian: bool) -> None:
+def test_ood_images_are_told_apart_by_each_score(bayesian: bool) -> None:
     data, model = blobs(), small()
     others = torch.randn(37, 2) * 3
     if bayesian:
