@@ -136,7 +136,7 @@ def _show_ood(made: dict[str, Any] | None) -> None:
         render.table(
             ("OOD data", "prediction", "score", "AUROC", "FPR95"),
             [
-                (r["strangers"], r["prediction"], r["score"], f"{r['auroc']:.3f}",
+                (r["ood"], r["prediction"], r["score"], f"{r['auroc']:.3f}",
                  f"{r['fpr95']:.1%}")
                 for r in made["numbers"]["rows"]
             ],

@@ -28,7 +28,7 @@ from ..data.training import open_images
 from ..model import Student, build_student, convert_
 from ..runtime import checkpoint
 from ..runtime.log import read_log
-from ..runtime.monitors import initial_logvars, posterior_health
+from ..runtime.monitors import initial_logvars, posterior_summary
 from ..trust import check_data, check_encoder
 from .features import Reading, Rows, refresh_batchnorm_
 
@@ -80,8 +80,8 @@ class Run:
         """What every result says of its run."""
         travel = None
         if self.config.bayesian:
-            health = posterior_health(self.model, initial_logvar=self.initial_logvar)
-            travel = health.logvar_travel
+            summary = posterior_summary(self.model, initial_logvar=self.initial_logvar)
+            travel = summary.logvar_travel
         spread = logvar_spread(self.model) if self.config.bayesian else None
         return {
             "run": label(self.config),
