@@ -242,8 +242,8 @@ def page(document: dict[str, Any]) -> str:
         lines += [f"## {name}", "", _sentence(found["what"]), ""]
         if known[name].slow <= 5.0:
             lines += [
-                f"More than {known[name].slow:g} s of a processor: {found['slow']} trials. More than "
-                f"{known[name].large:,.0f} MiB: {found['large']}; the most was "
+                f"More than {known[name].slow:g} s of a processor: {found['slow']} trials. More "
+                f"than {known[name].large:,.0f} MiB: {found['large']}; the most was "
                 f"{found['most_mib']:,} MiB.",
                 "",
             ]
