@@ -353,6 +353,7 @@ def _problems(c: BYOVConfig) -> list[str]:
         want(0 <= value <= 1, f"{name} must be in [0, 1], not {value!r}.")
     want(0 < c.min_crop <= 1, f"min_crop must be in (0, 1], not {c.min_crop!r}.")
     want(all(0 <= b < 1 for b in c.betas), f"betas must be in [0, 1), not {c.betas!r}.")
+    want(c.seed < 1 << 63, f"seed must be below 2**63, not {c.seed}.")
     want(c.channels in (1, 3), f"channels must be 1 or 3, not {c.channels}.")
     if found:
         return found

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from bayesify.metrics import brier_decomposition, classification_metrics
+from bayesify.numeric import seed_number
 
 Protocol = Literal["linear", "knn", "semi", "finetune"]
 
@@ -25,6 +26,9 @@ class EvalSettings:
         learning_rates: Of the linear classifier, to choose among.
         finetune_epochs: Passes over the images when all is trained.
         finetune_lr: Highest learning rate then.
+
+    Raises:
+        ArgumentError: ``seed`` is none that generators take.
     """
 
     num_samples: int = 30
@@ -33,6 +37,9 @@ class EvalSettings:
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     finetune_epochs: int = 10
     finetune_lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        seed_number(self.seed)
 
 
 DEFAULTS = EvalSettings()
