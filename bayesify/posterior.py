@@ -299,9 +299,9 @@ def posteriors(model: nn.Module) -> Iterator[Posterior]:
     computed from it.
 
     >>> import torch, bayesify
-    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1), logvar=-10.0)
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1), initial_std=1.0)
     >>> [(p.name, p.logvar.mean().item()) for p in bayesify.posteriors(model)]
-    [('weight', -10.0), ('bias', -10.0)]
+    [('weight', 0.0), ('bias', 0.0)]
     """
     for site in sites(model):
         yield Posterior(site.name, site.mean, site.logvar, site.slot.prior)

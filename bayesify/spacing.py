@@ -53,7 +53,7 @@ def below_spacing(spreads: Iterable[Spread]) -> tuple[str, ...]:
             f"tensor{'s' if len(tensors) > 1 else ''} ({shown}{more}): many draws of a weight "
             "equal its mean, and their spread is not sigma. Keep the parameters in float32 and "
             "compute under torch.autocast, or take a larger sigma: "
-            f"BBBConfig(relative_std={_enough(dtype)}) or more."
+            f"initial_std=RelativeStd({_enough(dtype)}) or more."
         )
     return tuple(warnings)
 

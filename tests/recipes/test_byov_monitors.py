@@ -120,7 +120,7 @@ def test_alarms() -> None:
 
 
 def test_travel_and_spread_of_known_log_variances() -> None:
-    model = bb.to_bbb_(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)), logvar=-10.0)
+    model = bb.to_bbb_(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)), initial_std=math.exp(-5.0))
     began = initial_logvars(model)
     start = posterior_summary(model, initial_logvar=began)
     assert (start.logvar_travel, start.logvar_spread, start.prior_share) == (0.0, 0.0, 0.0)
@@ -140,8 +140,9 @@ def test_travel_and_spread_of_known_log_variances() -> None:
 
 @pytest.mark.parametrize("parameterization", ["exp", "softplus"])
 def test_travel_is_from_where_each_tensor_started(parameterization: Any) -> None:
-    config = bb.BBBConfig(relative_std=0.01, parameterization=parameterization)
-    model = bb.to_bbb_(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)), config=config)
+    config = bb.BBBConfig(parameterization=parameterization)
+    network = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3))
+    model = bb.to_bbb_(network, initial_std=bb.RelativeStd(0.01), config=config)
     began = initial_logvars(model)
     rms = {n: p.square().mean().sqrt().item() for n, p in model.named_parameters() if "_" not in n}
     assert began == pytest.approx({n: 2 * math.log(0.01 * value) for n, value in rms.items()})

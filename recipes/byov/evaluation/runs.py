@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -98,6 +99,22 @@ class Run:
         }
 
 
+def newest_of(folder: Path) -> Path:
+    """The newest checkpoint in a run's folder.
+
+    Raises:
+        ArgumentError: There is none.
+    """
+    there = os.path.isdir(folder / "checkpoints")  # else a name may be one that no file can have
+    newest = checkpoint.latest(folder / "checkpoints") if there else None
+    if newest is None:
+        raise ArgumentError(
+            f"{folder} holds no run: there is no checkpoint in {folder / 'checkpoints'}. Give the "
+            "folder that `bayesify recipe byov train --out` wrote."
+        )
+    return newest
+
+
 def open_run(
     folder: Path,
     *,
@@ -125,12 +142,7 @@ def open_run(
         CheckpointError: The checkpoint is damaged.
         DataError: The data cannot be read.
     """
-    newest = checkpoint.latest(folder / "checkpoints")
-    if newest is None:
-        raise ArgumentError(
-            f"{folder} holds no run: there is no checkpoint in {folder / 'checkpoints'}. Give the "
-            "folder that `bayesify recipe byov train --out` wrote."
-        )
+    newest = newest_of(folder)
     saved = checkpoint.read(newest)
     checkpoint.check_run(newest, saved)
     identity = saved["identity"]
