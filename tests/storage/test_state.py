@@ -126,5 +126,5 @@ def test_what_an_optimizer_cannot_keep_is_refused() -> None:
         {k: v for k, v in kept.items() if k != "exp_avg"},
     ]
     for moments in wrong:
-        with pytest.raises(ValueError, match="the optimizer keeps|in place of"):
+        with pytest.raises(ValueError, match=r"the optimizer keeps|in place of"):
             check_moments(own, moments, ADAM)
