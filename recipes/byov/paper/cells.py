@@ -273,17 +273,9 @@ def run_cell(
         scale.run, out=folder, data=data or scale.run.data, device=device or scale.run.device
     )
     config = config_of(scale, cell, seed)
-    clock = folder / "seconds.json"
-    spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0
-    if not (folder / "student.safetensors").exists():
-        started = time.perf_counter()
-        on_progress(f"{cell.name}, seed {seed}: training")
-        outcome = train(config, run, resume=True, watcher=Watcher(log=on_progress))
-        if first:
-            spent += time.perf_counter() - started
-            write_json(clock, {"train": spent})
-        if outcome.results is None:
-            return False
+    spent = _trained(config, run, cell.name, first, on_progress)
+    if spent is None:
+        return False
     if not first:
         return True
     started = time.perf_counter()
@@ -321,6 +313,23 @@ def run_cell(
         },
     )  # fmt: skip
     return True
+
+
+def _trained(
+    config: BYOVConfig, run: RunConfig, name: str, first: bool, on_progress: Callable[[str], None]
+) -> float | None:
+    """Train a cell, or go on with it: seconds of its training, None if it was interrupted."""
+    clock = run.out / "seconds.json"
+    spent = float(json.loads(clock.read_text())["train"]) if clock.exists() else 0.0
+    if (run.out / "student.safetensors").exists():
+        return spent
+    started = time.perf_counter()
+    on_progress(f"{name}, seed {config.seed}: training")
+    outcome = train(config, run, resume=True, watcher=Watcher(log=on_progress))
+    if first:
+        spent += time.perf_counter() - started
+        write_json(clock, {"train": spent})
+    return None if outcome.results is None else spent
 
 
 def subsample(log: list[dict[str, Any]], *, layers: bool) -> Iterator[dict[str, Any]]:
