@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .convert import to_bbb as to_bbb
     from .convert import to_bbb_ as to_bbb_
     from .convert import to_deterministic as to_deterministic
+    from .divergence import kl_divergence as kl_divergence
     from .errors import ArgumentError as ArgumentError
     from .errors import BayesifyError as BayesifyError
     from .errors import BiasBeforeNormWarning as BiasBeforeNormWarning
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
     from .inference import calibrate_ as calibrate_
     from .inference import predict as predict
     from .inference import recompute_batchnorm_ as recompute_batchnorm_
+    from .likelihoods import likelihood_of as likelihood_of
+    from .likelihoods import set_likelihood_ as set_likelihood_
     from .models import InputConfig as InputConfig
     from .models import ModelSpec as ModelSpec
     from .models import create_model as create_model
     from .models import input_config as input_config
     from .objective import elbo_loss as elbo_loss
-    from .objective import kl_divergence as kl_divergence
     from .objective import kl_scale as kl_scale
     from .objective import kl_schedule as kl_schedule
     from .objective import noise_budget as noise_budget
@@ -87,8 +89,10 @@ _HOMES = {
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",
+    "likelihoods": "likelihood_of set_likelihood_",
     "models": "InputConfig ModelSpec create_model input_config",
-    "objective": "elbo_loss kl_divergence kl_schedule kl_scale noise_budget",
+    "divergence": "kl_divergence",
+    "objective": "elbo_loss kl_schedule kl_scale noise_budget",
     "optim": "check_optimizer param_groups",
     "posterior": "posterior_stats posteriors set_prior_ stddev",
     "priors": "GaussianPrior LivePrior ScaleMixturePrior",

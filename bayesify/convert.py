@@ -45,12 +45,12 @@ from .posterior import (
     sites,
 )
 from .priors import Prior
+from .rewriter.dispatch import adopt
 from .rewriter.hooks import draw_in_hooks_, unwrap_
 from .rewriter.owner import generated_class, original_class, regenerate
-from .rewriter.variants import adopt
 from .scope.unused import note_extension
-from .selection import Pattern
-from .unconverted import converted_parts, has_slot, settle
+from .selection import Pattern, Recorded
+from .unconverted import Part, converted_parts, has_slot, settle
 from .validation import Found, check_model
 
 Undo = list[Callable[[], object]]
@@ -393,6 +393,7 @@ def extend_(model: nn.Module) -> nn.Module:
         _drop_lost(model, undo)
         for part in converted_parts(model):
             chosen = part.selected()
+            _warn_of_recorded(part)
             lenient = replace(part.spec, config=replace(part.spec.config, strict=False))
             new = {id(item.parameter) for item in chosen}
             _, planned = make_plan(part.module, lenient)
@@ -404,6 +405,29 @@ def extend_(model: nn.Module) -> nn.Module:
             _apply(part.module, part.spec, chosen, prefix, undo)
     note_extension()
     return model
+
+
+def _warn_of_recorded(part: Part) -> None:
+    """Name what a regular expression of a file would have to decide on, and does not."""
+    spec = part.spec
+    patterns = (*spec.skip, *spec.only, *(pattern for pattern, _ in spec.estimators))
+    recorded = [pattern for pattern in patterns if isinstance(pattern, Recorded)]
+    names = [
+        f"{path}.{attribute}" if path else attribute
+        for path, module in part.module.named_modules(remove_duplicate=False)
+        for attribute in module._parameters
+        if (id(module), attribute) in part.new
+    ]
+    unknown = [name for name in names if recorded and name not in recorded[0].known]
+    if unknown:
+        warnings.warn(
+            f"{', '.join(map(repr, dict.fromkeys(recorded)))} of the file that the model is from "
+            "stands for the parameters that it had chosen there, since a regular expression of a "
+            f"file is not run. It does not choose among {len(unknown)} new ones: "
+            f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}.",
+            NoMatchWarning,
+            stacklevel=3,
+        )
 
 
 def _drop_lost(model: nn.Module, undo: Undo) -> None:

@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .convert import to_deterministic
 from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
 from .inference import Given, class_logits
-from .kernels.noise import fold
 from .numeric import count
 from .posterior import bayesian_sites
 from .pruning.shrinking import shrink_
 from .rewriter import caches
 from .scope import as_seed, draws
+from .seeds import fold
 from .settings.export import ProgramSettings
 from .settings.fields import documented, taken
 from .storage import check_target, replacing

@@ -11,6 +11,7 @@ from torch import nn
 
 from .errors import ArgumentError, SigmaBelowSpacingWarning
 from .fixed import masked
+from .likelihoods import likelihood_of
 from .numeric import not_negative, real
 from .own_lists import listed, trained_parameters
 from .posterior import (
@@ -46,12 +47,14 @@ def param_groups(
         weight_decay: Decay of the means and of the deterministic parameters, at least 0.
 
     Returns:
-        Groups called ``means``, ``deterministic`` and ``logvars`` (key ``name``), without empty
-        ones. Of ``model.parameters()`` every one that requires a gradient is in one of them, tied
-        ones once, and beside each mean its log variance, listed there or not.
+        Groups called ``means``, ``deterministic``, ``logvars`` and ``likelihood`` (key ``name``),
+        without empty ones. The last holds the noise that the likelihood learns
+        (:func:`set_likelihood_`), at ``lr`` and without decay. Of ``model.parameters()`` every one
+        that requires a gradient is in one of them, tied ones once, and beside each mean its log
+        variance, listed there or not.
 
     Raises:
-        ArgumentError: A number is out of its range.
+        ArgumentError: A number is out of its range, or the likelihood's noise has no shape yet.
         UnsupportedModuleError: ``model`` has no posterior.
 
     >>> import torch, bayesify
@@ -67,6 +70,30 @@ def param_groups(
         lr if logvar_lr is None
         else real("param_groups: logvar_lr", logvar_lr, expected, not_negative)
     )  # fmt: skip
+    groups = posterior_groups(model, lr, logvar_lr, weight_decay)
+    return [*groups, *likelihood_groups(model, lr)]
+
+
+def likelihood_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """The group of what the likelihood of a model learns, if it learns anything.
+
+    Raises:
+        ArgumentError: It learns something that has no shape yet.
+    """
+    likelihood = likelihood_of(model)
+    if likelihood is None:
+        return []
+    likelihood.check_shapes()
+    learnt = [p for p in likelihood.parameters() if p.requires_grad]
+    if not learnt:
+        return []
+    return [{"name": "likelihood", "params": learnt, "lr": lr, "weight_decay": 0.0}]
+
+
+def posterior_groups(
+    model: nn.Module, lr: float, logvar_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """:func:`param_groups` without the likelihood, of numbers that were checked."""
     found = bayesian_sites(model)
     means = {id(site.mean) for site in found}
     raws = {id(site.raw) for site in found}
@@ -114,7 +141,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Find what would ruin the posterior of ``model`` in training with ``optimizer``.
 
     An error: weight decay or a layer-wise trust ratio (LARS, LAMB) on a log variance, a log
-    variance that the optimizer does not hold, NaN or Inf in one. A warning: a posterior so wide
+    variance that the optimizer does not hold, NaN or Inf in one; noise of the likelihood
+    (:func:`set_likelihood_`) that it does not hold or decays. A warning: a posterior so wide
     that its weights are mere noise, which is what an initialisation loop over ``parameters()``
     leaves behind; weights that a module masks and that are not fixed (:func:`bayesify.fix_`), as
     where ``padding_idx`` was set after the conversion; a parameter that came after the conversion
@@ -170,6 +198,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             + ": make it after to_bbb and from the converted model, with "
             "bayesify.param_groups(model, lr=...). To keep them fixed: .requires_grad_(False)."
         )
+    problems += _likelihood_problems(model, group_of)
     if broken:
         problems.append(
             f"NaN or Inf in {listed(broken)}: training has diverged or a file is damaged; load "
@@ -197,6 +226,30 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             UserWarning,
             stacklevel=2,
         )
+
+
+def _likelihood_problems(model: nn.Module, group_of: dict[int, dict[str, Any]]) -> list[str]:
+    """What an optimizer does wrong with the noise that the likelihood of a model learns."""
+    likelihood = likelihood_of(model)
+    if likelihood is None:
+        return []
+    learnt = {n: p for n, p in likelihood.named_parameters() if p.requires_grad}
+    missing = [name for name, p in learnt.items() if id(p) not in group_of]
+    decayed = [n for n, p in learnt.items() if group_of.get(id(p), {}).get("weight_decay", 0)]
+    kind = type(likelihood).__name__
+    problems = []
+    if missing:
+        problems.append(
+            f"the optimizer does not hold {', '.join(missing)} of the likelihood {kind}, which "
+            "would stay as it is: make it after set_likelihood_, with "
+            "bayesify.param_groups(model, lr=...). To keep it fixed: .requires_grad_(False)."
+        )
+    if decayed:
+        problems.append(
+            f"weight decay on {', '.join(decayed)} of the likelihood {kind} pulls the noise "
+            "towards 1: make the optimizer from bayesify.param_groups(model, lr=...)."
+        )
+    return problems
 
 
 def _drawn_though_masked(model: nn.Module, found: list[Site]) -> list[str]:

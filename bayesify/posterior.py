@@ -15,9 +15,10 @@ from . import gaussian
 from .errors import ArgumentError, UnsupportedModuleError
 from .gaussian import Parameterization
 from .kernels.buffers import Buffers
+from .kernels.compiled import Drawn
 from .kernels.grouped import Hook
-from .kernels.noise import key_of
 from .priors import STD_RANGE, GaussianPrior, LivePrior, Prior, may_be_std
+from .seeds import key_of
 
 Estimator = Literal["weight", "local", "flipout"]
 STATE = "_bayesify"
@@ -81,11 +82,11 @@ class Slot:
 class OwnerState:
     """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``.
 
-    ``plain`` names the parameters that a conversion left without a posterior, in the module and
-    below it as far as there is no other converted module; ``told`` is what a warning has named.
+    ``plain`` names parameters that a conversion left without a posterior, down to the next
+    converted module; ``told`` is what a warning has named.
     ``seldom`` are the slots that a call of the module left unread, ``lowered`` the dtypes of those
-    that it read in autocast's alone, both by method and grad mode. ``variants`` are by method and
-    number: of a dict, torch.compile guards on the entries that it read, of a list on the length.
+    read in autocast's alone, both by method and grad mode; ``drawn`` what its last compiled call
+    drew. ``variants`` are by method and number: of a dict, torch.compile guards on what it read.
     """
 
     slots: dict[str, Slot] = field(default_factory=dict)
@@ -98,6 +99,7 @@ class OwnerState:
     told: frozenset[tuple[str, bool]] = frozenset()
     seldom: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     lowered: dict[tuple[str, int], dict[int, torch.dtype]] = field(default_factory=dict)
+    drawn: Drawn | None = None
     handle: int = field(default_factory=lambda: next(_uids))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -190,8 +192,7 @@ def tensors_of(module: nn.Module, attribute: str, slot: Slot) -> tuple[nn.Parame
             conversion.
     """
     parameters = module._parameters
-    # past the fallback, whose mapping itself gives draws
-    mean = dict.get(parameters, attribute)
+    mean = dict.get(parameters, attribute)  # past the fallback, whose mapping gives draws
     raw = dict.get(parameters, raw_name(attribute, slot))
     if mean is None or raw is None or mean.shape != raw.shape:
         kind = type(module).__name__

@@ -1,7 +1,7 @@
 """A step of BYOV beside that of deterministic BYOL by the same code: ViT-Tiny/4, batch 256.
 
     PYTHONPATH=. python benchmarks/byov.py [--rounds 7]      7 minutes on 2 cores
-    PYTHONPATH=. python benchmarks/byov.py --device cuda     2 minutes on a card, by estimate
+    PYTHONPATH=. python benchmarks/byov.py --device cuda     2 minutes on a GPU, by estimate
 
 A step is both forwards of the student, the teacher's, the loss, the KL, backward, AdamW and the
 moving averages, on views that are made beforehand. In every round each method takes one, in an
@@ -22,8 +22,8 @@ from typing import Any
 import speed_table
 import torch
 from paired import keep_memory, paired
-from provenance import machine, provenance
 
+from bayesify.provenance import machine, provenance
 from bayesify.storage import replacing
 from recipes.byov.config import RunConfig
 from recipes.byov.presets import PRESETS

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from paired import paired
-from provenance import machine, provenance
 from torch import Tensor
 
 from bayesify.data import InMemory
+from bayesify.provenance import machine, provenance
 from bayesify.storage import replacing
 from recipes.byov.data.batches import train_views
 from recipes.byov.data.dataset import Source
@@ -112,7 +112,7 @@ def main() -> None:
             )
     result = {
         **provenance("torch", "torchvision", *(["kornia"] if find_spec("kornia") else [])),
-        "machine": {**machine(options.device), "threads": torch.get_num_threads()},
+        "machine": machine(options.device),
         "command": f"benchmarks/byov_views.py --device {options.device} --workers "
         f"{options.workers} --rounds {options.rounds}",
         "cases": cases,

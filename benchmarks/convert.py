@@ -24,9 +24,9 @@ from typing import Any
 import speed_table
 import timm
 import torch
-from provenance import machine, provenance
 
 import bayesify
+from bayesify.provenance import machine, provenance
 from bayesify.storage import replacing
 
 RESULT = Path(__file__).parent / "results" / "convert.json"

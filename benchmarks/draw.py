@@ -1,10 +1,10 @@
-"""The draw alone: on the CPU with and without the C library, on a card beside a copy of memory.
+"""The draw alone: on the CPU with and without the C library, on a GPU beside a copy of memory.
 
     python benchmarks/draw.py [--rounds 30]                  1 minute on 2 cores
-    python benchmarks/draw.py --device cuda [--rounds 30]    half a minute on a card
+    python benchmarks/draw.py --device cuda [--rounds 30]    half a minute on a GPU
 
 On the CPU: draws, KL divergence and the gradients of both, of the weights of ViT-Tiny/16. On a
-card those of ViT-B/16, in bytes a second: a draw reads mean and log variance and writes the weight,
+GPU those of ViT-B/16, in bytes a second: a draw reads mean and log variance and writes the weight,
 12 bytes a weight in float32; its backward reads gradient and log variance and writes one gradient,
 also 12; the copy moves 1 GiB in the same round. Writes `results/draw.json` or
 `results/draw_cuda.json`, and `docs/speed.md` anew.
@@ -22,11 +22,11 @@ import speed_table
 import timm
 import torch
 from paired import keep_memory, paired, without_library
-from provenance import machine, provenance
 
 import bayesify
 from bayesify.kernels import grouped, native
 from bayesify.posterior import sites
+from bayesify.provenance import machine, provenance
 from bayesify.storage import replacing
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,7 +75,7 @@ def on_cpu(items: list[grouped.Item], rounds: int) -> dict[str, Any]:
     return found
 
 
-def on_card(items: list[grouped.Item], rounds: int) -> dict[str, Any]:
+def on_gpu(items: list[grouped.Item], rounds: int) -> dict[str, Any]:
     """Bytes a second of draw, backward and copy, and over those of the copy."""
     weights = sum(item.mean.numel() for item in items)
     source = torch.empty(1 << 28, device="cuda")
@@ -132,7 +132,7 @@ def main() -> None:
             1, "bayesify was installed without a C compiler: there is nothing to compare.\n"
         )
     items = items_of("vit_base_patch16_224" if device == "cuda" else "vit_tiny_patch16_224", device)
-    found = (on_card if device == "cuda" else on_cpu)(items, options.rounds)
+    found = (on_gpu if device == "cuda" else on_cpu)(items, options.rounds)
     packages = ("torch", "triton", "timm") if device == "cuda" else ("torch", "timm")
     record = {
         "command": f"benchmarks/draw.py --device {device} --rounds {options.rounds}",

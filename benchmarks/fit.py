@@ -28,7 +28,6 @@ import timm
 import torch
 from cifar_resnet20 import resnet20
 from paired import by_round, keep_memory, spread
-from provenance import machine, provenance
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -37,6 +36,7 @@ import bayesify
 from bayesify.data import ImageData, InMemory
 from bayesify.models import input_config
 from bayesify.optim import warmup_cosine
+from bayesify.provenance import machine, provenance
 from bayesify.storage import replacing
 from bayesify.training.batches import shuffled_batches
 

@@ -13,11 +13,8 @@ FOLDER holds `weights/tf_efficientnet_lite0_timm.safetensors`,
 import argparse
 import io
 import json
-import platform
-import subprocess
 import time
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from torch import Tensor, nn
 
 import bayesify
 from bayesify.planning import DEFAULT_NOISE, BBBConfig
+from bayesify.provenance import machine, provenance
 
 RESULT = Path(__file__).parent / "results" / "initial_sigma.json"
 
@@ -115,18 +113,13 @@ def main() -> None:
             }  # fmt: skip
             rows.append(row)
             print(json.dumps(row), f"{time.perf_counter() - started:.0f} s", flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     record = {
         "command": f"benchmarks/initial_sigma.py --images {options.images} --draws {options.draws}",
         "default_noise": DEFAULT_NOISE,
         "rows": rows,
         "seeds": list(range(options.draws)),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU",
-        "versions": {n: version(n) for n in ("torch", "timm")}
-        | {"python": platform.python_version()},
+        "machine": machine(),
+        **provenance("torch", "timm"),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

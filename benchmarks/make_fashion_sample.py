@@ -4,7 +4,8 @@
 
 FOLDER holds the four official files (train-images-idx3-ubyte.gz and so on). The same numbers of
 images of every class are kept, those whose seeded hash is smallest, in the official order. The
-printed sha256 of each split is the one that bayesify/data.py expects, whatever compressor was used.
+printed sha256 of each split is the one that bayesify/data/sources.py expects, whatever compressor
+was used.
 """
 
 import argparse

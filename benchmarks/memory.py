@@ -1,7 +1,7 @@
 """Memory of a training step: parameters, gradients, optimizer, draws and activations.
 
     python benchmarks/memory.py [--only resnet18]      1 minute on 2 cores
-    python benchmarks/memory.py --device cuda          2 minutes on a card, by estimate
+    python benchmarks/memory.py --device cuda          2 minutes on a GPU, by estimate
 
 Of a deterministic model and of the presets full, no-conv, no-layernorm and linear-only, with
 AdamW and the KL divergence. Each number is the sum of the sizes of distinct storages, so that
@@ -22,12 +22,12 @@ from typing import Any
 import speed_table
 import timm
 import torch
-from provenance import machine, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bayesify
 from bayesify.posterior import sites
+from bayesify.provenance import machine, provenance
 from bayesify.storage import replacing
 
 RESULTS = Path(__file__).parent / "results"

@@ -75,7 +75,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one run; on a card until the card has finished."""
+    """Seconds of one run; on a GPU until the GPU has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -30,13 +30,13 @@ from cifar_proxy import HOLDOUT
 from cifar_resnet20 import ood_images, pretrained
 from paired import keep_memory
 from posterior_methods import LAYOUT, METHODS, Predictor, Setup
-from provenance import machine, provenance
 from torch import Tensor
 
 from bayesify.corruptions import CIFAR10_C, SEVERITIES, corrupt
 from bayesify.data import InMemory, load_dataset, prepare
 from bayesify.metrics import ClassificationMetrics, cross_fitted_temperature, ood_metrics
 from bayesify.models import input_config
+from bayesify.provenance import machine, provenance
 
 RESULT = Path(__file__).parent / "results" / "posterior.jsonl"
 TRIALS = RESULT.with_name("posterior_trials.jsonl")
@@ -160,7 +160,7 @@ def done(path: Path, settings: dict[str, Any]) -> set[tuple[str, int]]:
 
 def run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
-    # on a card as on the CPU: float32 is float32, and a seed one result
+    # on a GPU as on the CPU: float32 is float32, and a seed one result
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     train = load_dataset(options.data, split="train")

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bayesify.provenance import gpu_of
+
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "posterior.md", ROOT / "README.md")
 BETA = 0.3
@@ -221,7 +223,7 @@ def source(rows: list[dict[str, Any]]) -> list[str]:
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
     days = sorted({r["date"] for r in rows})
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
-    there = where.get("card", row["device"])
+    there = gpu_of(where) or row["device"]
     return [
         "The least NLL first; means ± standard deviation over the seeds. "
         f"{used['train_images']:,} training images, epochs: {used['epochs']}, "

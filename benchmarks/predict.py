@@ -1,7 +1,7 @@
 """30 draws of a network's output beside 30 deterministic forwards, and beside installed peers.
 
     python benchmarks/predict.py [--rounds 2] [--only resnet18]    15 minutes on 2 cores
-    python benchmarks/predict.py --device cuda [--rounds 10]       3 minutes on a card, by estimate
+    python benchmarks/predict.py --device cuda [--rounds 10]       3 minutes on a GPU, by estimate
 
 In every round each method runs once, in an order that turns, and its time is divided by that of the
 deterministic forwards of the same round; the result is the median of these ratios with quartiles.
@@ -23,11 +23,11 @@ import speed_table
 import timm
 import torch
 from paired import keep_memory, paired
-from provenance import machine, provenance
 from torch import Tensor, nn
 
 import bayesify
-from bayesify.kernels import fold
+from bayesify.provenance import machine, provenance
+from bayesify.seeds import fold
 from bayesify.storage import replacing
 
 RESULTS = Path(__file__).parent / "results"

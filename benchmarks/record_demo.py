@@ -60,7 +60,7 @@ def section(record: dict[str, Any]) -> str:
         f"tempered (`kl_weight={bayesian['kl_weight']}`). All settings, also the weight decay of "
         "the deterministic network, were chosen on training images alone, on two splits like that "
         "of `--holdout`. One seed; "
-        f"torch {record['versions']['torch']}, {machine['cpu']}, {machine['threads']} of "
+        f"torch {record['versions']['torch']}, {machine['processor']}, {machine['threads']} of "
         f"{machine['cores']} cores, "
         f"{record['seconds']:.0f} s in all. "
         "[The file](benchmarks/results/demo.json) has every number; "

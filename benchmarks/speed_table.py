@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bayesify.provenance import gpu_of
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 README = PAGE.parents[1] / "README.md"
@@ -63,9 +65,9 @@ def write() -> None:
         file = RESULTS / name
         if file.exists():
             parts += section(json.loads(file.read_text()))
-    parts.append("## On a card\n")
-    on_card = dict(sections[:5]) | {"draw.json": rates}
-    for name, section in on_card.items():
+    parts.append("## On a GPU\n")
+    on_gpu = dict(sections[:5]) | {"draw.json": rates}
+    for name, section in on_gpu.items():
         file = RESULTS / name.replace(".json", "_cuda.json")
         if file.exists():
             found = section(json.loads(file.read_text()))
@@ -99,10 +101,10 @@ def short(step: dict[str, Any], predict: dict[str, Any]) -> str:
 def source(record: dict[str, Any]) -> str:
     where = record["machine"]
     versions = ", ".join(f"{p} {v}" for p, v in record["versions"].items())
-    card = f"{where['card']}; " if "card" in where else ""
+    gpu = f"{name}; " if (name := gpu_of(where)) else ""
     library = ", bayesify with its C library" if record.get("c_library") else ""
     return (
-        f"*{card}{where['processor']}, {where['cores']} cores, {record['threads']} threads, Python "
+        f"*{gpu}{where['processor']}, {where['cores']} cores, {record['threads']} threads, Python "
         f"{where['python']}, {versions}{library}; commit `{record['commit']}`, {record['date']}, "
         f"`{record['command']}`.*\n"
     )
@@ -126,8 +128,8 @@ def steps(record: dict[str, Any]) -> list[str]:
     methods = list(next(iter(record["models"].values())))
     count = record.get("in_a_row", 1)  # older results have one
     together = f", {count} steps at a time" if count > 1 else ""
-    if "card" in record["machine"] and count == 1:
-        together = ", the card waited for after each step, all models on it at once"
+    if gpu_of(record["machine"]) and count == 1:
+        together = ", the GPU waited for after each step, all models on it at once"
     lines = [
         "## A training step\n",
         "Forward, loss with its KL term, backward and AdamW (fused), over the deterministic step "
@@ -207,7 +209,7 @@ def predictions(record: dict[str, Any]) -> list[str]:
 
 def byov_steps(record: dict[str, Any]) -> list[str]:
     rows = record["methods"]
-    cuda = "card" in record["machine"]
+    cuda = gpu_of(record["machine"]) is not None
     limit = 1.05 if cuda else 1.03
     ours = rows["BYOV, N(0, I)"]["median"]
     return [

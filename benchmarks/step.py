@@ -1,7 +1,7 @@
 """A training step beside the deterministic one, for bayesify and every peer that is installed.
 
     python benchmarks/step.py [--rounds 15] [--only resnet18]     10 minutes on 2 cores
-    python benchmarks/step.py --device cuda [--rounds 15]         3 minutes on a card, by estimate
+    python benchmarks/step.py --device cuda [--rounds 15]         3 minutes on a GPU, by estimate
     python benchmarks/step.py --only mlp --methods 'bayesify;bayesify, no C library'    a minute
 
 In every round each method takes one step (forward, loss with its KL term, backward, AdamW,
@@ -26,18 +26,18 @@ import speed_table
 import timm
 import torch
 from paired import keep_memory, paired, without_library
-from provenance import machine, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bayesify
 from bayesify.kernels import native
 from bayesify.posterior import Estimator
+from bayesify.provenance import machine, provenance
 from bayesify.storage import replacing
 
 RESULTS = Path(__file__).parent / "results"
 IN_A_ROW = {"cpu": 1, "cuda": 5}
-"""Steps that are timed together: training does not wait for the card after each."""
+"""Steps that are timed together: training does not wait for the GPU after each."""
 NUM_DATA = 50_000
 LR = 1e-4
 Step = Callable[[Tensor, Tensor], Any]
@@ -69,7 +69,7 @@ CUDA_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def logits(model: nn.Module, x: Tensor) -> Any:
-    """Lowered to bfloat16 on a card, as people train there."""
+    """Lowered to bfloat16 on a GPU, as people train there."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
         return model(x)
 

@@ -28,11 +28,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the recipe, as a checkout has it
 
-from provenance import ROOT, machine, provenance
 from trust_sections import SECTIONS
 from trust_sections.section import FAULT, TRACE, Section, Trial
 
+from bayesify.provenance import machine, provenance
+
 RESULTS = Path(__file__).parent / "results" / "trust.json"
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "trust.md"
 SLOW, LARGE = 5.0, 1024
 """Seconds and MiB of one trial above which it counts as a fault."""

@@ -3,7 +3,7 @@
     python benchmarks/versions.py oldest            the lower bounds of pyproject.toml, Python 3.10
     python benchmarks/versions.py newest            whatever is newest in the bounds
     python benchmarks/versions.py python3.12        the same on another Python
-    python benchmarks/versions.py oldest --only tests/core/test_scope.py     a part of it, not recorded
+    python benchmarks/versions.py oldest --only tests/core/test_scope.py   a part, not recorded
 
 Each corner has an environment of its own, made by uv in `.corners/`, several GB each. uv takes a
 Python that it finds on PATH, or fetches one where it can reach where they are kept. What ran,

@@ -23,11 +23,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import zoo_table
-from provenance import provenance
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from zoo_process import Job, Row
 
+from bayesify.provenance import provenance
 from bayesify.storage import replacing
 
 RESULT = Path(__file__).parent / "results" / "zoo.jsonl"

@@ -28,12 +28,12 @@ from typing import Any
 
 import zoo
 import zoo_table
-from provenance import provenance
 from zoo_libraries import rule
 from zoo_libraries.entries import ENTRIES, Entry
 from zoo_others_table import RESULT, read
 from zoo_process import Job, Row, said
 
+from bayesify.provenance import provenance
 from bayesify.storage import replacing
 
 LIMIT_S = 600

@@ -8,12 +8,8 @@ weight of the other, were chosen with `--holdout`: on training images that were 
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +22,8 @@ from bayesify.cli import render
 from bayesify.data import load_dataset
 from bayesify.inference import ProbabilitySummary
 from bayesify.models import ModelSpec, input_config
+from bayesify.provenance import machine, provenance
 from bayesify.training import Evaluation, FitResult
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SPEC = ModelSpec("test_efficientnet_gn", num_classes=10, in_chans=1, img_size=28)
 EPOCHS = 20
@@ -90,7 +85,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "noise_budget": fitted.noise_budget,
         "settings": settings(options.seed, options.epochs),
         "seconds": round(time.perf_counter() - started, 1),
-        **provenance(),
+        "machine": machine(),
+        **provenance("torch", "timm", "numpy"),
     }  # fmt: skip
     result = out / "result.json"
     result.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -267,25 +263,6 @@ def first_of_each(order: list[int], summary: ProbabilitySummary) -> list[int]:
     for index in order:
         chosen.setdefault(int(summary.mean[index].argmax()), index)
     return list(chosen.values())[:5]
-
-
-def provenance() -> dict[str, Any]:
-    """Machine, versions and commit, for whoever reads the numbers later."""
-    cpu = platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((x.split(": ")[1] for x in lines if x.startswith("model name")), cpu)
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    names = ("torch", "timm", "numpy")
-    return {
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
-        "commit": commit,
-    }
 
 
 if __name__ == "__main__":

@@ -42,12 +42,18 @@ def evaluate(
     from ..data import load_dataset
     from . import render
     from .checkpoint import note_on_classes, open_model
+    from .images import readable_images
 
     target_device = resolve_device(device)
     images = load_dataset(data, split=split)
     ood_data = None if ood is None else load_dataset(ood, split=split)
     opened = open_model(file, model, model_args, target_device)
     note_on_classes(opened, file, data)
+    looking = settings.workers, settings.skip_unreadable
+    images, unreadable = readable_images(images, *looking)
+    ood_unreadable = 0
+    if ood_data is not None:
+        ood_data, ood_unreadable = readable_images(ood_data, *looking)
     with render.progress("Measuring") as bar:
         rows = training.evaluate(
             opened.model, images, ood=ood_data, device=target_device, model_config=opened.input,
@@ -55,8 +61,9 @@ def evaluate(
         )  # fmt: skip
     if json:
         head = {"file": str(file), "data": data, "split": images.split, "images": len(images)}
+        head["unreadable"] = unreadable
         if ood_data is not None:
-            head |= {"ood": ood, "ood_images": len(ood_data)}
+            head |= {"ood": ood, "ood_images": len(ood_data), "ood_unreadable": ood_unreadable}
         render.as_json({**head, "rows": [asdict(row) for row in rows]})
         return
     render.table(*_main(rows))

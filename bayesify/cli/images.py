@@ -42,6 +42,30 @@ def wanted_images(inputs: list[str], split: Any) -> Wanted:
     return _wanted_files([path for given in inputs for path in _files(given)])
 
 
+def readable_images(data: ImageData, workers: int, skip: bool) -> tuple[ImageData, int]:
+    """Look at all images before the work, with a bar.
+
+    Args:
+        data: The images.
+        workers: Processes that read them.
+        skip: Leave out those that cannot be read, with a warning; else one of them is an error.
+
+    Returns:
+        Those that can be read, and the number of those that cannot.
+
+    Raises:
+        DataError: An image cannot be read, or none can.
+    """
+    from ..training.readable import readable
+    from . import render
+
+    with render.progress("Looking at the images", len(data)) as bar:
+        found, left = readable(
+            data, workers=workers, skip=skip, on_look=lambda done, _: bar.to(done)
+        )
+    return found, len(left)
+
+
 def _wanted_files(paths: list[str]) -> Wanted:
     from ..data import Files, ImageData
 

@@ -113,6 +113,7 @@ def prune(
     from ..report.curve import draw_curve
     from . import render
     from .checkpoint import note_on_classes, open_model
+    from .images import readable_images
 
     _check(what, curve, data, plot, out, deterministic)
     if curve:
@@ -120,11 +121,13 @@ def prune(
         images = load_dataset(str(data), split=split)
         opened = open_model(file, model, model_args, resolve_device(device))
         note_on_classes(opened, file, str(data))
+        images, unreadable = readable_images(images, measuring.workers, measuring.skip_unreadable)
         rows = _measured(opened, images, what, chosen, measuring, resolve_device(device))
         if plot is not None:
             draw_curve(rows, plot, overwrite=force)
         if json:
-            render.as_json({"file": str(file), "data": data, "rows": rows})
+            about = {"file": str(file), "data": data, "unreadable": unreadable}
+            render.as_json({**about, "rows": rows})
         else:
             _show(rows)
         return

@@ -51,6 +51,7 @@ def report(
     from ..report import render as render_page
     from . import render
     from .checkpoint import note_on_classes, open_model
+    from .images import readable_images
 
     check_installed()
     check_outputs({"--out": out}, {"FILE": file, "DATA": data, "--ood": ood}, force=force)
@@ -59,11 +60,17 @@ def report(
     ood_data = None if ood is None else load_dataset(ood, split=split)
     opened = open_model(file, model, model_args, target_device)
     note_on_classes(opened, file, data)
+    looking = settings.workers, settings.skip_unreadable
+    images, unreadable = readable_images(images, *looking)
+    if ood_data is not None:
+        ood_data, more = readable_images(ood_data, *looking)
+        unreadable += more
+    left = [("left out", f"{unreadable:,} images that cannot be read")] if unreadable else []
     with render.progress("Measuring") as bar:
         found = gather(
             opened.model, images, ood=ood_data, model_config=opened.input, device=target_device,
             title=opened.spec.name,
-            facts=[("file", str(file)), *storage.describe(opened.header)],
+            facts=[("file", str(file)), *left, *storage.describe(opened.header)],
             on_step=lambda what, done, total: bar.to(done, total, what),
             **vars(settings),
         )  # fmt: skip

@@ -11,12 +11,13 @@ from torch import nn
 
 from .. import gaussian
 from ..errors import ArgumentError
+from ..likelihoods import main_output
 from ..numeric import positive, real
 from ..posterior import bayesian_sites
 from ..scope import as_seed, at_mean
 from .given import Given
 from .running import Draws, check_batch, check_samples, evaluating
-from .summaries import class_logits, main_output
+from .summaries import class_logits
 
 
 def calibrate_(

@@ -15,10 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import torch_private
 from ..errors import ArgumentError
 from ..kernels import grouped
-from ..kernels.noise import fold
 from ..numeric import whole
 from ..posterior import Site, bayesian_sites, owner_state
 from ..scope import Scope, distinct_keys, grad_mode, held, modules_of, realise
+from ..seeds import fold
 from ..torch_private import pytree
 from .given import Given
 from .summaries import is_cache

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..likelihoods import main_output
 from ..torch_private import pytree
 from ..welford import Welford
 
@@ -190,17 +191,6 @@ def _check_plain(first: Any, other: Any) -> None:
             f"predict: the output holds {first!r} in one draw and {other!r} in another, and only "
             "tensors can be combined. Call the model in one_draw(model) draw by draw."
         )
-
-
-def main_output(output: Any) -> Tensor:
-    """The output itself, or the logits of a Hugging Face output."""
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise ArgumentError(
-            f"The model's output is a {type(output).__name__}, expected a tensor or an object with "
-            ".logits. Wrap the model in a module that returns the tensor."
-        )
-    return found
 
 
 def warn_of_probabilities(logits: Tensor, wanted_by: str) -> None:

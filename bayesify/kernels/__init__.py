@@ -1,4 +1,3 @@
 """The draw of weights: noise keyed by seed, parameter and element, and what is made of it."""
 
-from .noise import fold as fold
 from .noise import noise as noise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -10,19 +12,25 @@ from torch import Tensor
 from ..torch_private import storage_use_count
 
 _LOCK = threading.Lock()
-_MOST = 3
+_MOST = 4
+_handles = itertools.count()
+BY_HANDLE: WeakValueDictionary[int, Buffers] = WeakValueDictionary()
+"""For operators, which take numbers and tensors alone."""
 
 
 class Buffers:
     """Storages of one tensor's size that are handed out again once nobody else holds them.
 
-    At most three of a dtype are kept, which is what a training step holds at once: the draw, what
-    its backward needs, and a gradient. Whoever keeps more gets memory of their own.
+    At most four of a dtype are kept, which is what a training step holds at once: the draw, what
+    its backward needs, and two gradients, of which one is written over what the backward needs
+    unless the step is compiled. Whoever keeps more gets memory of their own.
     """
 
-    __slots__ = ("_kept", "_like")
+    __slots__ = ("__weakref__", "_kept", "_like", "handle")
 
     def __init__(self) -> None:
+        self.handle = next(_handles)
+        BY_HANDLE[self.handle] = self
         self._kept: dict[torch.dtype, list[tuple[Tensor, torch.UntypedStorage]]] = {}
         self._like: tuple[int, torch.dtype] | None = None
 

@@ -8,6 +8,7 @@ import warnings
 import torch
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # no trace looks into it
 def by_triton(device: torch.device) -> bool:
     """Whether Triton kernels run on ``device``; else plain torch makes the same numbers."""
     if device.type != "cuda":

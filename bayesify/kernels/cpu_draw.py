@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..gaussian import HELD
 from . import native
+from .drawn import Draw, Item
 from .noise import fill_normal
-
-if TYPE_CHECKING:
-    from .grouped import Draw, Item
 
 DTYPES = frozenset({torch.float32, torch.float64})
 _PIECE = 1 << 17
@@ -127,7 +125,7 @@ def _moments(item: Item) -> tuple[Tensor, Tensor | None]:
 
 
 def gradients(node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: bool) -> Any:
-    """Of mean and log variance; see :meth:`.grouped.Draw.gradients`."""
+    """Of mean and log variance; see :func:`.grouped.gradients`."""
     item, half = node.item, node.half
     mean, logvar = item.mean.detach(), item.logvar.detach()
     in_place = (

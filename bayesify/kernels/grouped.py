@@ -16,23 +16,10 @@ from torch import Tensor, nn
 from .. import torch_private
 from ..gaussian import HELD
 from . import cpu_draw
-from .buffers import Buffers
 from .choice import by_triton
+from .drawn import Draw as Draw
+from .drawn import Item as Item
 from .noise import noise
-
-
-class Item(NamedTuple):
-    """One tensor to draw: N(mean, exp(logvar)), noise key, memory, and the dtype of the draw.
-
-    With ``held`` the KL divergence leaves out weights whose log variance is below ``HELD``.
-    """
-
-    mean: nn.Parameter
-    logvar: nn.Parameter
-    key: int
-    buffers: Buffers
-    dtype: torch.dtype | None = None  # of the mean
-    held: bool = False
 
 
 def possible() -> bool:
@@ -76,9 +63,13 @@ def suits(mean: Tensor, raw: Tensor) -> bool:
         and raw.dtype is torch.float32
         and mean.is_contiguous()
         and raw.is_contiguous()
-        # accesses of 16 bytes; a view into a larger tensor may begin anywhere
-        and (way is cpu_draw or (mean.data_ptr() | raw.data_ptr()) % 16 == 0)
+        and (way is cpu_draw or torch.compiler.is_compiling() or aligned(mean, raw))
     )
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether a GPU may read tensors by 16 bytes; a view into a larger one may begin anywhere."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]]:
@@ -95,14 +86,26 @@ def draw(items: Sequence[Item], seed: Tensor) -> list[tuple[Tensor, Hook | None]
 def prepare(items: Sequence[Item], seed: Tensor) -> list[Tensor | Later]:
     """As :func:`draw`; a draw that has a gradient gets its node when it is first read."""
     gradient = torch.is_grad_enabled()
+    found: list[Tensor | Later] = []
+    for item, (value, half) in zip(items, values(items, int(seed), gradient), strict=True):
+        differentiable = gradient and (item.mean.requires_grad or item.logvar.requires_grad)
+        found.append(Later(value, Draw(item, half, seed)) if differentiable else value)
+    return found
+
+
+def values(items: Sequence[Item], seed: int, gradient: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Each draw, without a node, and what its backward keeps of the noise (:func:`keeps_noise`)."""
     found: list[Any] = [None] * len(items)
     for way, members in _by_way(items):
-        drawn = way.draw([items[i] for i in members], int(seed), gradient)
-        for index, (value, half) in zip(members, drawn, strict=True):
-            item = items[index]
-            differentiable = gradient and (item.mean.requires_grad or item.logvar.requires_grad)
-            found[index] = Later(value, Draw(item, half, seed)) if differentiable else value
+        drawn = way.draw([items[i] for i in members], seed, gradient)
+        for index, row in zip(members, drawn, strict=True):
+            found[index] = row
     return found
+
+
+def keeps_noise(mean: Tensor) -> bool:
+    """Whether a backward keeps the noise of its draw, where it is slow to make."""
+    return mean.device.type == "cpu"
 
 
 def _by_way(items: Sequence[Item]) -> list[tuple[Any, list[int]]]:
@@ -140,78 +143,49 @@ class Repeated:
         return found
 
 
-class Draw:
-    """What the backward of one draw needs, and whether a KL divergence hangs on it."""
-
-    def __init__(self, item: Item, half: Tensor | None, seed: Tensor) -> None:
-        self.item, self.seed = item, seed
-        self.half = half  # None where the backward makes the noise again
-        self.repeatable = half is None
-        self.prior: tuple[Tensor | float, Tensor | float] | None = None
-        self.versions = (item.mean._version, item.logvar._version)
-
-    def may_carry(self, mean: Tensor, logvar: Tensor) -> bool:
-        """Whether a KL divergence of these tensors, which must be its own, can hang here.
-
-        Not after a backward that used up the draw, nor after a change of its tensors.
-        """
-        return (
-            not self._spent()
-            and mean is self.item.mean
-            and logvar is self.item.logvar
-            and mean.dtype == logvar.dtype
-            and self._unchanged()
+def gradients(drawn: Draw, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
+    """Of mean and log variance: by the draw, and by the KL divergence if one hangs on it."""
+    if not drawn.unchanged():
+        raise RuntimeError(
+            "A mean or log variance was changed in place between forward and backward (by an "
+            "optimizer step?): its gradient would be wrong. Call backward before."
         )
+    if grad is not None and drawn.spent():
+        raise RuntimeError(
+            "This draw's backward ran already. Give retain_graph=True to the first one."
+        )
+    if torch.is_grad_enabled():
+        return plain_gradients(drawn, grad, kl)
+    sparse = grad is not None and grad.layout is not torch.strided
+    if grad is not None and sparse and kl is not None:
+        grad, sparse = grad.to_dense(), False  # as the gradient of the KL divergence is
+    ordinary = _ordinary(grad)
+    if drawn.repeatable and (sparse or not ordinary):
+        return plain_gradients(drawn, grad, kl)
+    keeps_graph = torch_private.current_graph_task_keep_graph()
+    return gradients_of(drawn, grad, kl, ordinary and not keeps_graph)
 
-    def _spent(self) -> bool:
-        return self.half is None and not self.repeatable
 
-    def _unchanged(self) -> bool:
-        return self.versions == (self.item.mean._version, self.item.logvar._version)
-
-    def gradients(self, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
-        """Of mean and log variance: by the draw, and by the KL divergence if one hangs on it."""
-        if not self._unchanged():
-            raise RuntimeError(
-                "A mean or log variance was changed in place between forward and backward (by an "
-                "optimizer step?): its gradient would be wrong. Call backward before."
-            )
-        if grad is not None and self._spent():
-            raise RuntimeError(
-                "This draw's backward ran already. Give retain_graph=True to the first one."
-            )
-        if torch.is_grad_enabled():
-            return self._plain(grad, kl)
-        sparse = grad is not None and grad.layout is not torch.strided
-        if grad is not None and sparse and kl is not None:
-            grad, sparse = grad.to_dense(), False  # as the gradient of the KL divergence is
-        ordinary = _ordinary(grad)
-        if self.repeatable and (sparse or not ordinary):
-            return self._plain(grad, kl)
-        keeps_graph = torch_private.current_graph_task_keep_graph()
-        way = _way(self.item.mean.device)
-        by_mean, by_logvar = way.gradients(self, grad, kl, ordinary and not keeps_graph)
-        return by_mean, by_logvar
-
-    def _plain(self, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
-        mean, logvar = self.item.mean, self.item.logvar
-        by_mean: Any = 0.0
-        by_logvar: Any = 0.0
-        if grad is not None:
-            dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-            eps = noise(self.seed, self.item.key, mean.shape, dtype, mean.device)
-            std = torch.exp(0.5 * logvar).to(dtype)
-            by_mean, by_logvar = grad, (grad.to(dtype) * (0.5 * std * eps)).to(logvar.dtype)
-        if kl is not None:
-            assert self.prior is not None
-            prior_mean, prior_var = self.prior
-            held = (logvar < HELD) & self.item.held
-            if isinstance(prior_var, Tensor):
-                prior_var = torch.where(held, 1.0, prior_var)
-            by_mean = by_mean + (kl * (mean - prior_mean) / prior_var).masked_fill(held, 0.0)
-            excess = torch.expm1(logvar - cpu_draw.log(prior_var)).masked_fill(held, 0.0)
-            by_logvar = by_logvar + 0.5 * kl * excess
-        return by_mean, by_logvar
+def plain_gradients(drawn: Draw, grad: Tensor | None, kl: Tensor | None) -> tuple[Any, Any]:
+    """As :func:`gradients`, by differentiable operations, which make the noise again."""
+    mean, logvar = drawn.item.mean, drawn.item.logvar
+    by_mean: Any = 0.0
+    by_logvar: Any = 0.0
+    if grad is not None:
+        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+        eps = noise(drawn.seed, drawn.item.key, mean.shape, dtype, mean.device)
+        std = torch.exp(0.5 * logvar).to(dtype)
+        by_mean, by_logvar = grad, (grad.to(dtype) * (0.5 * std * eps)).to(logvar.dtype)
+    if kl is not None:
+        assert drawn.prior is not None
+        prior_mean, prior_var = drawn.prior
+        held = (logvar < HELD) & drawn.item.held
+        if isinstance(prior_var, Tensor):
+            prior_var = torch.where(held, 1.0, prior_var)
+        by_mean = by_mean + (kl * (mean - prior_mean) / prior_var).masked_fill(held, 0.0)
+        excess = torch.expm1(logvar - cpu_draw.log(prior_var)).masked_fill(held, 0.0)
+        by_logvar = by_logvar + 0.5 * kl * excess
+    return by_mean, by_logvar
 
 
 class Later:
@@ -262,7 +236,7 @@ class _Draw(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        by_mean, by_logvar = ctx.node.gradients(*grads)
+        by_mean, by_logvar = gradients(ctx.node, *grads)
         wants_mean, wants_logvar, *_ = ctx.needs_input_grad
         return by_mean if wants_mean else None, by_logvar if wants_logvar else None, None, None
 
@@ -298,9 +272,34 @@ def gaussian_kl(drawn: Sequence[tuple[Hook, Tensor | float, Tensor | float]]) ->
     for hook, prior_mean, prior_var in drawn:
         hook.node.prior = prior_mean, prior_var
         groups.setdefault(hook.node.item.mean.device, []).append(hook)
-    terms = []
-    for device, hooks in groups.items():
-        value = _way(device).kl([hook.node for hook in hooks])
-        terms.append(_Hang.apply(value, *(hook.token for hook in hooks)))
-    first: Tensor = terms[0]
-    return sum((term.to(first.device) for term in terms[1:]), start=first)
+    terms = [
+        hang(kl_of([hook.node for hook in hooks]), *(hook.token for hook in hooks))
+        for hooks in groups.values()
+    ]
+    return sum((term.to(terms[0].device) for term in terms[1:]), start=terms[0])
+
+
+def hang(value: Tensor, *tokens: Tensor) -> Tensor:
+    """``value``, whose gradient goes to the backward of the draws that gave the tokens."""
+    found: Tensor = _Hang.apply(value, *tokens)
+    return found
+
+
+def kl_of(nodes: Sequence[Draw]) -> Tensor:
+    """Sum of the KL divergences from the nodes' tensors to their priors, without gradient.
+
+    The tensors are of one device.
+    """
+    value: Tensor = _way(nodes[0].item.mean.device).kl(nodes)
+    return value
+
+
+def gradients_of(
+    node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Of mean and log variance; with ``overwrite``, what the node keeps of the noise may be used.
+
+    A sparse ``grad`` needs a node that keeps the noise.
+    """
+    by_mean, by_logvar = _way(node.item.mean.device).gradients(node, grad, kl, overwrite)
+    return by_mean, by_logvar

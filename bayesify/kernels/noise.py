@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..seeds import fold
 from ..torch_private import disable_current_modes
 from . import native, philox
 from .choice import by_triton
@@ -20,30 +20,10 @@ BLOCK = 1 << 17
 
 Then = Callable[..., None]
 _Block = tuple[int, tuple[Tensor, ...]]
-_MASK = (1 << 64) - 1
 _LIBRARY: Any = torch.library.Library("bayesify", "DEF")
 _LIBRARY.define(
     "noise(Tensor seed, int key, SymInt[] size, ScalarType dtype, Device device) -> Tensor"
 )
-
-
-def _mix(value: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): all bits depend on all bits."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def key_of(name: str) -> int:
-    """A 63-bit key of a parameter's canonical name, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def fold(seed: int, index: int) -> int:
-    """Derive the 63-bit seed of the ``index``-th member of a family of draws from ``seed``."""
-    # not symmetric: member 1 of seed 0 must not be member 0 of seed 1
-    return _mix(_mix(seed & _MASK) + (index & _MASK)) >> 1
 
 
 def _noise(
@@ -193,7 +173,7 @@ def noise(
 
     Args:
         seed: int64 scalar on the CPU; may be batched by ``torch.vmap``.
-        key: 63-bit integer that identifies the parameter (:func:`key_of` its name).
+        key: 63-bit integer that identifies the parameter (:func:`bayesify.seeds.key_of` its name).
         size: Shape of the noise.
         dtype: A floating-point one; below float32 the numbers are those of float32, rounded, where
             they are Philox's.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -16,9 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_kernels as kernels
-
-if TYPE_CHECKING:
-    from .grouped import Draw, Item
+from .drawn import Draw, Item
 
 BLOCK = 4096
 """Elements of one program."""
@@ -100,13 +98,14 @@ def _fill(items: Sequence[Item], seeds: Sequence[int], values: Sequence[Tensor])
 
 
 def gradients(node: Draw, grad: Tensor | None, kl: Tensor | None, overwrite: bool) -> Any:
-    """Of mean and log variance, in one launch; see :meth:`.grouped.Draw.gradients`."""
+    """Of mean and log variance, in one launch; see :func:`.grouped.gradients`."""
     mean, logvar = node.item.mean.detach(), node.item.logvar.detach()
     by_logvar = torch.empty_like(logvar)
     by_mean = grad if kl is None else torch.empty_like(mean)
-    prior_mean, prior_var = node.prior or (logvar, logvar)
-    assert isinstance(prior_mean, Tensor)
-    assert isinstance(prior_var, Tensor)
+    prior_mean, prior_var = (
+        value if isinstance(value, Tensor) else torch.full((), value, device=mean.device)
+        for value in node.prior or (logvar, logvar)
+    )
     n = mean.numel()
     if n:
         with torch.cuda.device_of(mean):

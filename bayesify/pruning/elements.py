@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from .. import gaussian
 from ..errors import ArgumentError
-from ..kernels.noise import fold, noise
+from ..kernels.noise import noise
 from ..numeric import real, whole
 from ..posterior import Site, bayesian_sites, fixed_elements, pruned_elements
 from ..rewriter import caches
 from ..scope import as_seed
+from ..seeds import fold
 from ..selection import Pattern, parse_patterns, select
 from ..settings.fields import documented, taken
 from ..settings.pruning import SCORE, NofMSettings, PruneSettings, ScoreName

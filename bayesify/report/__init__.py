@@ -3,8 +3,8 @@
 ``gather`` measures, ``render`` makes the page of what it found; ``bayesify report`` does both.
 """
 
+from .content import Report as Report
 from .curve import pruning_curve as pruning_curve
-from .data import Report as Report
 from .data import gather as gather
 from .page import render as render
 from .shell import check_installed as check_installed

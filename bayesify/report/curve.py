@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from .. import evaluate
 from ..data import ImageData
 from ..storage import replacing
+from ..training.readable import readable
+from .figure import figure_class
 
 Prune = Callable[[nn.Module, float, Any], object]
 """Prunes a model in place: of the model, the share, and the score."""
@@ -40,10 +42,15 @@ def pruning_curve(
         on_step: Gets the number of sparsities done.
         **measured: Further arguments of :func:`bayesify.evaluate`.
 
+    Raises:
+        DataError: An image of ``data`` cannot be read; all are looked at first, and once.
+
     Returns:
         One row for each score, sparsity and kind of prediction: ``score``, ``sparsity``,
         ``prediction``, ``accuracy``, ``nll`` and ``ece``.
     """
+    skip = bool(measured.pop("skip_unreadable", False))
+    data, _ = readable(data, workers=int(measured.get("workers", 0)), skip=skip)
     rows: list[dict[str, Any]] = []
     done = 0
     for score in scores:
@@ -61,8 +68,6 @@ def pruning_curve(
 
 def draw_curve(rows: list[dict[str, Any]], path: Any, *, overwrite: bool = False) -> None:
     """Draw accuracy, NLL and ECE into a PNG, one line for each score and kind of prediction."""
-    from .plots import figure_class
-
     figure = figure_class()(figsize=(12, 3.6), layout="constrained")
     colours = {by: f"C{i}" for i, by in enumerate(dict.fromkeys(row["score"] for row in rows))}
     names = {"accuracy": "accuracy", "nll": "NLL in nats", "ece": "ECE"}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from ..inference import Given, Predictor, class_logits
 from ..metrics import (
     ClassificationMetrics,
     Examples,
-    Interval,
     bootstrap_interval,
     cross_fitted_temperature,
     entropy,
@@ -35,8 +34,10 @@ from ..scope import at_mean
 from ..settings.evaluation import ReportSettings
 from ..settings.fields import documented, taken
 from ..training.matching import images_by_name
+from ..training.readable import readable
+from .content import Bin, Detection, Example, OodScores, Report, Row
 from .curve import pruning_curve
-from .weights import Layer, left_out, measure
+from .weights import left_out, measure
 
 SHOWN = 6
 """Images in a row of examples."""
@@ -44,103 +45,6 @@ SHARES = (0.0, 0.25, 0.5, 0.7, 0.85, 0.95)
 CURVE_IMAGES, CURVE_DRAWS = 1000, 5
 """The pruning curve is for the eye: it is measured on so many images and draws at most."""
 Step = Callable[[str, int, int], None]
-
-
-class Bin(NamedTuple):
-    """A bin of the reliability diagram that holds images; ``interval`` is of its accuracy."""
-
-    lower: float
-    upper: float
-    size: int
-    confidence: float
-    accuracy: float
-    interval: Interval
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kind of prediction: its numbers, their bootstrap intervals, its bins, each example.
-
-    ``excess`` is the interval of its mean confidence less its accuracy, ``difference`` that of its
-    mean NLL less that of the temperature-scaled means.
-    """
-
-    prediction: str
-    draws: int
-    values: dict[str, float]
-    intervals: dict[str, Interval]
-    examples: Examples
-    bins: tuple[Bin, ...]
-    excess: Interval
-    temperature: float | None = None
-    difference: Interval | None = None
-
-
-@dataclass(frozen=True)
-class Detection:
-    """How well a score tells OOD images from the others."""
-
-    score: str
-    auroc: float
-    aupr: float
-    fpr95: float
-
-
-@dataclass(frozen=True)
-class OodScores:
-    """Images that the model was not made for; ``entropy`` of each, nats."""
-
-    name: str
-    split: str
-    entropy: Tensor
-    scores: tuple[Detection, ...]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image as it is stored, and its likeliest classes: (name, mean, std over the draws)."""
-
-    index: int
-    image: Tensor
-    label: str
-    predicted: str
-    entropy: float
-    information: float
-    bars: tuple[tuple[str, float, float], ...]
-
-    @property
-    def right(self) -> bool:
-        """Whether the likeliest class is the true one."""
-        return self.label == self.predicted
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the page shows. ``curve`` has the rows of :func:`pruning_curve`."""
-
-    title: str
-    data: str
-    split: str
-    images: int
-    classes: int
-    num_samples: int
-    resamples: int
-    rows: tuple[Row, ...]
-    information: Tensor
-    ood: OodScores | None
-    layers: tuple[Layer, ...]
-    left_out: tuple[tuple[str, int, int], ...]
-    surest: tuple[Example, ...]
-    least_sure: tuple[Example, ...]
-    sure_and_wrong: tuple[Example, ...]
-    curve: tuple[dict[str, Any], ...]
-    curve_images: int
-    curve_draws: int
-    facts: tuple[tuple[str, str], ...]
-
-    def row(self, prediction: str) -> Row | None:
-        """The row of one kind of prediction, None if it was not measured."""
-        return next((row for row in self.rows if row.prediction == prediction), None)
 
 
 @documented(ReportSettings)
@@ -158,6 +62,7 @@ def gather(  # noqa: D417 - the others are fields of ReportSettings
     device: torch.device | str | None = None,
     amp: bool = ReportSettings.amp,
     workers: int = ReportSettings.workers,
+    skip_unreadable: bool = ReportSettings.skip_unreadable,
     title: str | None = None,
     facts: Iterable[tuple[str, str]] = (),
     on_step: Step | None = None,
@@ -186,7 +91,9 @@ def gather(  # noqa: D417 - the others are fields of ReportSettings
     """
     settings = taken(ReportSettings, locals())
     bayesian_sites(model)
-    images = images_by_name(images, model)
+    looking: dict[str, Any] = {"workers": settings.workers, "skip": settings.skip_unreadable}
+    images = images_by_name(readable(images, **looking)[0], model)
+    ood = None if ood is None else readable(ood, **looking)[0]
     config = model_config or input_config(model)
     run = _Run(model.eval(), config, settings, device, on_step)
     found = run.over(images, "Measuring", labelled=True)

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from ..metrics import Interval
-from .data import Example, Report, Row
+from .content import Example, Report, Row
 from .plots import figures, row_colour
 from .shell import check_installed, filled, html_page
 

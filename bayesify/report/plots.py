@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import ArgumentError
-from .data import Report, Row
+from .content import Report, Row
+from .figure import figure_class
 from .weights import SIGMA_EDGES, SNR_EDGES
 
 # Roles. No colour of matplotlib's own may be among them.
@@ -61,21 +61,6 @@ _STYLE: Any = {
 _WIDTH = 4.6  # inches of 72 points; on a phone the figure is as wide as the screen
 _HUE = (0.31, 0.5, 0.88)  # of an image, which knows no variables: it must show on light and on dark
 _POINTS = 300  # of a curve: more cannot be told apart
-
-
-def figure_class() -> Any:
-    """matplotlib's Figure, which draws without a display.
-
-    Raises:
-        ArgumentError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ArgumentError(
-            "Figures need matplotlib: pip install 'bayesify[report]'."
-        ) from error  # fmt: skip
-    return Figure
 
 
 def figures(report: Report) -> dict[str, str]:

@@ -22,10 +22,10 @@ from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
 from .active import ACTIVE
 from .caches import below
+from .dispatch import adopt, call, listed
 from .hooks import DrawnHook, drawn_hook
 from .memos import uncached_methods
 from .surroundings import mentions
-from .variants import adopt, call, listed
 
 _NOT_WRAPPED = (
     "init", "reset", "load", "save", "set", "train", "extra", "no_", "group", "fix", "prune",

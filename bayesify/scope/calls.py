@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import torch_private, torch_support
-from ..kernels import grouped
-from ..kernels.noise import exporting, fold
+from ..kernels import compiled, grouped
+from ..kernels.noise import exporting
 from ..posterior import STATE, Slot, given, owner_state, tensors_of
+from ..seeds import fold
 from .checkpoints import SEAM
 from .drawing import AT_MEAN, Scope, autocast_dtype, grad_mode, suits_group
 from .local import LOCAL
@@ -100,7 +101,8 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     drawn: list[Slot] = []
     scope.filled.add((id(module), mode))
     seen: dict[int, int] = {}
-    together = grouped.possible()
+    tracing = torch.compiler.is_dynamo_compiling()
+    together = tracing or grouped.possible()
     items: dict[tuple[Any, ...], grouped.Item] = {}
     slots: list[Slot] = []
     at_once = not _in_process_group()
@@ -136,12 +138,15 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
                         mean, raw, scope.key_of(slot), slot.buffers, dtype, slot.has_held
                     )
                     slots.append(slot)
-                    slot.drawn = None
+                    if not tracing:
+                        slot.drawn = None
             elif dtype is None:
                 scope.draw(child, attribute, slot)
             else:
                 scope.read_lowered(child, attribute, slot)
-    if items:
+    if tracing and items:
+        _draw_compiled(module, scope, items, slots)
+    elif items:
         assert scope.seed is not None
         # as in realise
         with torch_private.DisableTorchFunction():
@@ -154,6 +159,19 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
             else:
                 scope.later[index] = value
     return drawn
+
+
+def _draw_compiled(
+    module: nn.Module, scope: Scope, items: dict[tuple[Any, ...], grouped.Item], slots: list[Slot]
+) -> None:
+    """As :func:`_prefill` draws, by one operator; what it leaves is for the KL divergence."""
+    assert scope.seed is not None
+    made, token = compiled.draw(list(items.values()), scope.seed)
+    for index, value in zip(items, made, strict=True):
+        scope.realised[index] = value
+    if token is not None:
+        uids = tuple(slot.uid for slot in slots)
+        module.__dict__[STATE].drawn = compiled.Drawn(uids, scope.seed, token)
 
 
 def _in_process_group() -> bool:

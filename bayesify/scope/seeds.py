@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..kernels.noise import fold
 from ..numeric import seed_number
 from ..posterior import Site
+from ..seeds import fold
 
 _SEED_BOUND = 1 << 62
 

@@ -6,4 +6,5 @@ from .decision import select as select
 from .patterns import PRESETS as PRESETS
 from .patterns import Pattern as Pattern
 from .patterns import Preset as Preset
+from .patterns import Recorded as Recorded
 from .patterns import parse_patterns as parse_patterns

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import ArgumentError, NoMatchError
 from .matching import View, match_of, union
 from .notes import match_notes, no_match_note
-from .patterns import PRESETS, Pattern, Preset, parse_patterns, shown, text_of
+from .patterns import PRESETS, Pattern, Preset, Recorded, parse_patterns, shown, text_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def select(
     matches = {side: [match_of(view, p) for p in given[side]] for side in given}
 
     reasons: dict[int, str] = {}
-    for match in base_matches["skip"] + matches["skip"]:
+    skipping = base_matches["skip"] + matches["skip"]
+    # what is recorded stands for all that was skipped, by whichever pattern
+    for match in sorted(skipping, key=lambda m: isinstance(m.pattern, Recorded)):
         for parameter in match.parameters:
             reasons.setdefault(parameter, text_of(match.pattern))
     allowed = union(base_matches["only"]) if base.only else view.all

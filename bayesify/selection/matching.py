@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 
 from ..absorbed_biases import before_batchnorm
-from .patterns import BEFORE_BATCHNORM, LAST_LAYER, Pattern
+from .patterns import BEFORE_BATCHNORM, LAST_LAYER, Pattern, Recorded
 
 
 class View:
@@ -66,6 +66,8 @@ def match_of(view: View, pattern: Pattern) -> Match:
     as_name: list[str] = []
     if isinstance(pattern, type):
         as_class = [path for path, module in view.modules.items() if isinstance(module, pattern)]
+    elif isinstance(pattern, Recorded):
+        as_name = [name for name in view.parameters if name in pattern.names]
     elif pattern == LAST_LAYER:
         as_name = _last_layer(view)
     elif pattern == BEFORE_BATCHNORM:

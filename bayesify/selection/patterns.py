@@ -60,6 +60,28 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+class Recorded(str):
+    """A regular expression out of a file, which is not run: it could take for ever.
+
+    It stands for the parameters that it had chosen when the file was written.
+
+    Args:
+        text: The pattern, ``re:`` and all.
+        names: Of the parameters that it stands for.
+        known: Of all parameters that it was asked about.
+    """
+
+    names: frozenset[str]
+    known: frozenset[str]
+
+    def __new__(
+        cls, text: str, names: frozenset[str] = frozenset(), known: frozenset[str] = frozenset()
+    ) -> Recorded:
+        self = super().__new__(cls, text)
+        self.names, self.known = names, known
+        return self
+
+
 def parse_patterns(value: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
     """Turn what a user gave as ``skip`` or ``only`` into a tuple of distinct patterns.
 
@@ -83,7 +105,7 @@ def parse_patterns(value: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
 
 
 def _parse_item(item: object) -> list[Pattern]:
-    if isinstance(item, type) and issubclass(item, nn.Module):
+    if isinstance(item, Recorded) or (isinstance(item, type) and issubclass(item, nn.Module)):
         return [item]
     if not isinstance(item, str):
         shown = f"a {type(item).__name__} module" if isinstance(item, nn.Module) else repr(item)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from .fields import Count, Seed, Shown, Whole, Within, checked, refuse
+from .fields import Count, Seed, Shown, SkipUnreadable, Whole, Within, checked, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring:
+class Drawing:
     """How predictions are made.
 
     Args:
@@ -34,6 +34,13 @@ class Measuring:
 
     def __post_init__(self) -> None:
         refuse(self.function, checked(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Drawing):
+    """How predictions on labelled images are made."""
+
+    skip_unreadable: SkipUnreadable = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +75,8 @@ class ReportSettings(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictSettings(Measuring):
-    """The settings of ``bayesify predict``, as :class:`Measuring` has them."""
+class PredictSettings(Drawing):
+    """The settings of ``bayesify predict``, as :class:`Drawing` has them."""
 
     function: ClassVar[str] = "predict"
 

@@ -102,7 +102,13 @@ Positive = Annotated[float, Within(above=0)]
 NotNegative = Annotated[float, Within(least=0)]
 Share = Annotated[float, Within(least=0, most=1)]
 PartShare = Annotated[float, Within(least=0, below=1)]
-
+SkipUnreadable = Annotated[
+    bool,
+    Shown(
+        text="Leave out images that cannot be read, with a warning; else they are an error.\n\n"
+        "It is for an ``ImageData``, whose images are all read once before the work."
+    ),
+]
 
 _KINDS: dict[Any, str] = {
     Any: "anything", bool: "True or False", str: "a text", Path: "a path",

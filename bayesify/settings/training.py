@@ -14,6 +14,7 @@ from .fields import (
     Seed,
     Share,
     Shown,
+    SkipUnreadable,
     Whole,
     Within,
     checked,
@@ -36,14 +37,10 @@ class Reading:
 
     Args:
         workers: Processes that read the data.
-        skip_unreadable: Leave out images that cannot be read, with a warning; else they are an
-            error.
-
-            It is for an ``ImageData``, whose images are all read once before the first step.
     """
 
     workers: Whole = 0
-    skip_unreadable: bool = False
+    skip_unreadable: SkipUnreadable = False
 
     def __post_init__(self) -> None:
         refuse("fit", checked(self))

@@ -12,6 +12,8 @@ elements      ``total`` and ``bayesian``: parameters of the model, those with a 
 conversions   ``root`` and the arguments of each conversion, for layers that are added later
 posterior     one row for each Bayesian parameter: ``name``, ``aliases``, ``slot`` (the name that
               its noise is keyed by), ``parameterization``, ``prior``, ``prior_scale``
+likelihood    ``kind`` and ``args`` of the likelihood, or null; its tensors are
+              ``__likelihood__.<name>``. Its args are null where its code is the user's
 aliases       state_dict keys that are stored under another key
 versions      of the packages that wrote the file
 info          what the caller of :func:`save` added

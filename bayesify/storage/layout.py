@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..errors import BayesifyError, CheckpointError
 from ..gaussian import Parameterization
+from ..likelihoods import Likelihood, from_json, unstored
 from ..models import InputConfig
 from ..numeric import real
 from ..planning import BBBConfig, Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, Estimator
 from ..priors import STD_RANGE, GaussianPrior, LivePrior, Prior, ScaleMixturePrior, may_be_std
-from ..selection import parse_patterns
+from ..selection import Pattern, Recorded, parse_patterns
 from .json_text import parse_json
 
 FORMAT = 1
@@ -29,6 +30,10 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "input": (dict, type(None)), "model": (dict,), "posterior": (list,), "versions": (dict,),
 }  # fmt: skip
 KEY = "bayesify"
+_MAX_PATTERNS, _MAX_PATTERN = 1000, 1000
+"""Of one conversion, and characters of one: each is compared with every name of a model."""
+LIKELIHOOD = "__likelihood__."
+"""Before the names of the likelihood's tensors, which are no part of the model's state."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,13 @@ def conversion_from_json(data: Mapping[str, Any]) -> Conversion:
     """The conversion that :func:`conversion_to_json` gave; anything else raises."""
     skip, only = (tuple(map(_text, _list(data[key]))) for key in ("skip", "only"))
     estimators = tuple((_text(p), e) for p, e in _list(data.get("estimators", [])))
-    parse_patterns((*skip, *only, *(pattern for pattern, _ in estimators)))
+    patterns = (*skip, *only, *(pattern for pattern, _ in estimators))
+    globs = [pattern for pattern in patterns if set(pattern) & set("*?[")]
+    if len(globs) > _MAX_PATTERNS or any(len(pattern) > _MAX_PATTERN for pattern in patterns):
+        raise ValueError(
+            f"more than {_MAX_PATTERNS:,} patterns, or one of more than {_MAX_PATTERN:,} characters"
+        )
+    parse_patterns([pattern for pattern in patterns if not pattern.startswith("re:")])
     return Conversion(
         skip=skip,
         only=only,
@@ -179,6 +190,38 @@ def classes_in(header: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(named) if known else ()
 
 
+def _recorded(
+    root: str, conversion: Conversion, rows: tuple[Row, ...], state: Mapping[str, Tensor]
+) -> Conversion:
+    """The conversion with what its regular expressions had chosen in their place.
+
+    A file of a stranger could hold one that takes for ever, so they are not even compiled.
+    """
+    prefix = f"{root}." if root else ""
+    estimators = {
+        name.removeprefix(prefix): row.estimator
+        for row in rows
+        for name in row.names
+        if name.startswith(prefix)
+    }
+    below = frozenset(key.removeprefix(prefix) for key in state if key.startswith(prefix))
+    bayesian = frozenset(estimators)
+
+    def record(pattern: Pattern, names: frozenset[str]) -> Pattern:
+        regex = isinstance(pattern, str) and pattern.startswith("re:")
+        return Recorded(str(pattern), names, below) if regex else pattern
+
+    return replace(
+        conversion,
+        skip=tuple(record(pattern, below - bayesian) for pattern in conversion.skip),
+        only=tuple(record(pattern, bayesian) for pattern in conversion.only),
+        estimators=tuple(
+            (record(p, frozenset(n for n, own in estimators.items() if own == e)), e)
+            for p, e in conversion.estimators
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Contents:
     """A whole file, checked to be complete in itself.
@@ -186,7 +229,7 @@ class Contents:
     ``conversions`` are (path of the converted module, arguments); ``spec`` is the JSON of a
     ModelSpec; ``state`` the tensors of the state_dict, tied ones under each of their keys;
     ``extra`` the plain values in it; ``classes`` the names of the outputs, as far as they are
-    known.
+    known; ``unstored`` the kinds of likelihoods that the model had and no file can hold.
     """
 
     rows: tuple[Row, ...]
@@ -197,6 +240,8 @@ class Contents:
     extra: dict[str, Any]
     prior_means: dict[str, Tensor]
     classes: tuple[str, ...]
+    likelihood: Likelihood | None
+    unstored: tuple[str, ...]
 
 
 def read_contents(path: str | os.PathLike[str]) -> Contents:
@@ -216,6 +261,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     try:
         rows, conversions = rows_of(header), conversions_of(header)
         extra = dict(header.get("extra", {}))
+        noise = {key: tensors.pop(key) for key in list(tensors) if key.startswith(LIKELIHOOD)}
+        said = header.get("likelihood")  # files of before say nothing
+        own = {key.removeprefix(LIKELIHOOD): value for key, value in noise.items()}
+        missing = () if said is None else tuple(unstored(said))
+        likelihood = None if (said is None or missing) and not own else from_json(said, own)
         state = {**tensors, **{key: tensors[kept] for key, kept in header["aliases"].items()}}
         for row in rows:
             for name in row.names:
@@ -227,10 +277,14 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         }
         for name, prior_mean in prior_means.items():
             _check_spread(name, state[name], name + PRIOR_MEAN_SUFFIX, prior_mean)
+        conversions = tuple((root, _recorded(root, c, rows, state)) for root, c in conversions)
     except (KeyError, TypeError, ValueError, AttributeError, BayesifyError) as error:
         raise _damaged(path, error) from error
     kind, spec = header["model"]["class"], header["model"]["spec"]
-    return Contents(rows, conversions, kind, spec, state, extra, prior_means, classes_in(header))
+    return Contents(
+        rows, conversions, kind, spec, state, extra, prior_means, classes_in(header), likelihood,
+        missing,
+    )  # fmt: skip
 
 
 def _check_spread(name: str, mean: Tensor, beside: str, tensor: Tensor) -> None:
@@ -277,9 +331,20 @@ def describe(header: Mapping[str, Any]) -> list[tuple[str, str]]:
     classes = classes_in(header)
     if classes:
         lines.append(("classes", f"{len(classes)}"))
+    said = header.get("likelihood")
+    if said is not None:
+        lines.append(("likelihood", _shown(said)))
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
     lines.append(("written by", f"{versions} (format {header['format']})"))
     return [(name, value) for name, value in lines if value]
+
+
+def _shown(likelihood: Mapping[str, Any]) -> str:
+    """A likelihood as it would be written in Python."""
+    arguments = likelihood["args"] or {}
+    if likelihood["kind"] == "Heads":
+        return ", ".join(f"{name}: {_shown(head)}" for name, head in arguments["heads"])
+    return f"{likelihood['kind']}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
 
 @contextmanager
@@ -335,6 +400,9 @@ def _check_header(header: Mapping[str, Any]) -> None:
     total, bayesian = elements["total"], elements["bayesian"]
     if not (type(total) is type(bayesian) is int and 0 <= bayesian <= total > 0):
         raise ValueError(f"elements is {elements!r:.60}")
+    if header.get("likelihood") is not None:
+        unstored(header["likelihood"])
+        _shown(header["likelihood"])
     for value in (*header["aliases"].values(), *header["versions"].values()):
         _text(value)
     if header["input"] is not None:

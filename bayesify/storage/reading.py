@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from ..classes import name_classes_
 from ..convert import apply_
 from ..errors import ArgumentError, CheckpointError, ModelError
 from ..gaussian import Parameterization
-from ..kernels.noise import key_of
+from ..likelihoods import likelihood_of, set_likelihood_
 from ..models import ModelSpec
 from ..planning import BBBConfig, Conversion
 from ..posterior import (
@@ -36,6 +37,7 @@ from ..posterior import (
 )
 from ..pruning import keep_pruned_
 from ..rewriter import caches
+from ..seeds import key_of
 from .layout import Contents, Row, read_contents
 from .undoing import left_as_it_was
 
@@ -60,8 +62,9 @@ def load(
 
     Returns:
         ``model``, or the one built. A built model is in evaluation mode; a given one keeps its
-        mode, and in ``train()`` it draws: call ``.eval()``. Which parameters are frozen
-        (``requires_grad=False``) and live priors are not in the file.
+        mode, and in ``train()`` it draws: call ``.eval()``. It has the likelihood of the file, or
+        keeps its own where the file can only name one, with a warning if it has none. Which
+        parameters are frozen (``requires_grad=False``) and live priors are not in the file.
 
     Raises:
         ArgumentError: ``model`` is no module, or there is no such device.
@@ -96,11 +99,31 @@ def _fill(path: Path, model: nn.Module, file: Contents, device: torch.device | N
             _convert(model, file)
         _restore(model, file)
         name_classes_(model, file.classes)
+        _give_likelihood(path, model, file, device)
         return model if device is None else model.to(device)
     except Exception as error:  # a model may have hooks and methods of any kind
         raise CheckpointError(
             f"{path} cannot be loaded into this {type(model).__name__}: {error}"
         ) from error
+
+
+def _give_likelihood(
+    path: Path, model: nn.Module, file: Contents, device: torch.device | None
+) -> None:
+    """Give the model the likelihood of the file, or name the one that a file cannot hold."""
+    if file.unstored:
+        if likelihood_of(model) is None:
+            warnings.warn(
+                f"The model in {path} had the likelihood {', '.join(file.unstored)}, which is code "
+                "and not in the file: give it again with bayesify.set_likelihood_(model, ...).",
+                UserWarning,
+                stacklevel=4,
+            )
+        return
+    set_likelihood_(model, file.likelihood)
+    first = next(model.parameters(), None)
+    if file.likelihood is not None and first is not None:
+        file.likelihood.to(first.device if device is None else device)
 
 
 def _device(device: torch.device | str) -> torch.device:

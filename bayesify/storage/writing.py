@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from ..classes import classes_of
 from ..errors import ArgumentError, CheckpointError, ModelError
+from ..likelihoods import likelihood_of, to_json, unstored
 from ..models import SPEC, ModelSpec, input_config
 from ..planning import Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, bayesian_sites, owner_state, posterior_tensors, sites
 from ..priors import LivePrior
 from ..unconverted import warn_of_unconverted
 from .files import replacing
-from .layout import FORMAT, KEY, Row, conversion_to_json
+from .layout import FORMAT, KEY, LIKELIHOOD, Row, conversion_to_json
 
 _PACKAGES = ("bayesify", "numpy", "safetensors", "timm", "torch", "torchvision")
 
@@ -118,7 +119,7 @@ def _header(
     if known is not None:
         added.setdefault("classes", list(known))
     raws = {id(site.raw) for site in sites(model)}
-    kind = type(model)
+    kind, likelihood = type(model), likelihood_of(model)
     return {
         "format": FORMAT,
         "model": {"class": f"{kind.__module__}.{kind.__qualname__}", "spec": built_by},
@@ -130,6 +131,7 @@ def _header(
             "bayesian": sum(site.weights for site in sites(model)),
         },
         "conversions": _conversions(model),
+        "likelihood": None if likelihood is None else to_json(likelihood),
         "posterior": rows,
         "versions": _versions(),
         "info": added,
@@ -211,6 +213,9 @@ def _state(model: nn.Module) -> dict[str, Any]:
         prior_mean = site.module._buffers.get(site.attribute + PRIOR_MEAN_SUFFIX)
         if prior_mean is not None:
             state[site.name + PRIOR_MEAN_SUFFIX] = prior_mean
+    likelihood = likelihood_of(model)
+    if likelihood is not None and not unstored(to_json(likelihood)):
+        state |= {LIKELIHOOD + k: v for k, v in likelihood.state_dict(keep_vars=True).items()}
     return state
 
 

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ..data import ImageData
 from ..errors import ArgumentError
-from ..kernels.noise import fold
 from ..loading import Loader
 from ..models import InputConfig, input_config
 from ..numeric import count
+from ..seeds import fold
 from .augmentation import Augment, Augmented, augmentation
 
 Data = ImageData | Dataset[Any]
@@ -51,7 +51,7 @@ class Order(Sampler[list[Any]]):
         return self.batches - self.first
 
     def __iter__(self) -> Iterator[list[Any]]:
-        seed = fold(fold(self.seed, _ORDER), self.epoch)
+        seed = fold(self.seed, _ORDER, self.epoch)
         generator = torch.Generator().manual_seed(seed)
         order = self.indices[torch.randperm(len(self.indices), generator=generator)].tolist()
         for batch in range(self.first, self.batches):

@@ -40,6 +40,7 @@ from .batches import (
     pair,
 )
 from .matching import by_name
+from .readable import readable
 
 Prediction = Literal["deterministic", "at the means", "temperature scaled", "MC average"]
 
@@ -99,6 +100,7 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     workers: int = EvaluateSettings.workers,
     control: bool = False,
     resamples: int = EvaluateSettings.resamples,
+    skip_unreadable: bool = EvaluateSettings.skip_unreadable,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[Evaluation]:
     """Measure the predicted class probabilities of ``model``, in ``eval()``, batch by batch.
@@ -125,7 +127,7 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
         ArgumentError: An argument has a value that cannot work, the output is no table of logits,
             or labels are missing, soft or out of range.
         DataError: ``data`` has classes that are not the model's, or a number of them other than
-            that of a model without names.
+            that of a model without names; or an image cannot be read.
 
     >>> import torch, bayesify
     >>> data = torch.utils.data.TensorDataset(torch.randn(20, 2), torch.randint(3, (20,)))
@@ -134,8 +136,13 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     [('at the means', 1), ('MC average', 5)]
     """
     settings = taken(EvaluateSettings, locals())
-    size = check_data(data)
-    if control and size < 2:
+    looking: dict[str, Any] = {"workers": settings.workers, "skip": settings.skip_unreadable}
+    check_data(data)
+    data, _ = readable(data, **looking)
+    if ood is not None:
+        check_data(ood)
+        ood, _ = readable(ood, **looking)
+    if control and check_data(data) < 2:
         raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
     data = by_name(data, model)
     target = device_of(model) if device is None else torch.device(device)
@@ -148,8 +155,6 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
             wanted, batch_size=settings.batch_size, model_config=config, workers=settings.workers
         )
 
-    if ood is not None:
-        check_data(ood)
     inside = batches_of(data)
     outside = None if ood is None else batches_of(ood)
     total = len(inside) + (0 if outside is None else len(outside))

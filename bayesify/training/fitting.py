@@ -29,7 +29,7 @@ from .matching import by_name
 from .progress import FitResult, Progress
 from .randomness import seeded
 from .readable import readable
-from .resume import held_checkpoint, read_state
+from .resume import held_checkpoint, read_fit
 from .run import Run
 
 logger = logging.getLogger(__name__)
@@ -130,8 +130,8 @@ def fit(  # noqa: D417 - the others are fields of FitSettings and Reading
         raise ArgumentError(f"{type(model).__name__} has no trainable parameter: nothing to fit.")
     classifies = loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
     with held_checkpoint(checkpoint, resume) as path:
-        saved = read_state(path) if path is not None and resume else None
-        known = None if saved is None else saved.values.get("unreadable")
+        saved = read_fit(path) if path is not None and resume else None
+        known = None if saved is None else saved.get("unreadable")
         train, unreadable = readable(
             train,
             workers=reading.workers,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..inference import Given, Predictor
-from ..kernels.noise import fold
 from ..posterior import is_bayesian
 from ..scope import one_draw
+from ..seeds import fold
 from .batches import Loss, pair
 
 DRAWS = 10

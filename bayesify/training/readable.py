@@ -56,23 +56,24 @@ def readable(
     skip: bool,
     known: Sequence[int] | None = None,
     on_look: Callable[[int, int], None] | None = None,
-) -> tuple[Data, list[int]]:
+) -> tuple[Any, list[int]]:
     """Read every image of an ``ImageData`` once, and leave out those that cannot be read.
 
     Args:
-        data: Images in memory, and what is no ``ImageData``, are not looked at.
+        data: Images in memory, what is no ``ImageData``, and what this has returned, are not
+            looked at.
         workers: Processes that read.
         skip: Leave them out, with a warning; else one of them is an error.
         known: Those that an earlier look has found: nothing is read.
         on_look: Gets the number of images looked at and of all.
 
     Returns:
-        The data set without them, and their indices.
+        The data set without them, which is not looked at again, and their indices.
 
     Raises:
         DataError: An image cannot be read and ``skip`` is off, or none can be read.
     """
-    if not isinstance(data, ImageData) or isinstance(data.source, InMemory):
+    if not isinstance(data, ImageData) or isinstance(data.source, InMemory | _Part):
         return data, []
     total = len(data)
     reasons = dict.fromkeys(known or (), "")
@@ -88,7 +89,7 @@ def readable(
             if on_look is not None:
                 on_look(done, total)
     if not reasons:
-        return data, []
+        return replace(data, source=_Part(data, range(total))), []
     first = next(iter(reasons.values()))
     count = f"{len(reasons):,} of {total:,} images of {data.name!r} cannot be read"
     if len(reasons) == total:
@@ -125,7 +126,7 @@ class _Part:
     """Some images of a data set."""
 
     data: ImageData
-    kept: tuple[int, ...]
+    kept: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.kept)

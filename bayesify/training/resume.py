@@ -3,49 +3,56 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
 from ..settings.training import CHANGEABLE
-from ..storage import check_target, locked, parse_json, replacing
-
-KEY = "bayesify.fit"
-FORMAT = 1
+from ..storage import check_target, locked
+from ..storage.state import StateKind, mismatched, read_state
 
 
 class Interrupted(KeyboardInterrupt):
     """A fit ended by Ctrl-C, SIGTERM or SIGHUP, with its state in a file."""
 
 
-class FitState(NamedTuple):
-    """All that decides how a fit goes on: tensors by name, and what JSON can hold."""
+def _of_format_1(tensors: dict[str, Tensor], values: Any) -> dict[str, Any]:
+    """The state in a file of format 1: tensors by dotted names, all else as plain JSON."""
 
-    tensors: dict[str, Tensor]
-    values: dict[str, Any]
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
+    def numbered(prefix: str) -> list[Tensor]:
+        found = below(prefix)
+        return [found[str(i)] for i in range(len(found))]
 
-def write_state(path: Path, state: FitState) -> None:
-    """Write the file whole or not at all; an older one of the same name is replaced."""
-    document = json.dumps({"format": FORMAT, **state.values}, sort_keys=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.tensors.items()}
-    owned = {
-        key: value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
-        for key, value in tensors.items()
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    for key, value in below("optimizer.").items():
+        index, _, name = key.partition(".")
+        optimizer.setdefault(int(index), {})[name] = value
+    return {
+        **values,
+        "holdout_losses": [math.inf if v is None else v for v in values["holdout_losses"]],
+        "model": below("model."),
+        "best": below("best."),
+        "start": numbered("start."),
+        "average": numbered("average."),
+        "optimizer": optimizer,
+        "random": {**values["random"], "torch": below("random.")},
     }
-    with replacing(path, overwrite=True) as temporary:
-        save_file(owned, temporary, metadata={KEY: document})
 
 
-def read_state(path: Path) -> FitState:
-    """Read what :func:`write_state` wrote.
+FIT = StateKind("fit", "state of a fit", "Start without resume.", "bayesify.fit", _of_format_1)
+
+
+def read_fit(path: Path) -> dict[str, Any]:
+    """The state of a fit.
 
     Raises:
         CheckpointError: There is no such file, or it is no state of a fit.
@@ -54,21 +61,7 @@ def read_state(path: Path) -> FitState:
         raise CheckpointError(
             f"There is nothing to resume: {path} does not exist. Start without resume."
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            document = (file.metadata() or {}).get(KEY)
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-        values = None if document is None else parse_json(document)
-    except Exception as error:  # a damaged file raises nearly anything
-        raise CheckpointError(
-            f"{path} is no readable safetensors file ({error}); it may be cut short."
-        ) from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is no state of a fit that this version of bayesify can go on with. Start "
-            "without resume."
-        )
-    return FitState(tensors, values)
+    return read_state(path, FIT)
 
 
 def check_same(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -96,11 +89,7 @@ def check_names(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tenso
     Raises:
         CheckpointError: A tensor is missing, superfluous, or of another shape.
     """
-    wrong = sorted(
-        key
-        for key in {*saved, *own}
-        if key not in saved or key not in own or saved[key].shape != own[key].shape
-    )
+    wrong = mismatched(own, saved)
     if wrong:
         raise CheckpointError(
             f"{path} holds the fit of another model: {len(wrong)} tensors differ in name or "
@@ -111,34 +100,32 @@ def check_names(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tenso
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "settings": dict, "step": int, "bound": (int, float), "epoch_loss": (int, float),
     "losses": list, "kl": list, "holdout_losses": list, "seconds": (int, float), "random": dict,
+    "model": dict, "best": dict, "start": list, "average": list, "optimizer": dict,
 }  # fmt: skip
 
 
-def check_values(path: Path, saved: FitState, steps: int) -> None:
+def check_values(path: Path, saved: Mapping[str, Any], steps: int) -> None:
     """Refuse a state that lacks something, or has it of another kind.
 
     Raises:
         CheckpointError: With the first that is wrong.
     """
-    values = saved.values
     wrong = [key for key, kind in _KINDS.items()
-             if not isinstance(values.get(key), kind) or isinstance(values[key], bool)]  # fmt: skip
-    if not wrong and not 0 <= values["step"] <= steps:
+             if not isinstance(saved.get(key), kind) or isinstance(saved[key], bool)]  # fmt: skip
+    if not wrong and not 0 <= saved["step"] <= steps:
         wrong = ["step"]
     wrong += [
         key
         for key in ("losses", "kl", "holdout_losses")
-        if key not in wrong and not all(isinstance(v, int | float | None) for v in values[key])
+        if key not in wrong and not all(isinstance(v, int | float) for v in saved[key])
+    ]
+    wrong += [
+        key
+        for key in ("model", "best")
+        if key not in wrong and not all(isinstance(v, Tensor) for v in saved[key].values())
     ]
     if wrong:
-        raise damaged(path, f"{wrong[0]} is {values.get(wrong[0])!r:.60}")
-
-
-def damaged(path: Path, reason: object) -> CheckpointError:
-    """The error for a state that cannot be gone on from."""
-    return CheckpointError(
-        f"{path} is no whole state of a fit ({reason}): it is damaged. Start without resume."
-    )
+        raise FIT.damaged(path, f"{wrong[0]} is {saved.get(wrong[0])!r:.60}")
 
 
 def like(own: Tensor, saved: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from torch.optim.swa_utils import update_bn
 
 from ..classes import classes_of
 from ..data import ImageData
-from ..errors import BayesifyError, CheckpointError
+from ..divergence import kl_divergence
+from ..errors import BayesifyError
 from ..inference import Given, recompute_batchnorm_
 from ..models import InputConfig
-from ..objective import kl_divergence, kl_scale, kl_schedule, noise_budget
+from ..objective import kl_scale, kl_schedule, noise_budget
 from ..optim import check_optimizer, param_groups, warmup_cosine
 from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
@@ -27,6 +28,7 @@ from ..settings.fields import plain
 from ..settings.training import FitSettings
 from ..signals import Signals
 from ..storage import left_as_it_was
+from ..storage.state import write_state
 from ..torch_private import NormBase, foreach_copy_
 from .averaging import TailAverage
 from .batches import (
@@ -44,16 +46,7 @@ from .holdout import held_out_loss, put_back, snapshot
 from .labels import LabelCheck
 from .progress import FitResult, Progress, travel
 from .randomness import RandomState, current, restore, torch_state
-from .resume import (
-    FitState,
-    Interrupted,
-    check_names,
-    check_same,
-    check_values,
-    damaged,
-    like,
-    write_state,
-)
+from .resume import FIT, Interrupted, check_names, check_same, check_values, like
 
 _SAVE_EVERY = 600.0
 """Seconds after which the state is written also within an epoch."""
@@ -356,77 +349,64 @@ class Run:
 
     def save(self) -> None:
         if self.path is not None:
-            write_state(self.path, self.state())
+            write_state(self.path, self.state(), FIT)
             self.saved_at = time.perf_counter()
 
-    def state(self) -> FitState:
+    def state(self) -> dict[str, Any]:
         random = current(self.device)
-        tensors = {f"model.{k}": v for k, v in self._named().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best.items()}
-        tensors |= {f"start.{i}": v for i, v in enumerate(self.start)}
-        tensors |= {f"average.{i}": v for i, v in enumerate(self.average.mean)}
-        tensors |= {f"random.{k}": v for k, v in random.tensors.items()}
-        for index, held in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in held.items()}
-        values = {
+        return {
             "settings": self._identity(),
             "step": self.step,
             "bound": self.bound,
             "epoch_loss": self.epoch_loss,
             "losses": self.losses,
             "kl": self.kls,
-            "holdout_losses": [None if math.isinf(v) else v for v in self.held_losses],
+            "holdout_losses": self.held_losses,
             "seconds": self._seconds(),
-            "random": random.others,
             "unreadable": self.unreadable,
+            "model": self._named(),
+            "best": self.best,
+            "start": self.start,
+            "average": self.average.mean,
+            "optimizer": self.optimizer.state_dict()["state"],
+            "random": {**random.others, "torch": random.tensors},
         }
-        return FitState(tensors, values)
 
-    def check_resumable(self, saved: FitState) -> None:
+    def check_resumable(self, saved: dict[str, Any]) -> None:
         assert self.path is not None
         check_values(self.path, saved, self.steps)
-        check_same(self.path, saved.values["settings"], self._identity())
-        check_names(self.path, _below(saved.tensors, "model."), self._named())
+        check_same(self.path, saved["settings"], self._identity())
+        check_names(self.path, saved["model"], self._named())
+        if saved["best"]:
+            check_names(self.path, saved["best"], self._named())
 
-    def load(self, saved: FitState) -> None:
+    def load(self, saved: dict[str, Any]) -> None:
         assert self.path is not None
         try:
             with left_as_it_was(self.model):
                 self._load(saved)
-        except CheckpointError:
-            raise
         except Exception as error:  # of torch, of its generators, of Python's and numpy's
-            raise damaged(self.path, error) from error
+            raise FIT.damaged(self.path, error) from error
 
-    def _load(self, saved: FitState) -> None:
-        assert self.path is not None
-        values, tensors = saved.values, saved.tensors
-        put_back(self.model, _below(tensors, "model."))
-        self.best = {k: v.to(self.device) for k, v in _below(tensors, "best.").items()}
-        if self.best:
-            check_names(self.path, self.best, self._named())
-        self.start = [like(own, tensors[f"start.{i}"]) for i, own in enumerate(self.start)]
-        averaged = _below(tensors, "average.")
-        self.average.mean = [
-            like(own, averaged[str(i)]).to(self.device)
-            for i, own in enumerate(self.average.parameters if averaged else ())
-        ]
+    def _load(self, saved: dict[str, Any]) -> None:
+        put_back(self.model, saved["model"])
+        self.best = {k: v.to(self.device) for k, v in saved["best"].items()}
+        self.start = [like(own, v) for own, v in zip(self.start, saved["start"], strict=True)]
+        averaged = zip(self.average.parameters, saved["average"], strict=bool(saved["average"]))
+        self.average.mean = [like(own, v).to(self.device) for own, v in averaged]
         stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in _below(tensors, "optimizer.").items():
-            index, _, name = key.partition(".")
-            own = stepped[int(index)]
-            state.setdefault(int(index), {})[name] = like(own, value) if value.ndim else value
+        state = {
+            index: {k: like(stepped[index], v) if v.ndim else v for k, v in moments.items()}
+            for index, moments in saved["optimizer"].items()
+        }
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.step, self.bound = values["step"], values["bound"]
+        self.step, self.bound, self.epoch_loss = saved["step"], saved["bound"], saved["epoch_loss"]
         self.labels.first_epoch = self.step == 0
-        self.epoch_loss, self.losses, self.kls = (
-            values["epoch_loss"], list(values["losses"]), list(values["kl"])
-        )  # fmt: skip
-        self.held_losses = [math.inf if v is None else v for v in values["holdout_losses"]]
-        self.earlier_seconds = values["seconds"]
-        restore(RandomState(_below(tensors, "random."), values["random"]), self.device)
+        self.losses, self.kls = saved["losses"], saved["kl"]
+        self.held_losses = saved["holdout_losses"]
+        self.earlier_seconds = saved["seconds"]
+        restore(RandomState(saved["random"]["torch"], saved["random"]), self.device)
 
     def _identity(self) -> dict[str, Any]:
         """What the fit is, for a comparison with the one in the file."""
@@ -442,7 +422,3 @@ class Run:
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self.started
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -257,7 +257,7 @@ def _resume(folder: Path) -> dict[str, Kind]:
         pass
     if not path.exists():
         raise RuntimeError("the fit has left no state")
-    return {"resume": Kind(path, _tensors("bayesify.fit"), lambda p: run(p, True, None))}
+    return {"resume": Kind(path, _tensors("bayesify.state"), lambda p: run(p, True, None))}
 
 
 def _run_folder(folder: Path) -> dict[str, Kind]:
@@ -292,7 +292,7 @@ def _run_folder(folder: Path) -> dict[str, Kind]:
         open_run(path.parent, device="cpu")
 
     return {
-        "run": Kind(newest, _tensors("byov"), measure),
+        "run": Kind(newest, _tensors("bayesify.state"), measure),
         "log of a run": Kind(folder / "run" / "log.jsonl", _lines, from_log),
     }
 

@@ -24,7 +24,7 @@ from .runtime.distributed import World
 from .runtime.fsdp import gathered_state, placed_state, shard_
 from .runtime.monitors import initial_logvars
 from .runtime.online_probe import OnlineProbe
-from .runtime.seeds import key_of
+from .runtime.seeds import Stream, seed_of
 from .teacher import Teacher, set_prior_of
 
 
@@ -161,10 +161,10 @@ class Stepper:
         seen: dict[str, Tensor] = {}
         count = len(micro_batches)
         for micro, (view1, view2, labels) in enumerate(micro_batches):
-            key = key_of(config.seed, step, micro * world.size + world.rank)
-            torch.manual_seed(key)
+            seed = seed_of(Stream.STEP, config.seed, step, micro * world.size + world.rank)
+            torch.manual_seed(seed)
             with self._synchronised(micro == count - 1):
-                drawn = one_draw(self.model, key) if config.bayesian else nullcontext()
+                drawn = one_draw(self.model, seed) if config.bayesian else nullcontext()
                 with drawn, torch.autocast(world.device.type, torch.bfloat16, enabled=self.run.amp):
                     data_loss, seen = self._loss(view1, view2, labels)
                 kl = kl_divergence(self.model) if config.bayesian else data_loss.new_zeros(())

@@ -124,7 +124,7 @@ class TrainLog:
             except BayesifyError:
                 raise
             except Exception as error:  # of torch's optimizers, and of what is missing
-                raise checkpoint.damaged(resumed, error) from error
+                raise checkpoint.KIND.damaged(resumed, error) from error
             self.watcher.log(f"Going on from {resumed}, step {start:,} of {self.steps:,}.")
         self.newest = resumed
         self._travel = sum(rates[:start])

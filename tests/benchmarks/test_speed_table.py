@@ -20,7 +20,7 @@ BASE: dict[str, Any] = {
     "machine": {"processor": "P", "cores": 2, "system": "Linux", "python": "3.11"},
     "versions": {"torch": "2.15"},
 }  # fmt: skip
-CARD = {**BASE, "machine": {**BASE["machine"], "card": "H100"}}
+GPU = {**BASE, "machine": {**BASE["machine"], "card": "H100"}}
 SIZES = dict.fromkeys(speed_table.PARTS, 2 << 20)
 
 
@@ -69,23 +69,23 @@ def test_targets_are_met_or_missed(page: Path) -> None:
     assert "IVON on resnet18: E: no" in text
 
 
-def test_a_card(page: Path) -> None:
+def test_a_gpu(page: Path) -> None:
     rows = {
         "deterministic": {**ROW, "peak_bytes": 1 << 30},
         "bayesify": {**ROW, "peak_bytes": (1 << 30) + 1600},
     }
     name = "vit_base_patch16_224"
-    put(page, "step_cuda.json", {**CARD, "weights": {name: 100}, "models": {name: rows}})
+    put(page, "step_cuda.json", {**GPU, "weights": {name: 100}, "models": {name: rows}})
     graphed = {**rows, "bayesify": {**ROW, "seconds": 0.1}, "deterministic, CUDA graph": ROW}
-    put(page, "predict_cuda.json", {**CARD, "draws": 30, "cases": {f"{name}, 1": graphed}})
+    put(page, "predict_cuda.json", {**GPU, "draws": 30, "cases": {f"{name}, 1": graphed}})
     put(page, "memory_cuda.json", {
-        **CARD, "cases": {"m, batch 2": {"full": {"weights": 7, **SIZES, "peak": 3 << 20}}},
+        **GPU, "cases": {"m, batch 2": {"full": {"weights": 7, **SIZES, "peak": 3 << 20}}},
     })  # fmt: skip
     rate = {"bytes_per_second": 3e12, "median": 0.8}
     rates = dict.fromkeys(("draw", "backward", "copy"), rate)
-    put(page, "draw_cuda.json", {**CARD, "weights": 100, "rates": rates})
+    put(page, "draw_cuda.json", {**GPU, "weights": 100, "rates": rates})
     methods = {"BYOL": ROW, "BYOV, N(0, I)": {**ROW, "median": 1.06}}
-    put(page, "byov_step_cuda.json", {**CARD, "batch": 256, "methods": methods})
+    put(page, "byov_step_cuda.json", {**GPU, "batch": 256, "methods": methods})
     speed_table.write()
     text = page.read_text()
     assert "Not measured" not in text

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from test_cli_outputs import FACTORY
+from torch import nn
 from typer.testing import CliRunner, Result
 
 import bayesify
@@ -208,3 +209,49 @@ def test_every_error_is_json_under_json(
     else:
         assert (document["error"]["kind"], document["error"]["exit_code"]) == (kind, code)
         assert printed.err == ""
+
+
+# -- eval, prune --curve, report -----------------------------------------------------------------
+
+MEASURED = [
+    ("eval", "net", "images", "-k", 2, "--ood", "images", "--json"),
+    ("prune", "net", "--curve", "--data", "images", "-k", 2, "--sparsity", 0.5, "--json"),
+    ("report", "net", "images", "-k", 2, "--resamples", 2, "--ood", "images", "-o", "page.html"),
+]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("command", MEASURED, ids=lambda c: str(c[0]))
+def test_a_measurement_with_a_broken_image_does_not_begin_or_leaves_it_out(
+    command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("images/c").mkdir()
+    Path("images/c/0.png").write_bytes(Path("images/a/0.png").read_bytes())
+    Path("images/b/9.png").write_bytes(b"no image")
+    calls: list[int] = []
+    called = nn.Linear.forward
+
+    def noted(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return called(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", noted)
+    wanted = (*command, *MODEL, "-b", 1)
+    failed = run(*wanted, code=2)
+    message = " ".join((failed.stdout + failed.stderr).replace("│", " ").split())
+    assert "1 of 6 images of 'images' cannot be read" in message
+    assert "--skip-unreadable" in message
+    assert not calls
+    result = run(*wanted, "--skip-unreadable")
+    assert "1 of 6 images of 'images' cannot be read and are left out" in " ".join(
+        result.stderr.split()
+    )
+    if command[0] == "report":
+        assert "2 images that cannot be read" in Path("page.html").read_text()
+        return
+    found = json.loads(result.stdout)
+    assert found["unreadable"] == 1
+    Path("images/b/9.png").unlink()
+    whole = json.loads(run(*wanted).stdout)
+    assert whole["unreadable"] == 0
+    assert found["rows"] == whole["rows"]

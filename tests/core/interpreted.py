@@ -26,7 +26,7 @@ from test_grouped import (
 from torch import Tensor, nn
 
 import bayesify
-from bayesify import gaussian, objective
+from bayesify import divergence, gaussian
 from bayesify.kernels import grouped, philox, triton_draw, triton_kernels
 from bayesify.kernels.buffers import Buffers
 from bayesify.scope import drawing
@@ -61,7 +61,7 @@ def reference_noise(
 def _by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA device decides is decided for the CPU."""
     monkeypatch.setattr(grouped, "by_triton", lambda device: True)
-    for module in (grouped, drawing, objective):
+    for module in (grouped, drawing, divergence):
         monkeypatch.setattr(module, "noise", reference_noise)
     monkeypatch.setattr(triton_draw, "BLOCK", 1 << 16)  # the interpreter is slow by block
 
@@ -211,3 +211,28 @@ def test_a_tensor_that_begins_anywhere_is_drawn_by_itself() -> None:
     odd = nn.Parameter(flat[1:])
     assert not grouped.suits(odd, nn.Parameter(torch.zeros(8)))
     assert grouped.suits(nn.Parameter(flat[4:8]), nn.Parameter(torch.zeros(4)))
+
+
+def test_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "keeps_noise", lambda mean: False)
+    x = torch.randn(2, 3)
+
+    def gradients(backend: str | None, whole: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = bayesify.to_bbb(nn.Linear(3, 2), prior=bayesify.GaussianPrior(0.5)).train()
+        call: Any = torch.compile(model, backend=backend) if backend else model
+        with bayesify.one_draw(model, seed=3):
+            loss = call(x).square().sum()
+        if whole:
+            loss = bayesify.elbo_loss(loss, model, num_data=2)
+        else:
+            loss = loss + 0.5 * bayesify.kl_divergence(model)
+        loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for whole in (True, False):
+        torch._dynamo.reset()
+        for found, expected in zip(
+            gradients("aot_eager", whole), gradients(None, whole), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

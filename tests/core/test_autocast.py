@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import bayesify
 from bayesify import draws, kl_divergence, one_draw, sampled, to_bbb
 from bayesify.kernels import grouped
-from bayesify.kernels.noise import fold
+from bayesify.seeds import fold
 
 
 class Net(nn.Module):

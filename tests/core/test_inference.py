@@ -28,8 +28,8 @@ from bayesify.inference import (
     predict,
     recompute_batchnorm_,
 )
-from bayesify.kernels.noise import fold
 from bayesify.posterior import sites
+from bayesify.seeds import fold
 
 REDUCTIONS: tuple[Reduce, ...] = ("probabilities", "moments")
 

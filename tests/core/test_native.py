@@ -18,7 +18,7 @@ from torch.distributions import Normal
 from torch.distributions import kl_divergence as kl_of_torch
 
 from bayesify.kernels import native, philox
-from bayesify.kernels.noise import key_of
+from bayesify.seeds import key_of
 
 pytestmark = pytest.mark.skipif(
     not native.there(), reason="bayesify was installed without a C compiler"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bayesify
 from bayesify import ArgumentError
+from bayesify.likelihoods import Gaussian, set_likelihood_
 from bayesify.optim import check_optimizer, param_groups
 from bayesify.posterior import sites
 
@@ -300,3 +301,32 @@ def test_nothing_is_warned_of_a_converted_model(model: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_optimizer(model, torch.optim.AdamW(param_groups(model, lr=0.1)))
+
+
+def test_learned_noise_has_a_group_without_decay(model: nn.Module) -> None:
+    before = param_groups(model, lr=0.1, logvar_lr=0.2, weight_decay=0.3)
+    likelihood = Gaussian(outputs=2)
+    set_likelihood_(model, likelihood)
+    groups = param_groups(model, lr=0.1, logvar_lr=0.2, weight_decay=0.3)
+    assert [g["name"] for g in groups] == [*(g["name"] for g in before), "likelihood"]
+    last = groups[-1]
+    assert (last["lr"], last["weight_decay"]) == (0.1, 0.0)
+    assert [id(p) for p in last["params"]] == [id(likelihood.log_noise)]
+    check_optimizer(model, torch.optim.AdamW(groups))
+    set_likelihood_(model, Gaussian(1.0))  # it learns nothing
+    assert [g["name"] for g in param_groups(model, lr=0.1)] == [g["name"] for g in before]
+
+
+def test_an_optimizer_that_misses_or_decays_the_noise_is_refused(model: nn.Module) -> None:
+    groups = param_groups(model, lr=0.1)
+    set_likelihood_(model, Gaussian(outputs=2))
+    message = "does not hold log_noise of the likelihood Gaussian"
+    with pytest.raises(ArgumentError, match=message):
+        check_optimizer(model, torch.optim.AdamW(groups))
+    decaying = [*param_groups(model, lr=0.1)]
+    decaying[-1]["weight_decay"] = 0.1
+    with pytest.raises(ArgumentError, match="decay on log_noise of the likelihood"):
+        check_optimizer(model, torch.optim.AdamW(decaying))
+    set_likelihood_(model, Gaussian())
+    with pytest.raises(ArgumentError, match=r"say it, Gaussian\('learned', outputs=1\)"):
+        param_groups(model, lr=0.1)

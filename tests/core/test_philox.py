@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesify.kernels import philox
-from bayesify.kernels.noise import fold, key_of
+from bayesify.seeds import fold, key_of
 
 # kat_vectors of Random123, lines "philox4x32 10": counter, key, answer
 VECTORS = [

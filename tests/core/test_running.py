@@ -15,8 +15,8 @@ import bayesify
 from bayesify.inference import Predictor, predict, running
 from bayesify.inference.running import Draws
 from bayesify.kernels import grouped, native
-from bayesify.kernels.noise import fold
 from bayesify.pruning import prune_
+from bayesify.seeds import fold
 
 
 class Tied(nn.Module):

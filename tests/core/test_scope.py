@@ -35,9 +35,9 @@ from bayesify import (
     sampled,
 )
 from bayesify.kernels import grouped
-from bayesify.kernels.noise import key_of
 from bayesify.posterior import STATE, sites
 from bayesify.scope import LOCAL, open_modes
+from bayesify.seeds import key_of
 from reference import functional_call
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -33,7 +33,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-OWN = "kernel or draws_are or gradients_are or contiguous or anywhere or launch"
+OWN = "kernel or compiled or draws_are or gradients_are or contiguous or anywhere or launch"
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from bayesify import at_mean, elbo_loss, kl_divergence, one_draw, sampled, to_bbb
-from bayesify.kernels.noise import fold
 from bayesify.priors import GaussianPrior, ScaleMixturePrior
+from bayesify.seeds import fold
 
 SEED, STEPS = 100, 3
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.transforms.functional import to_pil_image
 
+import bayesify
 from bayesify.data import ImageData, load_dataset, loader, prepare
 from bayesify.errors import ArgumentError, DataError
 from bayesify.models import InputConfig
@@ -71,7 +72,7 @@ def test_the_embedded_splits_share_no_image() -> None:
 
 
 def test_the_embedded_sample_is_small_and_carries_its_licence() -> None:
-    assets = Path(load_dataset.__code__.co_filename).parent / "assets"
+    assets = Path(bayesify.__file__).parent / "assets"
     assert sum(path.stat().st_size for path in assets.iterdir()) < 4_000_000
     assert "Copyright © 2017 Zalando SE" in (assets / "FASHION-MNIST-LICENSE.txt").read_text("utf8")
     assert "1708.07747" in (assets / "README.md").read_text("utf8")
@@ -88,11 +89,11 @@ def test_its_images_look_like_their_classes() -> None:
 
 
 def test_a_damaged_sample_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assets = Path(load_dataset.__code__.co_filename).parent / "assets"
+    assets = Path(bayesify.__file__).parent / "assets"
     with np.load(assets / "fashion_sample.npz") as arrays:
         good = dict(arrays)
     (tmp_path / "assets").mkdir()
-    monkeypatch.setattr("bayesify.data.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("bayesify.data.sources.resources.files", lambda package: tmp_path)
     target = tmp_path / "assets" / "fashion_sample.npz"
     with pytest.raises(DataError, match="missing or damaged"):
         load_dataset("fashion-sample", split="test")

@@ -64,7 +64,7 @@ tried("prune", lambda: bayesify.prune_(model, 0.5))
 tried("safetensors", lambda: bayesify.export_safetensors(model, "e.safetensors"))
 tried("onnx", lambda: bayesify.export_onnx(model, "e.onnx", x))
 tried("report", import_module("bayesify.report.page").check_installed)
-tried("figures", import_module("bayesify.report.plots").figure_class)
+tried("figures", import_module("bayesify.report.figure").figure_class)
 tried("paper", import_module("bayesify.report").check_installed, "scipy")
 tried("tensorboard", import_module("recipes.byov.runtime.tensorboard").TensorBoardWriter,
       Path("log"), 0)

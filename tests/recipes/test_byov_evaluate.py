@@ -43,7 +43,7 @@ from recipes.byov.paper.correlations import correlations, spearman
 from recipes.byov.paper.page import noise_levels, rises
 from recipes.byov.paper.results import RunRecord, against, estimate, families, paper_like
 from recipes.byov.presets import PRESETS
-from recipes.byov.runtime.seeds import seed_of
+from recipes.byov.runtime.seeds import Stream, seed_of
 from recipes.byov.train import train
 
 HEAD = protocol.EvalSettings(num_samples=3, epochs=5)
@@ -224,7 +224,7 @@ def test_the_average_is_that_of_the_softmaxes_of_single_draws(byov: Run) -> None
     total = torch.zeros(len(images), 2, dtype=torch.float64)
     with torch.no_grad():
         for draw in range(HEAD.num_samples):
-            with bb.one_draw(byov.model, seed_of(HEAD.seed, draw)):
+            with bb.one_draw(byov.model, seed_of(Stream.MEASURED, HEAD.seed, draw)):
                 total += head(byov.encoder(images)).double().softmax(-1)
     expected = classification_metrics(total / HEAD.num_samples, labels_of(byov))
     assert row["nll"] == pytest.approx(expected["nll"], rel=1e-4)
@@ -468,7 +468,7 @@ def test_latent_variances_are_those_of_the_draws(byov: Run) -> None:
     assert isinstance(model, Student)
     with torch.no_grad():
         for m in range(4):
-            with bb.one_draw(model, seed_of(0, m)):
+            with bb.one_draw(model, seed_of(Stream.MEASURED, 0, m)):
                 kept.append(model.branch(model.encoder(images)))
     for part, field in (("encoder", "features"), ("projector", "projection")):
         expected = torch.stack([getattr(b, field) for b in kept]).double().var(0).mean(1)

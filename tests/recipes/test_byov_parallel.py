@@ -13,7 +13,7 @@ from byov_small import CONFIG, small_run, started, stop_at
 from recipes.byov import step, train
 from recipes.byov.config import BYOVConfig, RunConfig
 from recipes.byov.runtime import checkpoint
-from recipes.byov.runtime.seeds import key_of
+from recipes.byov.runtime.seeds import seed_of
 
 
 def in_processes(count: int, config: BYOVConfig, run: RunConfig) -> None:
@@ -75,9 +75,8 @@ def test_the_draw_of_each_process_is_its_own(tmp_path: Path) -> None:
     run = small_run(tmp_path, out=tmp_path / "a", accumulate=2)
     train.train(config, run)
     first = final(run)
-    original = key_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "key_of", lambda seed, at, index: original(seed, at, 0))
+        patch.setattr(step, "seed_of", lambda of, seed, at, index: seed_of(of, seed, at, 0))
         run = small_run(tmp_path, out=tmp_path / "b", accumulate=2)
         train.train(config, run)
     assert any(not torch.equal(first[n], v) for n, v in final(run).items() if "student" in n)

@@ -20,7 +20,7 @@ from recipes.byov.config import HeadNorm, PredictorName, RunConfig
 from recipes.byov.model import build_student, convert_
 from recipes.byov.runtime import checkpoint
 from recipes.byov.runtime.log import read_log
-from recipes.byov.runtime.seeds import key_of, seed_of
+from recipes.byov.runtime.seeds import Stream, seed_of
 
 
 def steps_of(run: RunConfig) -> list[dict[str, Any]]:
@@ -306,12 +306,17 @@ def test_what_does_not_fit_the_data_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_keys_differ_in_seed_step_and_index() -> None:
-    keys = [key_of(s, t, i) for s in range(3) for t in range(20) for i in range(4)]
-    assert len(set(keys)) == len(keys)
-    assert all(0 <= key < 2**63 for key in keys)
+def test_seeds_differ_in_stream_seed_and_place() -> None:
+    at = range(4)
+    seeds = [seed_of(stream, s, t, i) for stream in Stream for s in at for t in at for i in at]
+    seeds += [seed_of(stream, s, t) for stream in Stream for s in at for t in at]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    with pytest.raises(ArgumentError, match="0 or more"):
+        seed_of(Stream.VIEWS, 0, -1)
 
 
 def test_seeds_are_those_of_earlier_runs() -> None:
-    assert [seed_of(0, 0), seed_of(3, 1, 20, 2)] == [7896617691693857887, 1729708858118787290]
-    assert [key_of(0, 0, 0), key_of(3, 20, 2)] == [4808561972376111626, 6884490688545010477]
+    assert seed_of(Stream.ORDER, 0, 0) == 3348016204835904075
+    assert seed_of(Stream.VIEWS, 3, 1, 20, 2) == 8886009519294909018
+    assert seed_of(Stream.STEP, 3, 20, 2) == 6757161343824111916

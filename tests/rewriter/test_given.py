@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import bayesify
 from bayesify import one_draw, to_bbb
-from bayesify.kernels.noise import fold
 from bayesify.scope import as_seed
+from bayesify.seeds import fold
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) * 255
 Y = torch.arange(6) % 3

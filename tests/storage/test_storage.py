@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -21,12 +22,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import bayesify
-from bayesify import BBBConfig, GaussianPrior, LivePrior, ScaleMixturePrior, storage
+from bayesify import (
+    BBBConfig,
+    GaussianPrior,
+    LivePrior,
+    NoMatchWarning,
+    ScaleMixturePrior,
+    check_optimizer,
+    param_groups,
+    storage,
+)
 from bayesify.convert import extend_
 from bayesify.errors import ArgumentError, CheckpointError, UnsupportedModuleError
 from bayesify.models import ModelSpec
 from bayesify.posterior import gaussian_prior, is_bayesian, sites
-from bayesify.storage import load, read_header, read_stats, replacing, save
+from bayesify.report.weights import left_out
+from bayesify.storage import describe, load, read_header, read_stats, replacing, save
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -249,6 +260,71 @@ def test_layers_added_after_loading_are_converted_alike(tmp_path: Path) -> None:
         extend_(m)  # as reset_classifier does
         assert [s.name for s in sites(m)] == ["1.weight", "4.weight"]
         assert float(m[4].weight_logvar.detach().max()) == pytest.approx(-5.0)
+
+
+ENDLESS = r"re:(([a-z.0-9]+)+)+!"
+"""It takes years to find out that a parameter's name does not match."""
+
+
+def refuse_endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = re.compile
+
+    def look(pattern: Any, *flags: Any) -> Any:
+        assert ENDLESS[3:] not in str(pattern), "a regular expression of a file is run"
+        return compile_(pattern, *flags)
+
+    monkeypatch.setattr(re, "compile", look)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_regular_expressions_of_a_file_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """They stand for what they had chosen; new parameters are named, not matched."""
+    refuse_endless(monkeypatch)
+    estimator: Any = {"re:^4": "local", "*": "flipout"}
+    model: Any = bayesify.to_bbb(convnet(), skip=["re:bias$", "BatchNorm2d"], estimator=estimator)
+    save(model, tmp_path / "a")
+
+    def make_endless(header: Any, _: Any) -> None:
+        arguments = header["conversions"][0]["arguments"]
+        arguments["skip"][0] = arguments["estimators"][0][0] = ENDLESS
+
+    path = rewritten(tmp_path / "a", make_endless)
+    describe(read_header(path))
+    back: Any = load(path, convnet() if given else bayesify.to_bbb(convnet(), skip=ENDLESS_SKIP))
+    assert [s.name for s in sites(back)] == ["1.weight", "4.weight"]
+    check_optimizer(back, torch.optim.SGD(param_groups(back, lr=0.1)))
+    reasons = {reason: tensors for reason, tensors, _ in left_out(back)}
+    assert reasons == {"skipped: BatchNorm2d": 2, f"skipped: {ENDLESS}": 2}
+    back[4] = nn.Linear(12, 7)
+    extend_(copy.deepcopy(back))
+    extend_(back)
+    assert [(s.name, s.slot.estimator) for s in sites(back)] == [
+        ("1.weight", "flipout"), ("4.weight", "local")
+    ]  # fmt: skip
+    back.append(nn.Linear(7, 2))
+    with pytest.warns(NoMatchWarning, match=r"not choose among 2 new ones: 5.weight, 5.bias\."):
+        extend_(back)
+    save(back, tmp_path / "b")
+    assert read_header(tmp_path / "b")["conversions"][0]["arguments"]["skip"][0] == ENDLESS
+
+
+ENDLESS_SKIP = ["*bias", "BatchNorm2d"]
+
+
+def test_only_by_a_regular_expression_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bayesify.to_bbb(convnet(), only=["re:^4"])
+    save(model, tmp_path / "a")
+    path = rewritten(
+        tmp_path / "a", lambda h, _: h["conversions"][0]["arguments"].update(only=[ENDLESS])
+    )
+    refuse_endless(monkeypatch)
+    back: Any = load(path, convnet())
+    back[4], back[1] = nn.Linear(12, 7), nn.Conv2d(2, 3, 1)
+    assert [s.name for s in sites(extend_(back))] == ["4.weight", "4.bias"]
 
 
 @pytest.mark.parametrize(
@@ -904,11 +980,12 @@ def deep(depth: int) -> Any:
         (lambda h: h["posterior"][0]["prior"].update(relative="no"), "relative must be"),
         (lambda h: h["posterior"][0]["prior"].update(kind=[]), "TypeError"),
         (lambda h: h["conversions"][0]["arguments"].update(skip="re:("), "is no list"),
-        (lambda h: h["conversions"][0]["arguments"].update(skip=["re:("]), "re:"),
+        (lambda h: h["conversions"][0]["arguments"].update(skip=["*" * 1001]), "1,000 char"),
+        (lambda h: h["conversions"][0]["arguments"].update(only=["*", "a["] * 501), "1,000 patt"),
         (lambda h: h["conversions"][0]["arguments"].update(logvar=1e4), "logvar must be"),
         (lambda h: h["conversions"][0]["arguments"]["config"].update(strict="no"), "strict must"),
     ],
-    ids=range(26),
+    ids=range(27),
 )
 def test_headers_that_contradict_themselves(tmp_path: Path, change: Any, message: str) -> None:
     path = rewritten(saved(tmp_path), lambda h, t: change(h))

@@ -11,8 +11,8 @@ from torch.utils.data import TensorDataset
 
 import bayesify
 from bayesify.errors import ArgumentError
-from bayesify.kernels.noise import fold
 from bayesify.metrics import ClassificationMetrics, cross_fitted_temperature, ood_metrics
+from bayesify.seeds import fold
 from bayesify.training import Evaluation, evaluate
 
 

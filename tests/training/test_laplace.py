@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 import bayesify
 from bayesify.data import ImageData, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
-from bayesify.kernels.noise import fold
 from bayesify.models import InputConfig
+from bayesify.seeds import fold
 from bayesify.training import fisher, fit_laplace_
 from bayesify.training.fisher import fisher_diagonal
 from bayesify.training.holdout import held_out_loss

@@ -28,7 +28,9 @@ from bayesify.data import ImageData, InMemory, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError, CheckpointError
 from bayesify.models import InputConfig
 from bayesify.signals import waiting_signals
+from bayesify.storage.state import read_state, write_state
 from bayesify.training import FitResult, Interrupted, Progress, fit
+from bayesify.training.resume import FIT
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = InputConfig(size=(1, 28, 28), mean=(0.286,), std=(0.353,))
@@ -157,9 +159,11 @@ def test_the_state_is_a_safetensors_file_with_one_json_key(tmp_path: Path) -> No
     run_in_parts("points", path, [3])
     with safe_open(path, framework="pt") as file:
         [(key, text)] = file.metadata().items()
-    assert key == "bayesify.fit"
-    assert json.loads(text)["step"] == 20
-    assert {name.partition(".")[0] for name in load_file(path)} == {
+    assert key == "bayesify.state"
+    document = json.loads(text)
+    assert (document["format"], document["kind"]) == (2, "fit")
+    assert dict(document["state"]["dict"])["step"] == 20
+    assert {name.split("/")[1] for name in load_file(path)} == {
         "model", "optimizer", "random", "start"
     }  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
@@ -213,7 +217,7 @@ def test_files_that_are_no_state(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing to resume"):
         resume()
     save_file({"a": torch.ones(1)}, tmp_path / "state")
-    with pytest.raises(CheckpointError, match="no state of a fit"):
+    with pytest.raises(CheckpointError, match="no readable state of a fit"):
         resume()
     stopped(tmp_path / "other")
     (tmp_path / "state").write_bytes((tmp_path / "other").read_bytes()[:-9])
@@ -236,7 +240,7 @@ def test_a_fit_that_diverged_goes_on_with_a_lower_rate(tmp_path: Path) -> None:
     with pytest.raises(BayesifyError, match=r"step 8 of 20.*resume with a lower lr"):
         fit(model, data(), **arguments, checkpoint=path, loss=breaking)
     state = load_file(path)
-    assert all(torch.equal(state[f"model.{k}"], v) for k, v in model.state_dict().items())
+    assert all(torch.equal(state[f"/model/{k}"], v) for k, v in model.state_dict().items())
     again = make()
     result = fit(again, data(), **{**arguments, "lr": 1e-3}, checkpoint=path, resume=True)
     assert result.steps == 20
@@ -287,25 +291,28 @@ def test_the_command_ends_with_130_and_goes_on(tmp_path: Path) -> None:
 # -- a damaged state ---------------------------------------------------------------------------
 
 
-def drop(name: str) -> Callable[[dict[str, Any], dict[str, Tensor]], object]:
-    return lambda v, t: v.pop(name)
+def drop(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda s: s.pop(name)
 
 
-DAMAGE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "no step": drop("step"),
     "no losses": drop("losses"),
     "no settings": drop("settings"),
-    "step of text": lambda v, t: v.update(step="3"),
-    "step below 0": lambda v, t: v.update(step=-1),
-    "step beyond": lambda v, t: v.update(step=10**9),
-    "losses of text": lambda v, t: v.update(losses=["a"]),
-    "random of Python": lambda v, t: v["random"].update(python=[3, [1, 2], None]),
-    "random of numpy": lambda v, t: v["random"].pop("numpy"),
-    "random of torch": lambda v, t: t.update({"random.cpu": torch.zeros(3, dtype=torch.uint8)}),
-    "moment of another shape": lambda v, t: t.update({"optimizer.0.exp_avg": torch.zeros(7)}),
-    "optimizer of a text": lambda v, t: t.update({"optimizer.x.exp_avg": torch.zeros(2)}),
-    "start of another shape": lambda v, t: t.update({"start.0": torch.zeros(7)}),
-    "too deep": lambda v, t: v.update(losses=json.loads("[" * 200 + "]" * 200)),
+    "step of text": lambda s: s.update(step="3"),
+    "step below 0": lambda s: s.update(step=-1),
+    "step beyond": lambda s: s.update(step=10**9),
+    "losses of text": lambda s: s.update(losses=["a"]),
+    "a parameter of text": lambda s: s["model"].update({"0.weight": "a"}),
+    "random of Python": lambda s: s["random"].update(python=[3, [1, 2], None]),
+    "random of numpy": lambda s: s["random"].pop("numpy"),
+    "random of torch": lambda s: s["random"]["torch"].update(cpu=torch.zeros(3, dtype=torch.uint8)),
+    "moment of another shape": lambda s: s["optimizer"][0].update(exp_avg=torch.zeros(7)),
+    "moment of text": lambda s: s["optimizer"][0].update(exp_avg="a"),
+    "optimizer of a text": lambda s: s["optimizer"].update(x={"exp_avg": torch.zeros(2)}),
+    "start of another shape": lambda s: s["start"].__setitem__(0, torch.zeros(7)),
+    "start of another length": lambda s: s["start"].pop(),
+    "too deep": lambda s: s.update(losses=json.loads("[" * 200 + "]" * 200)),
 }
 
 
@@ -324,11 +331,9 @@ def test_a_damaged_state_is_refused_and_the_model_left_alone(tmp_path: Path, dam
     options: dict[str, Any] = {"epochs": 2, "batch_size": 4, "lr": 1e-3, "checkpoint": path}
     with pytest.raises(Stop):
         fit(points_model(), data, on_step=stop, **options)
-    with safe_open(path, framework="pt") as file:
-        values = json.loads(file.metadata()["bayesify.fit"])
-    tensors = load_file(path)
-    DAMAGE[damage](values, tensors)
-    save_file(tensors, path, metadata={"bayesify.fit": json.dumps(values)})
+    state = read_state(path, FIT)
+    DAMAGE[damage](state)
+    write_state(path, state, FIT)
     model = points_model()
     with torch.no_grad():
         model.get_parameter("0.bias").add_(1.0)

@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from bayesify import ArgumentError, DataError
 from bayesify.data import InMemory
 from bayesify.loading import Loader
+from bayesify.seeds import fold
 
-from ..runtime.seeds import seed_of
+from ..runtime.seeds import Stream, seed_of
 from .dataset import Source, as_channels
 from .image_ops import normalise
 from .views import TwoViews, WorkerViews
@@ -107,17 +108,21 @@ def train_views(
         )
     if workers < 0:
         raise ArgumentError(f"workers must be 0 or more, not {workers}.")
-    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+    generator = torch.Generator().manual_seed(seed_of(Stream.ORDER, seed, epoch))
     order = torch.randperm(source.num_images, generator=generator)
     parts = world_size * micro_batches
     order = order[: steps * parts * batch_size].view(steps, micro_batches, world_size, batch_size)
     todo = [
-        _Batch(order[step, micro, rank], seed_of(seed, epoch, step, micro * world_size + rank))
+        _Batch(
+            order[step, micro, rank],
+            seed_of(Stream.VIEWS, seed, epoch, step, micro * world_size + rank),
+        )
         for step in range(start_step, steps)
         for micro in range(micro_batches)
     ]
     if isinstance(views, WorkerViews):
-        return _worker_views(source, todo, views, seed_of(seed, epoch), device, workers)
+        epoch_seed = seed_of(Stream.VIEWS, seed, epoch)
+        return _worker_views(source, todo, views, epoch_seed, device, workers)
     return _device_views(source, todo, views, device, workers)
 
 
@@ -253,4 +258,4 @@ class _Viewed(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, list[int]]:
         image, label, broken = self.source.stored("train", index)
         image = as_channels(image, self.source.channels)
-        return *self.views(image, seed_of(self.seed, index)), label, broken
+        return *self.views(image, fold(self.seed, index)), label, broken

@@ -14,7 +14,7 @@ from bayesify.welford import Welford
 
 from ..data.batches import eval_batches
 from ..data.image_ops import normalise
-from ..runtime.seeds import seed_of
+from ..runtime.seeds import Stream, seed_of
 from .features import Split, features_of
 from .runs import Run
 
@@ -97,7 +97,8 @@ def drawn_probs(
     if not run.config.bayesian:
         raise ArgumentError(f"{run.folder} has no posterior to draw from: it is {run.config}.")
     for draw in range(num_samples):
-        yield outputs(run, classify(run, head), split, change=change, draw=seed_of(seed, draw))
+        drawn = seed_of(Stream.MEASURED, seed, draw)
+        yield outputs(run, classify(run, head), split, change=change, draw=drawn)
 
 
 def moments(draws: Iterable[Tensor]) -> Welford:

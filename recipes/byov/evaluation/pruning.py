@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from bayesify import ArgumentError, posteriors, prune_, prune_units_, to_bbb_
 from bayesify.metrics import classification_metrics
+from bayesify.seeds import fold, key_of
 
 from ..model import Student
 from .features import features_of
@@ -89,7 +89,7 @@ def scores_of(encoder: nn.Module, criterion: str, *, seed: int = 0) -> dict[str,
     with torch.no_grad():
         return {
             p.name: of(
-                p.mean.float(), (p.logvar.float() / 2).exp(), seed + zlib.crc32(p.name.encode())
+                p.mean.float(), (p.logvar.float() / 2).exp(), fold(seed, key_of(p.name))
             )
             for p in posteriors(encoder)
         }  # fmt: skip

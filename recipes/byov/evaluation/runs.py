@@ -17,6 +17,7 @@ from bayesify import ArgumentError, CheckpointError, ModelError, posteriors
 from bayesify.data import InMemory
 from bayesify.devices import resolve_device
 from bayesify.json_numbers import finite
+from bayesify.provenance import commit, device_name
 from bayesify.storage import replacing
 
 from ..config import BYOVConfig, RunConfig
@@ -27,7 +28,6 @@ from ..model import Student, build_student, convert_
 from ..runtime import checkpoint
 from ..runtime.log import read_log
 from ..runtime.monitors import initial_logvars, posterior_health
-from ..runtime.provenance import commit, device_name
 from ..trust import check_data, check_encoder
 from .features import Reading, Rows, refresh_batchnorm_
 
@@ -138,7 +138,7 @@ def open_run(
     try:
         config = BYOVConfig.from_json({k: v for k, v in identity.items() if k in known})
     except (ArgumentError, TypeError, AttributeError) as error:
-        raise checkpoint.damaged(newest, error) from error
+        raise checkpoint.KIND.damaged(newest, error) from error
     check_encoder(newest, config, encoder, encoder_args)
     spec = data
     if spec is None:
@@ -170,9 +170,12 @@ def open_run(
         try:
             network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
         except RuntimeError as error:
-            raise checkpoint.damaged(newest, error) from error
+            raise checkpoint.KIND.damaged(newest, error) from error
         teacher = network.to(here).eval()
-    model = convert_(plain, config)
+    # its patterns may be regular expressions, which could take for ever: the tensors say the same
+    spread = "_logvar" if config.parameterization == "exp" else "_rho"
+    left = [n for n, _ in plain.named_parameters() if n + spread not in saved["student"]]
+    model = convert_(plain, replace(config, skip=tuple(left) if config.skip else ()))
     # checkpoints that do not say it are of runs with one value for all tensors
     initial_logvar = initial_logvars(model) | (saved.get("initial_logvar") or {})
     try:

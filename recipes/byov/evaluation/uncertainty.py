@@ -14,7 +14,7 @@ from bayesify import ArgumentError
 from bayesify.corruptions import SEVERITIES, corrupt, gaussian_noise, kinds
 
 from ..model import Student
-from ..runtime.seeds import seed_of
+from ..runtime.seeds import Stream, seed_of
 from .features import features_of
 from .linear import frozen_head
 from .monte_carlo import (
@@ -202,7 +202,10 @@ def latent_variance(
             on_progress(f"noise {noise:g}")
             drawn = (
                 outputs(
-                    few, read, change=noisy(noise, settings.seed), draw=seed_of(settings.seed, m)
+                    few,
+                    read,
+                    change=noisy(noise, settings.seed),
+                    draw=seed_of(Stream.MEASURED, settings.seed, m),
                 )
                 for m in range(settings.latent_draws)
             )
@@ -226,9 +229,13 @@ def latent_variance(
 
 def corruption(kind: str, severity: int, seed: int) -> Change:
     """An augmentation as :func:`outputs` takes it; its noise differs from batch to batch."""
-    return lambda pixels, number: corrupt(pixels, kind, severity, seed=seed + number)
+    return lambda pixels, number: corrupt(
+        pixels, kind, severity, seed=seed_of(Stream.CORRUPTED, seed, number)
+    )
 
 
 def noisy(std: float, seed: int) -> Change:
     """Gaussian noise alone, cut off at black and white."""
-    return lambda pixels, number: gaussian_noise(pixels, std, seed + number).clamp(0, 1)
+    return lambda pixels, number: gaussian_noise(
+        pixels, std, seed_of(Stream.CORRUPTED, seed, number)
+    ).clamp(0, 1)

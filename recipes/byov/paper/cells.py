@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bayesify.provenance import machine, provenance
+
 from ..config import UNSEEN_SHIFTS, BYOVConfig, RunConfig
 from ..evaluation.evaluate import evaluate
 from ..evaluation.ood import ood_detection, open_ood
@@ -24,7 +26,6 @@ from ..evaluation.uncertainty import UncertaintySettings
 from ..iterative import IterativeSettings
 from ..presets import PRESETS
 from ..runtime.monitors import collapse_alarms
-from ..runtime.provenance import provenance
 from ..train import train
 from ..train_log import Watcher
 from .figures import measure
@@ -309,7 +310,8 @@ def run_cell(
             "log": list(subsample(opened.log, layers=cell.group in _LAYERS_KEPT)),
             "results": results,
             "seconds": {"train": spent, "measure": time.perf_counter() - started},
-            **provenance(opened.device),
+            "machine": machine(opened.device),
+            **provenance("torch", "timm"),
         },
     )  # fmt: skip
     return True

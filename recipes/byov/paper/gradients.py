@@ -18,7 +18,7 @@ from ..evaluation.monte_carlo import moments
 from ..evaluation.runs import Run, stored
 from ..model import Student, build_student, convert_
 from ..objective import byol_loss
-from ..runtime.seeds import seed_of
+from ..runtime.seeds import Stream, seed_of
 
 ESTIMATORS = ("weight", "local", "flipout")
 
@@ -61,7 +61,8 @@ def gradient_noise(
                 on_progress(f"gradients by {estimator}, {size} images")
                 views = _views(run, size, seed)
                 found = moments(
-                    _gradient(run, model, views, seed_of(seed, draw)) for draw in range(draws)
+                    _gradient(run, model, views, seed_of(Stream.MEASURED, seed, draw))
+                    for draw in range(draws)
                 )
                 variance = float(found.std(1).square().sum())
                 signal = float(found.mean.square().sum()) - variance / draws

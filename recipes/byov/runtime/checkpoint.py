@@ -1,45 +1,44 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, without a pickle.
 
-One safetensors file each, written whole or not at all: the tensors, and in its metadata the JSON
-of all else. What is random in a run is a function of (seed, step, index), so that no generator's
-state has to be kept.
+What is random in a run is a function of (seed, step, index), so that no generator's state has to be
+kept.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bayesify import CheckpointError
-from bayesify.storage import parse_json, replacing
+from bayesify.storage.state import StateKind, mismatched, nested, read_state, write_state
 
 from ..config import differences
 from .fsdp import placed_like
 
-FORMAT = 1
-_KEY = "byov"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
+
+KIND = StateKind(
+    "byov",
+    "checkpoint of this recipe",
+    "Remove it to go on from the one before.",
+    "byov",
+    lambda tensors, document: nested(document["state"], tensors),
+)
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Write nested dicts, lists, tensors, numbers and texts.
+    """Write a checkpoint, and its folder if that is missing.
 
     Raises:
         CheckpointError: The file cannot be written; nothing is left of it.
     """
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps({"format": FORMAT, "state": _flatten(state, "", tensors)}, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, overwrite=True) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: text})
+    write_state(path, state, KIND)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -48,27 +47,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is damaged, or no checkpoint of this recipe.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {})[_KEY]
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        header = parse_json(text)
-        if header["format"] > FORMAT:
-            raise CheckpointError(f"{path} is of a newer version of this recipe: update bayesify.")
-        state: dict[str, Any] = _nest(header["state"], tensors)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged file raises nearly anything
-        raise damaged(path, error) from error
-    return state
-
-
-def damaged(path: Path, error: Exception) -> CheckpointError:
-    """The error for a checkpoint that cannot be read or used."""
-    return CheckpointError(
-        f"{path} is no readable checkpoint of this recipe ({type(error).__name__}: {error}). "
-        "Remove it to go on from the one before."
-    )
+    return read_state(path, KIND)
 
 
 def check_run(path: Path, state: Mapping[str, Any]) -> None:
@@ -80,7 +59,7 @@ def check_run(path: Path, state: Mapping[str, Any]) -> None:
     try:
         _check_kinds(state)
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(path, error) from error
+        raise KIND.damaged(path, error) from error
 
 
 def _check_kinds(state: Any) -> None:
@@ -152,40 +131,13 @@ def _all(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in named if match}
 
 
-def _flatten(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON in which every tensor is a reference; keys keep their type, and tuples become lists."""
-    if isinstance(value, Tensor):
-        # a copy: two tensors of one memory are refused by safetensors
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": key}
-    if isinstance(value, Mapping):
-        return {"dict": [[k, _flatten(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, list | tuple):
-        return [_flatten(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{key} is a {type(value).__name__}, which a checkpoint cannot hold")
-
-
-def _nest(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_nest(v, tensors) for v in value]
-    if isinstance(value, dict):
-        if "tensor" in value:
-            return tensors[value["tensor"]]
-        return {k: _nest(v, tensors) for k, v in value["dict"]}
-    return value
-
-
 def copy_into(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Fill tensors in place, sharded ones with what is theirs of the whole.
 
     Raises:
         CheckpointError: A name or a shape differs.
     """
-    wrong = sorted(targets.keys() ^ saved.keys()) + [
-        name for name in targets.keys() & saved.keys() if targets[name].shape != saved[name].shape
-    ]
+    wrong = mismatched(targets, saved)
     if wrong:
         raise CheckpointError(f"Tensors of a checkpoint do not fit: {', '.join(wrong[:5])}.")
     with torch.no_grad():

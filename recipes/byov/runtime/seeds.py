@@ -1,32 +1,34 @@
-"""Seeds from numbers: every random number of a run is a function of (seed, epoch, step, index)."""
+"""Every random number of a run is a function of (seed, what it is for, epoch, step, index)."""
 
 from __future__ import annotations
 
-import hashlib
-
-import numpy as np
+from enum import IntEnum
 
 from bayesify import ArgumentError
+from bayesify.seeds import fold
 
 
-def seed_of(*numbers: int) -> int:
-    """A seed in [0, 2**63) from several numbers; a neighbour in any of them gives an unrelated one.
+class Stream(IntEnum):
+    """What random numbers are for; those of one stream say nothing about another's."""
 
-    Of the order of images and their views, and of the draws that measure a run.
+    ORDER = 1
+    """Of the images, in an epoch."""
+    VIEWS = 2
+    """Of a batch (epoch, step, part), or of one image (epoch, index)."""
+    STEP = 3
+    """All else in a micro-batch (step, index): draws of the weights, dropout."""
+    MEASURED = 4
+    """Draws that measure a run, by number."""
+    CORRUPTED = 5
+    """Of the pixels of a test batch, by number."""
+
+
+def seed_of(stream: Stream, seed: int, *place: int) -> int:
+    """The seed of one place in a stream, in [0, 2**63).
 
     Raises:
         ArgumentError: A number is below 0.
     """
-    try:
-        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
-    except ValueError as error:
-        raise ArgumentError(f"seed, epoch and step must be 0 or more, not {numbers}.") from error
-
-
-def key_of(seed: int, step: int, index: int) -> int:
-    """The seed of all that is random in one micro-batch of one step, in [0, 2**63).
-
-    Not that of :func:`seed_of`, which the views of the same step have.
-    """
-    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    if min(seed, *place) < 0:
+        raise ArgumentError(f"seed, epoch and step must be 0 or more, not {(seed, *place)}.")
+    return fold(seed, stream, *place)

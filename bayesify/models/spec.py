@@ -4,26 +4,18 @@ import difflib
 import importlib
 import inspect
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch import nn
 
-from .errors import ModelError
-from .numeric import count, positive, real, whole
+from ..errors import ModelError
+from ..numeric import count
+from .weights import load_weights
 
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
-CropMode = Literal["center", "squash"]
-
-_MAX_INPUT = 1 << 26
-"""Numbers of one input, 0.3 GB in float32: more is a mistake, or a file that asks for memory."""
 _FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)")
 # What a saved model may not choose: a download, a path, or what ModelSpec has a field for.
 _RESERVED = {
@@ -38,66 +30,6 @@ _RESERVED = {
 
 SPEC = "_bayesify_spec"
 """Attribute under which a model keeps the :class:`ModelSpec` that built it."""
-
-
-@dataclass(frozen=True)
-class InputConfig:
-    """What a model wants to see: how an image becomes the tensor it is given.
-
-    Args:
-        size: Channels, height, width; their product is at most 2**26.
-        mean: Subtracted from the image, which is scaled to [0, 1]; one number a channel.
-        std: Divides afterwards; one number a channel, above 0.
-        interpolation: Of the resize; antialiased.
-        crop_pct: Side of the central crop over the side that the image is resized to, in
-            [0.05, 20]; a crop larger than the image (above 1) is filled up with black, as in timm.
-        crop_mode: ``center`` keeps the aspect ratio and cuts what is over, ``squash`` keeps all.
-
-    Raises:
-        ModelError: If a value cannot work.
-    """
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: Interpolation = "bilinear"
-    crop_pct: float = 1.0
-    crop_mode: CropMode = "center"
-
-    def __post_init__(self) -> None:
-        expected = "(channels, height, width), each a whole number above 0"
-        if len(self.size) != 3:
-            raise ModelError(f"size must be {expected}, not {self.size!r}.")
-        size = tuple(whole("size", side, expected, kind=ModelError) for side in self.size)
-        object.__setattr__(self, "size", size)
-        if math.prod(size) > _MAX_INPUT:
-            raise ModelError(
-                f"size must have at most {_MAX_INPUT:,} numbers (channels x height x width), "
-                f"not {size}."
-            )
-        if not len(self.mean) == len(self.std) == self.size[0]:
-            raise ModelError(
-                f"mean and std need one number for each of the {self.size[0]} channels, "
-                f"not {len(self.mean)} and {len(self.std)}."
-            )
-        mean = tuple(_each("mean", self.mean, "finite", math.isfinite))
-        object.__setattr__(self, "mean", mean)
-        std = tuple(_each("std", self.std, "finite and above 0", positive))
-        object.__setattr__(self, "std", std)
-        if self.interpolation not in get_args(Interpolation):
-            raise ModelError(
-                f"interpolation must be one of {get_args(Interpolation)}, "
-                f"not {self.interpolation!r}."
-            )
-        if self.crop_mode not in get_args(CropMode):
-            raise ModelError(
-                f"crop_mode must be one of {get_args(CropMode)}, not {self.crop_mode!r}."
-            )
-        expected = "a number from 0.05 to 20"
-        crop_pct = real(
-            "crop_pct", self.crop_pct, expected, lambda v: 0.05 <= v <= 20.0, kind=ModelError
-        )
-        object.__setattr__(self, "crop_pct", crop_pct)
 
 
 @dataclass(frozen=True)
@@ -237,91 +169,8 @@ def create_model(
     spec = ModelSpec(name, num_classes, in_chans, img_size, model_args or {})
     model = spec.build(pretrained=pretrained)
     if weights is not None:
-        _load_weights(model, Path(weights))
+        load_weights(model, Path(weights))
     return model
-
-
-def input_config(
-    model: nn.Module,
-    *,
-    img_size: int | None = None,
-    in_chans: int | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-) -> InputConfig:
-    """Say how images are prepared for a model; what is given here overrides what the model says.
-
-    timm's models say it themselves. torchvision's get 224 pixels and ImageNet's mean and standard
-    deviation. A model from elsewhere may say it as timm's do, by an attribute ``pretrained_cfg``: a
-    dict of ``input_size``, ``mean``, ``std``, ``interpolation`` and ``crop_pct``. Without one it
-    needs ``img_size`` and gets mean and standard deviation 0.5.
-
-    Args:
-        model: The model, converted or not.
-        img_size: Side of the square input in pixels: give the one that the model was built with.
-        in_chans: Channels of the input: give the number that the model was built with.
-        mean: One number a channel. By default the model's own; with other than its usual channels,
-            the average of its own in each channel.
-        std: As ``mean``.
-
-    Raises:
-        ModelError: If the model does not say its input size and ``img_size`` is not given.
-    """
-    pretrained_cfg = getattr(model, "pretrained_cfg", None)
-    if isinstance(pretrained_cfg, dict):
-        from timm.data.config import resolve_model_data_config
-
-        known = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-        # timm's "border" pads, which six models of 1,300 use; cutting the centre is the nearest.
-        crop_mode: CropMode = "squash" if known["crop_mode"] == "squash" else "center"
-    elif type(model).__module__.startswith("torchvision."):
-        side = getattr(model, "image_size", 224)  # VisionTransformer accepts only this size
-        known = {
-            "input_size": (3, side, side),
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "interpolation": "bilinear",
-            "crop_pct": 0.875,
-        }
-        crop_mode = "center"
-    elif img_size is not None:
-        known = {
-            "input_size": (3, img_size, img_size),
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        }
-        crop_mode = "center"
-    else:
-        raise ModelError(
-            f"{type(model).__name__} does not say what size of image it takes. "
-            "Give img_size (and in_chans, when it is not 3)."
-        )
-    channels, height, width = known["input_size"]
-    if img_size is not None:
-        height = width = img_size
-    if in_chans is not None:
-        channels = in_chans
-    return InputConfig(
-        size=(channels, height, width),
-        mean=mean or _per_channel(known["mean"], channels),
-        std=std or _per_channel(known["std"], channels),
-        interpolation=known["interpolation"],
-        crop_pct=known["crop_pct"],
-        crop_mode=crop_mode,
-    )
-
-
-def _per_channel(values: Iterable[float], channels: int) -> tuple[float, ...]:
-    values = tuple(values)
-    return values if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def _each(
-    what: str, values: Iterable[Any], expected: str, fits: Callable[[float], bool]
-) -> Iterable[float]:
-    return (real(f"each number of {what}", v, expected, fits, kind=ModelError) for v in values)
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
@@ -445,103 +294,3 @@ def _build_error(spec: ModelSpec, pretrained: bool, error: Exception) -> ModelEr
         )
     given = {key: value for key, value in asdict(spec).items() if key != "name" and value}
     return ModelError(f"{spec.name!r} cannot be built with {given} ({reason}).")
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    """Load the file into a new model, strictly; after an error the model is of no use."""
-    state = _read_state(path)
-    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    for prefix in ("module.", "_orig_mod."):  # left by DistributedDataParallel and torch.compile
-        if not any(key.startswith(prefix) for key in own):
-            consume_prefix_in_state_dict_if_present(state, prefix)
-    missing: Iterable[str] = own.keys() - state
-    unexpected: Iterable[str] = state.keys() - own
-    reshaped = [
-        f"{key} (file {tuple(state[key].shape)}, model {tuple(own[key].shape)})"
-        for key in own.keys() & state
-        if state[key].shape != own[key].shape
-    ]
-    strange = [
-        f"{key} ({reason})"
-        for key, value in state.items()
-        if (reason := _strange(value, own.get(key)))
-    ]
-    broken = [
-        key for key in (own.keys() & state if not strange else ()) if _broken(state[key], own[key])
-    ]
-    if not reshaped and not strange:
-        # The model's own answer: some modules complete or rename the keys of older files.
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    problems = {
-        "missing from the file": sorted(missing),
-        "not in the model": sorted(unexpected),
-        "of another shape": sorted(reshaped),
-        "that hold no numbers of the model's kind": sorted(strange),
-        "with NaN or infinity": sorted(broken),
-    }
-    found = [
-        f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
-        for what, keys in problems.items()
-        if keys
-    ]
-    if found:
-        raise ModelError(
-            f"The weights in {path} cannot be loaded into {type(model).__name__}. Tensors: "
-            f"{'; '.join(found)}. Check the model's name and num_classes"
-            f"{', and whether the training diverged.' if broken else '.'}"
-        )
-
-
-def _strange(value: Tensor, own: Tensor | None) -> str | None:
-    """Why a tensor of a file cannot be a weight, or None."""
-    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
-        return f"{value.layout}, {value.dtype}, {value.device}: make it dense, with data"
-    if own is None or value.dtype == own.dtype:
-        return None
-    if value.is_complex() or own.is_complex():
-        return f"{value.dtype} in the file, {own.dtype} in the model"
-    if value.is_floating_point() and value.element_size() < 2:
-        return f"{value.dtype}, which needs a scale that no model here has: save it wider"
-    return None
-
-
-def _broken(value: Tensor, own: Tensor) -> bool:
-    """Whether a tensor of a file holds NaN, or infinity where the model has none."""
-    if not value.is_floating_point() and not value.is_complex():
-        return False
-    if value.element_size() < 2:  # torch does not look into these
-        value, own = value.float(), own.float()
-    # A mask saved as a buffer may hold infinity, as it then does in the new model too.
-    return bool(value.isnan().any() or (value.isinf().any() and not own.isinf().any()))
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """Read the state_dict in a file, without unpickling anything but tensors."""
-    if not path.is_file():
-        raise ModelError(f"There is no weights file {path}.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except Exception as error:  # also a dtype that torch does not have
-            raise ModelError(
-                f"{path} is no readable safetensors file ({error}); it may be cut short."
-            ) from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"{path} cannot be read as a torch file of tensors ({reason}). It is damaged, or holds "
-            "Python objects, which are never loaded: save its state_dict alone."
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state:
-        raise ModelError(f"{path} holds {type(state).__name__}; expected a non-empty state_dict.")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ModelError(
-                f"{path} holds no state_dict: its entry {key!r} is a {type(value).__name__}."
-            )
-    return dict(state)

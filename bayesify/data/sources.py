@@ -1,27 +1,23 @@
-"""A data set of labelled images by its name, and batches of it as a model wants them."""
+"""A data set by its name: bayesify's own sample, a folder, a file, or one of timm's."""
 
 import hashlib
-import math
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
-from .errors import DataError
-from .images import check_size, to_tensor
-from .images import read_image as read_image
-from .loading import Loader
-from .models import InputConfig
-from .numeric import count, seed_number
+from ..errors import DataError
+from ..images import to_tensor
+from .dataset import Files, ImageData, InMemory
 
 Split = Literal["train", "test"]
 
@@ -49,58 +45,6 @@ _FASHION_SHA256 = {
 }
 # More is a mistake in the labels, and a name for each class would fill the memory.
 MAX_CLASSES = 1_000_000
-
-
-class _Source(Protocol):
-    """Where the images are."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[Tensor, int]:
-        """Image (C, H, W) of uint8 with C 1 or 3, and its label."""
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """One split of a data set of labelled images.
-
-    Args:
-        name: The name that it was loaded by.
-        split: ``train`` or ``test``, or ``all`` where the source has no splits: training and
-            testing on the same name then means testing on the training images.
-        classes: Name of each class, in the order of the labels.
-        source: Where the images are.
-    """
-
-    name: str
-    split: Literal["train", "test", "all"]
-    classes: tuple[str, ...]
-    source: _Source = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, index: int) -> tuple[Tensor, int]:
-        """Return the image as it is stored, (C, H, W) of uint8 with C 1 or 3, and its label.
-
-        Raises:
-            DataError: If the image cannot be read or its label is none of the classes.
-        """
-        image, label = self.source.read(index)
-        if not 0 <= label < len(self.classes):
-            raise DataError(
-                f"Label {label} of image {index} in {self.name!r} is out of range: there are "
-                f"{len(self.classes)} classes, so labels go from 0 to {len(self.classes) - 1}."
-            )
-        return image, label
-
-    def dataset(self, model_config: InputConfig) -> Dataset[tuple[Tensor, int]]:
-        """Return a torch Dataset of (float32 image (C, H, W), label), prepared for a model.
-
-        Args:
-            model_config: As :func:`bayesify.models.input_config` returns it.
-        """
-        return _Prepared(self, model_config)
 
 
 def load_dataset(name: str, *, split: Split) -> ImageData:
@@ -153,166 +97,6 @@ def load_dataset(name: str, *, split: Split) -> ImageData:
             "to classify takes at least two."
         )
     return data
-
-
-def loader(
-    data: ImageData,
-    batch_size: int,
-    *,
-    model_config: InputConfig,
-    shuffle: bool = False,
-    seed: int = 0,
-    workers: int = 0,
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Give batches of float32 images (N, C, H, W) and int64 labels (N,), the last one smaller.
-
-    Torch's global random state is not touched.
-
-    Args:
-        data: What :func:`load_dataset` returned.
-        batch_size: Images in a batch, at least 1.
-        model_config: As :func:`bayesify.models.input_config` returns it.
-        shuffle: A new order on every pass.
-        seed: Of the orders: two loaders with one seed give the same first, second, ... pass.
-        workers: Processes that read images; 0 reads them here, the faster way for data in memory.
-
-    Raises:
-        DataError: If ``batch_size`` or ``workers`` cannot work; on iteration, if an image cannot
-            be read.
-    """
-    batch_size = count("batch_size", batch_size, kind=DataError)
-    workers = count("workers", workers, least=0, kind=DataError)
-    seed = seed_number(seed)
-    dataset: Any = data.dataset(model_config)  # of single images, the loader gives batches
-    return Loader(
-        dataset,
-        batch_size,
-        shuffle=shuffle,
-        # Without one of its own, a DataLoader takes a number from the global generator per pass.
-        generator=torch.Generator().manual_seed(seed),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-
-
-def prepare(images: Tensor, model_config: InputConfig) -> Tensor:
-    """Turn stored images into a model's input: resize, crop, scale to [0, 1], normalise.
-
-    Images that already have the model's height and width are neither resized nor cropped. Grey is
-    repeated for a model of 3 channels, colour averaged for a model of 1.
-
-    Args:
-        images: uint8.
-        model_config: As :func:`bayesify.models.input_config` returns it.
-
-    Shape:
-        images (..., C, H, W), result (..., C', H', W') with C', H', W' of ``model_config.size``.
-
-    Raises:
-        DataError: If there is no image, or the channels cannot be made to fit.
-    """
-    channels, height, width = model_config.size
-    if images.dtype != torch.uint8:
-        raise DataError(f"Stored images must be uint8 from 0 to 255, not {images.dtype}.")
-    if images.numel() == 0:
-        raise DataError(f"There is no image in a batch of shape {tuple(images.shape)}.")
-    if images.shape[-2:] != (height, width):
-        images = resize_and_crop(images, model_config)
-    x = images.float() / 255
-    if x.shape[-3] != channels:
-        if channels == 1:
-            x = x.mean(dim=-3, keepdim=True)
-        elif x.shape[-3] == 1:
-            x = x.expand(*x.shape[:-3], channels, height, width)
-        else:
-            raise DataError(f"Images of {x.shape[-3]} channels do not fit a model of {channels}.")
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (model_config.mean, model_config.std))
-    return (x - mean) / std
-
-
-def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
-    """Bring stored images to a model's height and width, as timm.data.create_transform does.
-
-    Args:
-        images: uint8; channels stay as they are.
-        model_config: As :func:`bayesify.models.input_config` returns it.
-
-    Shape:
-        images (..., C, H, W), result (..., C, H', W') with H', W' of ``model_config.size``.
-
-    Raises:
-        DataError: If an image is too large, or its sides too unlike, as for :func:`read_image`.
-    """
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
-
-    _, height, width = model_config.size
-    try:
-        check_size(images.shape[-1], images.shape[-2])
-    except ValueError as error:
-        raise DataError(f"An image cannot be resized: {error}.") from error
-    scaled = [math.floor(side / model_config.crop_pct) for side in (height, width)]
-    if model_config.crop_mode == "center":
-        if scaled[0] == scaled[1]:
-            scaled = scaled[:1]  # the shorter side, which torchvision keeps the ratio of
-        else:
-            factor = max(s / now for s, now in zip(scaled, images.shape[-2:], strict=True))
-            scaled = [round(now * factor) for now in images.shape[-2:]]
-    interpolation = InterpolationMode(model_config.interpolation)
-    images = functional.resize(images, scaled, interpolation=interpolation, antialias=True)
-    cropped: Tensor = functional.center_crop(images, [height, width])
-    return cropped
-
-
-class _Prepared(Dataset[tuple[Tensor, int]]):
-    """A data set as a model wants to see it."""
-
-    def __init__(self, data: ImageData, model_config: InputConfig) -> None:
-        self.data = data
-        self.model_config = model_config
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.data.read(index)
-        return prepare(image, self.model_config), label
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """The batch, which DataLoader asks for: images in memory are prepared together."""
-        source = self.data.source
-        if isinstance(source, InMemory):
-            images = prepare(source.images[indices], self.model_config)
-            return list(zip(images, source.labels[indices].tolist(), strict=True))
-        return [self[index] for index in indices]
-
-
-@dataclass(frozen=True, eq=False)
-class InMemory:
-    """Images (N, C, H, W) of uint8 and labels (N,) of int64, checked when opened."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
-
-
-@dataclass(frozen=True, eq=False)
-class Files:
-    """Image files with their labels."""
-
-    samples: list[tuple[str, int]]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def read(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        return read_image(path, path), label
 
 
 @dataclass(frozen=True, eq=False)
