@@ -130,7 +130,7 @@ def command(
     def run(context: typer.Context, *, debug: bool, **values: Any) -> None:
         with guard(debug, json=values.get("json", False)):
             asked = _Asked(groups, context, values)
-            plain = {name: values[name] for name in arguments if name in values}
+            plain = {n: values[n] for n in arguments if n in values and n not in groups}
             built = asked.dataclasses(plain, {} if base is None else base(plain))
             given = {name: asked.given() for name in arguments if hints[name] is Given}
             function(**plain, **built, **given)
@@ -186,7 +186,13 @@ class _Asked:
     def __init__(
         self, groups: Mapping[str, _Group], context: typer.Context, values: Mapping[str, Any]
     ) -> None:
-        sources = {name: context.get_parameter_source(name) for name in values}
+        known = [
+            (table, name)
+            for table, group in groups.items()
+            for cls in group.classes.values()
+            for name in settings_of(cls)
+        ]
+        sources = {name: context.get_parameter_source(name) for _, name in known}
         self.options = {
             name: values[name] for name, s in sources.items() if s and s.name == "COMMANDLINE"
         }
@@ -195,12 +201,6 @@ class _Asked:
         self.document = {} if self.file is None else read_config(self.file)
         self.in_file = names_in(self.document)
         self.assigned = assignments(values.get("changes") or ())
-        known = [
-            f"{table}.{name}"
-            for table, group in groups.items()
-            for cls in group.classes.values()
-            for name in settings_of(cls)
-        ]
         check_names(str(self.file), self.in_file, known)
         check_names("--set", [(a.table, a.name) for a in self.assigned], known)
 

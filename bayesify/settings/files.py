@@ -103,21 +103,23 @@ def changed(values: Mapping[str, Any], by: Iterable[Assignment]) -> dict[str, An
     return result
 
 
-def check_names(where: str, names: Iterable[tuple[str, str]], known: Collection[str]) -> None:
+def check_names(
+    where: str, names: Iterable[tuple[str, str]], known: Collection[tuple[str, str]]
+) -> None:
     """Refuse a table or a name in it that nothing reads.
 
     Args:
         where: What has them, in words.
         names: Pairs of both; the name is empty for what is a value outside any table.
-        known: ``table.name`` of each setting.
+        known: Those of the settings.
 
     Raises:
         ArgumentError: With the nearest of each.
     """
-    unknown = [f"{table}.{name}" if name else table for table, name in names
-               if f"{table}.{name}" not in known]  # fmt: skip
+    paths = [".".join(pair) for pair in known]
+    unknown = [".".join(pair).rstrip(".") for pair in names if pair not in known]
     if unknown:
-        found = (f"{name} (the nearest is {nearest(name, known)})" for name in unknown)
+        found = (f"{name} (the nearest is {nearest(name, paths)})" for name in unknown)
         raise ArgumentError(f"{where}: there is no setting {', '.join(found)}.")
 
 
