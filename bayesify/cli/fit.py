@@ -97,7 +97,7 @@ def fit(
     from . import render
     from .checkpoint import open_model
 
-    if given.file is not None and "data" not in given.names:
+    if given.file is not None and "data" in given.by_file:
         check_data(given.file, run.data, "DATA")
     if run.method != "vi" and (resume or checkpoint is not None):
         raise ArgumentError(

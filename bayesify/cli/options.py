@@ -70,15 +70,15 @@ _SET = Annotated[
 
 
 class Given(NamedTuple):
-    """What the user said. A command that asks for it takes ``--config`` and ``--set``.
+    """What a config file said. A command that asks for it takes ``--config`` and ``--set``.
 
     Args:
-        names: Settings that were given as an option or by ``--set``.
-        file: The config file.
+        file: The config file, if there is one.
+        by_file: Settings that have their value, or a part of it, from the file.
     """
 
-    names: frozenset[str]
     file: Path | None
+    by_file: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ class _Asked:
         check_names("--set", [(a.table, a.name) for a in self.assigned], known)
 
     def given(self) -> Given:
-        names = {*self.options, *(a.name for a in self.assigned if not a.inside)}
-        return Given(frozenset(names), self.file)
+        by_user = {*self.options, *(a.name for a in self.assigned if not a.inside)}
+        return Given(self.file, frozenset(name for _, name in self.in_file) - by_user)
 
     def dataclasses(self, plain: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
         """Each group's dataclass: options beat --set, which beats the file, which beats start."""

@@ -55,7 +55,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ArgumentError(f"The config {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"The config {path} is no TOML: {error}.") from error
 
 
@@ -135,7 +135,7 @@ def names_in(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _value(text: str) -> Any:
     try:
         found = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return found if isinstance(found, bool | int | float | str | list | dict) else text
 

@@ -55,7 +55,7 @@ def train(
     the preset.
     """
     if given.file is not None:
-        check_config(given.file, byov, run, given.names)
+        check_config(given.file, byov, run, given.by_file)
         if not resume and given.file.resolve() == (run.out / RUN_FILE).resolve():
             raise ArgumentError(
                 f"--config {given.file} is in --out, where a new run writes its own: give another "

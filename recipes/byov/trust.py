@@ -20,22 +20,22 @@ from .config import BYOVConfig, RunConfig
 from .presets import PRESETS
 
 
-def check_config(path: Path, config: BYOVConfig, run: RunConfig, named: Collection[str]) -> None:
+def check_config(path: Path, config: BYOVConfig, run: RunConfig, by_file: Collection[str]) -> None:
     """Refuse what the file of ``--config`` names and what only the user may.
 
     Args:
         path: The file.
         config: What is to be trained.
         run: On what.
-        named: The settings that the user gave beside the file.
+        by_file: The settings that are as the file says.
 
     Raises:
-        ArgumentError: The encoder is a factory, or timm opens the data, by the file alone.
+        ArgumentError: The file has an encoder that is a factory, or arguments of one, or data that
+            timm opens.
     """
-    if "data" not in named:
+    if "data" in by_file:
         check_data(path, run.data)
-    by_user = "encoder" in named and ("encoder_args" in named or not config.encoder_args)
-    if not by_user and _runs_code(config):
+    if {"encoder", "encoder_args"} & {*by_file} and _runs_code(config):
         raise _code_refused(path, config)
 
 

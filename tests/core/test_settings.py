@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -35,7 +36,14 @@ from bayesify.settings.fields import (
     refuse,
     settings_of,
 )
-from bayesify.settings.files import assignments, changed, check_names, config_text, read_config
+from bayesify.settings.files import (
+    assignments,
+    changed,
+    check_names,
+    config_text,
+    names_in,
+    read_config,
+)
 
 TAKEN: list[tuple[Callable[..., Any], tuple[type, ...]]] = [
     (bayesify.fit, (settings.FitSettings, settings.Reading)),
@@ -242,7 +250,13 @@ def test_numbers_without_end_and_what_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read: No such file"), (b"a = ", "is no TOML"), (b"a = '\xff'", "no TOML")],
+    [
+        (None, "cannot be read: No such file"),
+        (b"a = ", "is no TOML"),
+        (b"a = '\xff'", "no TOML"),
+        (b"a = " + b"[" * 10_000, "is no TOML"),
+        (b"a = " + b"1" * 10_000, "is no TOML"),
+    ],
 )
 def test_a_file_that_is_none(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
@@ -250,6 +264,21 @@ def test_a_file_that_is_none(content: bytes | None, message: str, tmp_path: Path
         path.write_bytes(content)
     with pytest.raises(ArgumentError, match=message):
         read_config(path)
+
+
+@given(st.randoms(use_true_random=False))
+def test_a_damaged_file_is_one_error_or_none(random: Any) -> None:
+    damaged = bytearray(config_text("A fit", {"fit": settings.FitSettings()}).encode())
+    for _ in range(random.randint(1, 4)):
+        at = random.randrange(len(damaged))
+        damaged[at : at + random.choice([0, 1, 5])] = random.randbytes(random.randint(0, 2))
+    known = [("fit", name) for name in settings_of(settings.FitSettings)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "read_text", lambda *_: bytes(damaged).decode("utf-8"))
+        with contextlib.suppress(ArgumentError):
+            document = read_config(Path("x"))
+            check_names("x", names_in(document), known)
+            settings.FitSettings(**document.get("fit", {}))
 
 
 def test_assignments() -> None:

@@ -278,6 +278,15 @@ def test_no_file_grows_beyond_450_lines() -> None:
     assert {str(file.relative_to(ROOT)) for file in files if lines[file] > 450} <= LONG
 
 
+def test_no_function_of_the_commands_and_the_recipe_grows_beyond_80_lines() -> None:
+    for room in ("bayesify/cli", "bayesify/settings", "recipes/byov"):
+        for file in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if isinstance(node, ast.FunctionDef):
+                    lines = (node.end_lineno or 0) - node.lineno + 1
+                    assert lines <= 80, f"{file.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
 def test_import_is_lean(tmp_path: Path) -> None:
     code = "import bayesify, json, sys; print(json.dumps(list(sys.modules)))"
     result = run_python(code, tmp_path, str(ROOT))

@@ -122,3 +122,68 @@ def test_help_imports_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_settings_that_a_run_writes_repeat_it(tmp_path: Path) -> None:
+    quick = ("--epochs=1", "--warmup-epochs=0", "--eval-every=0", "--no-baselines")
+    assert invoke("train", *small_options(tmp_path), *quick).exit_code == 0
+    file, again = tmp_path / "run" / "run.toml", tmp_path / "again"
+    result = invoke("train", "--config", str(file), "--out", str(again))
+    assert result.exit_code == 0, result.output
+    for name in ("encoder", "student", "teacher"):
+        first, second = (f / f"{name}.safetensors" for f in (tmp_path / "run", again))
+        assert first.read_bytes() == second.read_bytes()
+    assert (again / "run.toml").read_text() == file.read_text().replace(
+        json.dumps(str(tmp_path / "run")), json.dumps(str(again))
+    )
+
+
+def test_options_beat_set_which_beats_the_file_which_beats_the_preset(
+    tmp_path: Path, asked: list[tuple[BYOVConfig, RunConfig]]
+) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("[byov]\nlr = 0.5\nepochs = 70\nseed = 3\n[byov.encoder_args]\ndepth = 1\n")
+    changes = ("--set", "byov.epochs=80", "--set", "byov.seed=4", "--set=byov.encoder_args.width=2")
+    invoke("train", "-p", "cifar10-vit-tiny", "--config", str(file), *changes, "--seed=5")
+    [(byov, run)] = asked
+    assert (byov.lr, byov.epochs, byov.seed) == (0.5, 80, 5)
+    assert byov.encoder_args == {"depth": 1, "width": 2}
+    assert (byov.batch_size, run.data) == (512, PRESETS["cifar10-vit-tiny"].run.data)
+
+
+def test_a_config_file_does_not_choose_code(
+    tmp_path: Path, asked: list[tuple[BYOVConfig, RunConfig]]
+) -> None:
+    file = tmp_path / "a.toml"
+
+    def refused(text: str, *arguments: str) -> str:
+        file.write_text(text)
+        asked.clear()
+        result = invoke("train", "--config", str(file), *arguments)
+        assert result.exit_code == (130 if asked else 2), result.output
+        return " ".join(result.stderr.replace("│", " ").split())
+
+    code = "a file does not choose which code runs"
+    factory = '[byov]\nencoder = "my:net"\nencoder_args = {depth = 1}\n'
+    assert code in refused(factory)
+    assert "--encoder my:net" in refused(factory)
+    assert code in refused(factory, "--encoder", "my:net")
+    assert code in refused(factory, "--encoder", "my:net", "--set", "byov.encoder_args.depth=2")
+    assert refused(factory, "--encoder", "my:net", "--encoder-args", '{"depth": 1}') == ""
+    assert code in refused('[run]\ndata = "timm:torch/cifar10@data"')
+    assert refused('[run]\ndata = "timm:torch/cifar10@data"', "--data", "timm:x@y") == ""
+    assert "no setting byov.lrr (the nearest is byov.lr)" in refused("[byov]\nlrr = 1")
+
+
+def test_a_config_file_is_not_written_over(
+    tmp_path: Path, asked: list[tuple[BYOVConfig, RunConfig]]
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f'# mine\n[run]\nout = "{tmp_path}"\n')
+    result = invoke("train", "--config", str(file))
+    assert result.exit_code == 2
+    assert "is in --out, where a new run writes its own" in " ".join(
+        result.stderr.replace("│", " ").split()
+    )
+    assert asked == []
+    assert invoke("train", "--config", str(file), "--resume").exit_code == 130

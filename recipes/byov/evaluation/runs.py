@@ -147,15 +147,7 @@ def open_run(
     here = resolve_device(device)  # one, also where torchrun started more processes
     with torch.random.fork_rng(devices=[]):
         _check_size(newest, config, saved)
-        source = open_images(config, RunConfig(data=spec, device=device)).to(here)
-        if source.test is None or not source.num_classes:
-            raise ArgumentError(
-                f"{spec!r} has no labelled test images, without which nothing can be measured; "
-                "give a data set that has with --data."
-            )
-        size = len(source.test) * source.channels * source.image_size**2
-        if not isinstance(source.test, InMemory) and size <= _MEMORY:
-            source = replace(source, test=in_memory(source, "test")).to(here)
+        source = _measurable(config, spec, here)
         plain = build_student(config, source.num_classes)
     trained = tuple(saved.get("classes") or source.classes)  # older checkpoints do not say them
     if not isinstance(plain, Student) and trained != source.classes:
@@ -163,26 +155,13 @@ def open_run(
             f"The classifier in {newest} has the classes {', '.join(trained)}, and {spec!r} has "
             f"{', '.join(source.classes)}: give the data set that it was trained on."
         )
-    teacher = None
-    if saved["teacher"] is not None and isinstance(plain, Student):
-        network: Any = copy.deepcopy(plain).float()
-        state = {k: v for k, v in saved["teacher"].items() if k.startswith("network.")}
-        try:
-            network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
-        except RuntimeError as error:
-            raise checkpoint.KIND.damaged(newest, error) from error
-        teacher = network.to(here).eval()
-    # its patterns may be regular expressions, which could take for ever: the tensors say the same
-    spread = "_logvar" if config.parameterization == "exp" else "_rho"
-    left = [n for n, _ in plain.named_parameters() if n + spread not in saved["student"]]
-    model = convert_(plain, replace(config, skip=tuple(left) if config.skip else ()))
+    teacher = _teacher(newest, saved, plain, here)
+    model = convert_(plain, config)
     # checkpoints that do not say it are of runs with one value for all tensors
     initial_logvar = initial_logvars(model) | (saved.get("initial_logvar") or {})
     try:
         model.load_state_dict(saved["student"])
-    except (
-        RuntimeError
-    ) as error:  # the supervised baseline's classifier has the classes of its own data
+    except RuntimeError as error:  # the supervised baseline's classifier has the classes of its own
         raise ArgumentError(
             f"{newest} does not fit {spec!r}, which has {source.num_classes} classes: {error}"
         ) from error
@@ -191,21 +170,44 @@ def open_run(
         refresh_batchnorm_(model, config, source, Reading(here, workers=workers))
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     began = next((line for line in log if line["kind"] == "start"), {})
-    steps = began.get("steps", saved["step"])
     return Run(
-        folder,
-        config,
-        spec,
-        model.eval(),
-        teacher,
-        source,
-        here,
-        saved["step"],
-        steps,
-        workers,
-        log,
-        initial_logvar,
-    )
+        folder, config, spec, model.eval(), teacher, source, here, saved["step"],
+        began.get("steps", saved["step"]), workers, log, initial_logvar,
+    )  # fmt: skip
+
+
+def _measurable(config: BYOVConfig, data: str, device: torch.device) -> Source:
+    """The data set of a run, its test images in memory where they fit.
+
+    Raises:
+        ArgumentError: There are none.
+    """
+    source = open_images(config, RunConfig(data=data, device=str(device))).to(device)
+    if source.test is None or not source.num_classes:
+        raise ArgumentError(
+            f"{data!r} has no labelled test images, without which nothing can be measured; "
+            "give a data set that has with --data."
+        )
+    size = len(source.test) * source.channels * source.image_size**2
+    if not isinstance(source.test, InMemory) and size <= _MEMORY:
+        source = replace(source, test=in_memory(source, "test")).to(device)
+    return source
+
+
+def _teacher(
+    path: Path, saved: Mapping[str, Any], plain: nn.Module, device: torch.device
+) -> nn.Module | None:
+    """The teacher in a checkpoint, in a copy of the network that is not converted yet."""
+    if saved["teacher"] is None or not isinstance(plain, Student):
+        return None
+    network: Any = copy.deepcopy(plain).float()
+    state = {k: v for k, v in saved["teacher"].items() if k.startswith("network.")}
+    try:
+        network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
+    except RuntimeError as error:
+        raise checkpoint.KIND.damaged(path, error) from error
+    found: nn.Module = network.to(device).eval()
+    return found
 
 
 def _check_size(path: Path, config: BYOVConfig, saved: Mapping[str, Any]) -> None:
