@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .outputs import check_outputs
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..conversion import InitialStd
     from ..models import ModelSpec
     from ..planning import ConversionPlan, PlanRow
 
@@ -36,10 +38,11 @@ class Converting:
         prior_std: Standard deviation of the prior.
         prior_mean: Mean of the prior: a number, or initial for the weights given.
         relative_prior: --prior-std is a share of each tensor's root mean square.
-        relative_std: Initial sigma as a share of each tensor's root mean square; 0.01 to 0.1 suits
-            training from random weights.
-        logvar: Initial log variance of every weight, in place of --relative-std; without both sigma
-            is so small that a pretrained model keeps its function.
+        initial_std: Initial sigma: a number for every weight, 0.01, or a share of each tensor's
+            root mean square, 0.05rms; 0.01rms to 0.1rms suits training from random weights. Without
+            it sigma is so small that a pretrained model keeps its function.
+        relative_std: X is --initial-std Xrms.
+        logvar: Log variance; X is --initial-std exp(X / 2).
         estimator: weight, local or flipout, for all layers that can take it, or for those that a
             pattern matches: head=local. Repeatable; the first that matches counts.
         strict: A pattern that matches nothing is an error.
@@ -51,25 +54,39 @@ class Converting:
     prior_std: float = 1.0
     prior_mean: str = "0"
     relative_prior: bool = False
-    relative_std: float | None = None
-    logvar: float | None = None
+    initial_std: Annotated[str | None, Shown(metavar="STD")] = None
+    relative_std: Annotated[float | None, Shown(hidden=True)] = None
+    logvar: Annotated[float | None, Shown(hidden=True)] = None
     estimator: Annotated[tuple[str, ...], Shown(metavar="[PATTERN=]NAME")] = ()
     strict: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """What :func:`bayesify.plan` and :func:`bayesify.to_bbb_` take."""
-        from ..planning import BBBConfig
+        from ..conversion import BBBConfig
         from ..priors import GaussianPrior
 
-        if self.logvar is not None and self.relative_std is not None:
-            raise ArgumentError("--logvar and --relative-std both set the initial sigma: give one.")
         mean: Any = "initial" if self.prior_mean == "initial" else _number(self.prior_mean)
         return {
             "skip": self.skip, "only": self.only, "preset": self.preset,
             "prior": GaussianPrior(self.prior_std, mean, relative=self.relative_prior),
-            "logvar": self.logvar, "estimator": _estimators(self.estimator),
-            "config": BBBConfig(relative_std=self.relative_std, strict=self.strict),
+            "initial_std": self._initial_std(), "estimator": _estimators(self.estimator),
+            "config": BBBConfig(strict=self.strict),
         }  # fmt: skip
+
+    def _initial_std(self) -> InitialStd | None:
+        """The initial sigma, from ``--initial-std`` or the options of before."""
+        from ..conversion import RelativeStd, read_initial_std
+
+        given, relative, logvar = self.initial_std, self.relative_std, self.logvar
+        if sum(value is not None for value in (given, relative, logvar)) > 1:
+            raise ArgumentError(
+                "--initial-std, --relative-std and --logvar all set the initial sigma: give one."
+            )
+        if given is not None:
+            return read_initial_std(given)
+        if relative is not None:
+            return RelativeStd(relative)
+        return None if logvar is None else math.exp(min(0.5 * logvar, 100.0))  # refused, not inf
 
 
 @dataclass(frozen=True, kw_only=True)

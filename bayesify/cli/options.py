@@ -268,7 +268,7 @@ def _option(each: Setting, *, config: bool = False, based: bool = False) -> insp
         text += " Needed, here or in --config."
     about: dict[str, Any] = {
         "help": text, "metavar": shown.metavar, "show_default": not unset,
-        "rich_help_panel": shown.panel,
+        "rich_help_panel": shown.panel, "hidden": shown.hidden,
     }  # fmt: skip
     if shown.argument:
         info = typer.Argument(**about)

@@ -109,7 +109,7 @@ def gather(  # noqa: D417 - the others are fields of ReportSettings
             SHARES, ("snr", "magnitude", "random"), num_samples=curve_draws, seed=settings.seed,
             batch_size=settings.batch_size, device=run.device, amp=settings.amp,
             workers=settings.workers,
-            on_step=lambda done: run.told("Pruning", done, 3 * len(SHARES)),
+            on_step=lambda done: run.progress("Pruning", done, 3 * len(SHARES)),
         )  # fmt: skip
     order = found.entropy.argsort(stable=True).tolist()
     wrong = [i for i in order if int(found.probs[i].argmax()) != int(found.labels[i])]
@@ -172,7 +172,7 @@ class _Run:
             model, num_samples=settings.num_samples, seed=settings.seed, reduce="probabilities"
         )
 
-    def told(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int) -> None:
         if self.on_step is not None:
             self.on_step(what, done, total)
 
@@ -189,7 +189,7 @@ class _Run:
                 (labels, logits, summary.mean, summary.predictive_entropy,
                  summary.mutual_information)
             )  # fmt: skip
-            self.told(what, done, len(batches))
+            self.progress(what, done, len(batches))
         return _Found(*(torch.cat(column).cpu() for column in zip(*columns, strict=True)))
 
     @torch.no_grad()

@@ -84,6 +84,7 @@ class Shown:
         letter: A short name, such as ``-b``.
         metavar: What stands for the value.
         argument: It is given by its place, not by its name.
+        hidden: ``--help`` leaves it out.
         text: What it is, where several classes have it; else its docstring says so.
     """
 
@@ -92,6 +93,7 @@ class Shown:
     letter: str | None = None
     metavar: str | None = None
     argument: bool = False
+    hidden: bool = False
     text: str = ""
 
 
