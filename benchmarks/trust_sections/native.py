@@ -50,11 +50,13 @@ def library(sanitizer: str, target: Path) -> None:
 
 
 def _runtime(sanitizer: str) -> str:
-    name = {"address": "libasan.so", "undefined": "libubsan.so"}[sanitizer]
-    found = subprocess.run(
-        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    """What is loaded before Python; without the C++ library, errors in C++ end the process."""
+    names = ({"address": "libasan.so", "undefined": "libubsan.so"}[sanitizer], "libstdc++.so.6")
+    asked = (["gcc", f"-print-file-name={name}"] for name in names)
+    return " ".join(
+        subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        for words in asked
     )
-    return found.stdout.strip()
 
 
 def _prepare(folder: Path) -> Trial:
@@ -89,7 +91,9 @@ def _prepare(folder: Path) -> Trial:
         text = ended.stdout + ended.stderr
         reported = "runtime error" in text or "AddressSanitizer" in text
         if ended.returncode != 0 or reported:
-            return f"{FAULT}: {sanitizer}, {what}: {ended.returncode}: {text[-300:]}"
+            return (
+                f"{FAULT}: {sanitizer}, {what}: {ended.returncode}: {' '.join(text.split())[-300:]}"
+            )
         return "nothing reported"
 
     return trial
