@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,12 +14,7 @@ from ..errors import ArgumentError
 from ..numeric import whole
 from .outputs import main_output
 from .predictive import Gathered, Predictive
-
-Target = Tensor | Sequence[Any] | Mapping[Any, Any]
-"""What is to be predicted, or a pair of it and a mask: True where a target counts.
-
-Of several heads a mapping or a sequence of such.
-"""
+from .predictive import Target as Target
 
 
 class Likelihood(nn.Module, ABC):

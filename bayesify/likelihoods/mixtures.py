@@ -132,8 +132,7 @@ class Classes(Predictive):
 
     def entropy(self) -> Tensor:
         """Entropy of the classes, of the shape of the targets."""
-        axis = self.likelihood.dim
-        assert isinstance(axis, int)
-        probs = self.mean.movedim(axis, -1)
+        categorical: Any = self.likelihood
+        probs = self.mean.movedim(categorical.dim, -1)
         entropy: Tensor = Categorical(probs=probs, validate_args=False).entropy()
         return entropy

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,14 +14,30 @@ from ..errors import ArgumentError
 from ..numeric import count, real
 from ..welford import Welford
 
-if TYPE_CHECKING:
-    from .likelihood import Likelihood, Target
+Target = Tensor | Sequence[Any] | Mapping[Any, Any]
+"""What is to be predicted, or a pair of it and a mask: True where a target counts.
+
+Of several heads a mapping or a sequence of such.
+"""
 
 KEPT_BYTES = 256 << 20
 """Distributions of all draws that take no more memory are kept, for quantiles and densities."""
 
 _SAMPLES = 8192
 """Samples in all behind a quantile that has no closed form."""
+
+
+class Densities(Protocol):
+    """What a mixture asks of a :class:`Likelihood`."""
+
+    def distribution(self, output: Any) -> Distribution:
+        """That of the targets, given one draw's output."""
+
+    def density(self, found: Any, target: Target) -> Tensor:
+        """Log density of each target, given a distribution."""
+
+    def moments(self, found: Any) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each target, given a distribution."""
 
 
 class Bounds(NamedTuple):
@@ -47,7 +64,7 @@ class Predictive:
 
     def __init__(
         self,
-        likelihood: Likelihood,
+        likelihood: Densities,
         mean: Tensor,
         aleatoric_std: Tensor,
         epistemic_std: Tensor,
@@ -197,7 +214,7 @@ class Predictive:
 class Gathered:
     """Takes the outputs of draws one by one; keeps their distributions where they are small."""
 
-    def __init__(self, likelihood: Likelihood, kind: type[Predictive] = Predictive) -> None:
+    def __init__(self, likelihood: Densities, kind: type[Predictive] = Predictive) -> None:
         self.likelihood, self.kind = likelihood, kind
         self.components: list[Distribution] | None = []
         self.bytes = 0

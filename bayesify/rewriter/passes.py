@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from .. import scope
 from .context_variables import in_context
 from .estimators import LINEAR, RUNTIME
-from .tracer import Trace, call_of_torch
-from .writer import Expression, access, call_of
+from .tracer import Trace
+from .writer import Expression, access, call_of, call_of_torch
 
 _LOWERED = frozenset((*LINEAR, torch.matmul, torch.addmm, torch.mm, torch.bmm, torch.baddbmm))
 """Operations whose arguments autocast lowers on every device."""

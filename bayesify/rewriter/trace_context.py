@@ -8,7 +8,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +18,6 @@ from ..posterior import owner_state, raw_name
 from .active import ACTIVE
 from .guards import HOOKS, INTERNAL, MISSING
 from .values import TraceFailure
-
-if TYPE_CHECKING:
-    pass
-
 
 TRACE_LOCK = threading.RLock()
 

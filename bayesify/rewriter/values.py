@@ -332,7 +332,9 @@ class TracedParts(tuple[Any, ...]):
         return tuple.__getitem__(self, index)
 
 
-_MACHINERY = ("rewriter/values.py", "rewriter/tracer.py", "torch/overrides.py", "torch/_tensor.py")
+_MACHINERY = (
+    "rewriter/values.py", "rewriter/recording.py", "torch/overrides.py", "torch/_tensor.py",
+)  # fmt: skip
 
 
 def unpacks_into_names() -> bool:

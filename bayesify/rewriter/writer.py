@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from . import context_variables
 from .guards import INTERNAL, PRIMITIVES
 from .objects import TracedObject
 from .trace_context import context_state
@@ -41,8 +42,19 @@ class Expression:
 class GraphWriter:
     """Writes fx nodes whose arguments are traced values or things of one module.
 
+    Invariant: a graph holds no tensor of its module. Each is named by its path from the owner and
+    read there at every call, so that a load, a cast or a move of the module shows.
+
     Args:
         owner: The module whose method is traced; its tensors become reads of the live module.
+
+    Attributes:
+        graph: What was written.
+        constants: Objects that the code refers to by name.
+        parameters: Path and name of what each ``get_attr`` node of a parameter reads, by node name.
+        paths: Where each module lies below the owner, by identity.
+        modules: The owner and those below it, each once.
+        tensors: Kind, path, name and tensor of each that the modules hold, by identity.
     """
 
     def __init__(self, owner: nn.Module) -> None:
@@ -59,7 +71,7 @@ class GraphWriter:
 
     def _index(self) -> None:
         self.paths: dict[int, tuple[str, ...]] = {}
-        self._modules: list[nn.Module] = []
+        self.modules: list[nn.Module] = []
         self.tensors: dict[int, tuple[str, tuple[str, ...], str, Tensor]] = {}
         attributes: list[tuple[tuple[str, ...], str, Any]] = []
         stack: list[tuple[tuple[str, ...], nn.Module]] = [((), self.owner)]
@@ -68,7 +80,7 @@ class GraphWriter:
             if id(module) in self.paths:
                 continue
             self.paths[id(module)] = path
-            self._modules.append(module)
+            self.modules.append(module)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self.tensors.setdefault(id(parameter), ("parameter", path, name, parameter))
@@ -96,7 +108,13 @@ class GraphWriter:
                     entry = ("item", path, f"{name}[{key!r}]", item)
                     self.tensors.setdefault(id(item), entry)
 
+    def placeholder(self, name: str) -> fx.Node:
+        """An input of the graph; all of them come before any other node."""
+        self._last_placeholder = node = self.graph.placeholder(name)
+        return node
+
     def constant(self, value: Any) -> Expression:
+        """A name for an object, under which the code finds it."""
         for name, known in self.constants.items():
             if known is value:
                 return Expression(name)
@@ -133,11 +151,19 @@ class GraphWriter:
     def _fresh(self, tensor: Tensor) -> fx.Node:
         name = f"data {id(tensor)}"
         if name not in self._reads:
-            self._reads[name] = self._node("call_method", "clone", (self.constant(tensor),))
+            self._reads[name] = self.node("call_method", "clone", (self.constant(tensor),))
         return self._reads[name]
 
     def argument(self, value: Any) -> Any:
-        """``value`` as an argument of a node."""
+        """``value`` as an argument of a node.
+
+        What was traced becomes its node, a tensor of the module a read of the live one, a plain
+        value itself; containers are taken apart.
+
+        Raises:
+            TraceFailure: It is an object that may be another one at the next call, or a function
+                that may read parameters where no trace sees it.
+        """
         kind = type(value)
         if kind is TracedTensor:
             if value.recorder is not self:
@@ -210,11 +236,12 @@ class GraphWriter:
         )
 
     def _build(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        return self._node("call_function", kind, args, kwargs)
+        return self.node("call_function", kind, args, kwargs)
 
-    def _node(
+    def node(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
+        """Write a node, with the grad mode and autocast state in which it must run."""
         context = context_state()
         if context[0] != self.grad_mode and context[1] == self.entry_context[1]:
             raise TraceFailure("code that torch.fx cannot see has switched the gradient on or off")
@@ -226,13 +253,50 @@ class GraphWriter:
         return node
 
     def number(self, target: Any, args: tuple[Any, ...], method: bool = False) -> fx.Node:
+        """The node that computes a number of traced values."""
         arguments = tuple(self.argument(a) for a in args)
-        return self._node("call_method" if method else "call_function", target, arguments)
+        return self.node("call_method" if method else "call_function", target, arguments)
+
+    # -- where a value comes from ----------------------------------------------------------
+
+    def made_of_draws(self, value: Any) -> bool:
+        """Whether a value is computed of parameters alone: kept, it would outlive its draw."""
+        nodes = [t.node for t in traced_inside(value)]
+        return bool(nodes) and all(
+            self._comes_of(n, "parameter") and not self._comes_of(n, "placeholder") for n in nodes
+        )
+
+    def depends_on_argument(self, value: Any) -> bool:
+        """Whether an argument has gone into a value, which then is no cache but state."""
+        return any(self._comes_of(t.node, "placeholder") for t in traced_inside(value))
+
+    def _comes_of(self, node: fx.Node, what: str) -> bool:
+        """Whether a node comes of an argument, or of a parameter (a submodule's included)."""
+        seen, stack = {node}, [node]
+        while stack:
+            current = stack.pop()
+            if what == "placeholder" and current.op == "placeholder":
+                return True
+            if what == "parameter" and (
+                current.op == "call_module"
+                or current.target in (context_variables.in_context, call_of_torch)
+                or current.name in self.parameters
+            ):
+                return True
+            new = [n for n in current.all_input_nodes if n not in seen]
+            seen.update(new)
+            stack.extend(new)
+        return False
 
 
 def call_of(function: Any, /, *args: Any, **kwargs: Any) -> Any:
     """The call of a value, as ``operator.call`` of Python 3.11."""
     return function(*args, **kwargs)
+
+
+def call_of_torch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a ``__call__`` of a class's own calls as ``super().__call__``."""
+    return nn.Module.__call__(module, *args, **kwargs)
 
 
 def can_be_target(path: tuple[str, ...]) -> bool:
@@ -294,6 +358,7 @@ def _reaches_parameters(value: Any) -> bool:
 
 
 def traced_inside(value: Any, depth: int = 0) -> Iterator[TracedTensor]:
+    """The traced tensors that a value holds: in containers, objects, partials and closures."""
     if type(value) is TracedTensor:
         yield value
     elif depth > 6 or type(value) is TracedObject:
