@@ -30,6 +30,11 @@ _SAMPLES = 8192
 class Densities(Protocol):
     """What a mixture asks of a :class:`Likelihood`."""
 
+    scores: Tensor | None
+
+    def mask(self, target: Target) -> Tensor | None:
+        """Which targets count; None if all do."""
+
     def distribution(self, output: Any) -> Distribution:
         """That of the targets, given one draw's output."""
 
