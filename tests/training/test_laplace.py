@@ -83,7 +83,7 @@ def test_exact_and_empirical_fisher_equal_a_loop_over_examples(
     kind: type[Shared], numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fisher, "_GRADIENTS", numbers)
-    model = bayesify.to_bbb(kind(), logvar=-4.0).eval()
+    model = bayesify.to_bbb(kind(), initial_std=math.exp(-2.0)).eval()
     images = data()
     inputs, labels = images.tensors
     batches = [(inputs[:5], labels[:5]), (inputs[5:], labels[5:])]
@@ -107,7 +107,7 @@ def test_exact_and_empirical_fisher_equal_a_loop_over_examples(
 
 
 def test_drawn_labels_have_the_exact_fisher_as_their_mean() -> None:
-    model = bayesify.to_bbb(nn.Linear(3, 4), logvar=-4.0)
+    model = bayesify.to_bbb(nn.Linear(3, 4), initial_std=math.exp(-2.0))
     inputs = torch.randn(5, 3)
     repeated = TensorDataset(inputs.repeat(2000, 1), torch.zeros(10_000).long())
     batches = [tuple(t[i : i + 500] for t in repeated.tensors) for i in range(0, 10_000, 500)]
@@ -295,7 +295,7 @@ def test_pruned_weights_stay_pruned(parameterization: Any) -> None:
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
-    model = change.get("model", bayesify.to_bbb(nn.Linear(2, 3), logvar=-4.0))
+    model = change.get("model", bayesify.to_bbb(nn.Linear(2, 3), initial_std=math.exp(-2.0)))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     train = TensorDataset(torch.randn(9, 2), torch.arange(9) % 3)
     with pytest.raises(BayesifyError, match=message):
