@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
 from .absorbed_biases import hints
 from .errors import ArgumentError
+from .estimators import check_estimator
 from .fixed import masked
 from .gaussian import Parameterization
 from .numeric import real
@@ -184,11 +185,7 @@ class Conversion:
             logvar = real("logvar", self.logvar, expected, lambda value: least <= value <= most)
             object.__setattr__(self, "logvar", logvar)
         for _, estimator in self.estimators:
-            if estimator not in get_args(Estimator):
-                raise ArgumentError(
-                    "estimator must be 'weight', 'local' or 'flipout', or a mapping from patterns "
-                    f"to these, got {estimator!r}."
-                )
+            check_estimator(estimator)
         if not isinstance(self.config, BBBConfig):
             raise ArgumentError(f"config must be a BBBConfig, got {self.config!r}.")
 
@@ -256,7 +253,7 @@ def _choose_estimators(model: nn.Module, bayes: list[Found], spec: Conversion) -
         _, module, _ = item.places[0]
         beside = takers.setdefault((id(module), estimator), set())
         shape = _shape(item.parameter)
-        if len(shape) > 1 and may_take(original_class(type(module)), len(shape)):
+        if len(shape) > 1 and may_take(original_class(type(module)), len(shape), estimator):
             beside.update(shape[:2])
         elif len(shape) != 1 or all(shape[0] % side for side in beside):
             continue  # no weight, and no bias of one

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import BayesifyError, CheckpointError
+from ..estimators import UnknownEstimatorError
 from ..gaussian import Parameterization
 from ..likelihoods import Likelihood, from_json, unstored
 from ..models import InputConfig
@@ -435,6 +436,8 @@ def _above(name: str) -> list[str]:
 
 
 def _damaged(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    if isinstance(error, UnknownEstimatorError):
+        return CheckpointError(f"{path} needs an estimator that is not there. {error}")
     return CheckpointError(
         f"The header of {path} is damaged ({type(error).__name__}: {error}). Fetch or write the "
         "file anew."
