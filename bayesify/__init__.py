@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conversion import BBBConfig as BBBConfig
+    from .conversion import RelativeStd as RelativeStd
     from .convert import extend_ as extend_
     from .convert import to_bbb as to_bbb
     from .convert import to_bbb_ as to_bbb_
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
     from .objective import noise_budget as noise_budget
     from .optim import check_optimizer as check_optimizer
     from .optim import param_groups as param_groups
-    from .planning import BBBConfig as BBBConfig
     from .planning import ConversionPlan as ConversionPlan
     from .planning import plan as plan
     from .posterior import posterior_stats as posterior_stats
@@ -82,7 +83,8 @@ __version__ = "0.1.0"
 
 # Resolved at first use (PEP 562), so that `bayesify --help` does not import torch.
 _HOMES = {
-    "planning": "BBBConfig ConversionPlan plan",
+    "conversion": "BBBConfig RelativeStd",
+    "planning": "ConversionPlan plan",
     "convert": "extend_ to_bbb to_bbb_ to_deterministic",
     "errors": "ArgumentError BayesifyError CheckpointError DataError LostPosteriorWarning "
     "ModelError NoMatchError NoMatchWarning BiasBeforeNormWarning SigmaBelowSpacingWarning "

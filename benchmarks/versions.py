@@ -3,11 +3,14 @@
     python benchmarks/versions.py oldest            the lower bounds of pyproject.toml, Python 3.10
     python benchmarks/versions.py newest            whatever is newest in the bounds
     python benchmarks/versions.py python3.12        the same on another Python
-    python benchmarks/versions.py oldest --only tests/core/test_scope.py   a part, not recorded
+    python benchmarks/versions.py oldest --only tests/core     a part; noted, not recorded
 
-Each corner has an environment of its own, made by uv in `.corners/`, several GB each. uv takes a
-Python that it finds on PATH, or fetches one where it can reach where they are kept. What ran,
-with counts, goes to `results/versions.json` and, as a table, to `docs/versions.md`. `make
+Each corner has an environment of its own, made by uv in `.corners/`, several GB each. A Python is
+looked for on PATH and among those of pyenv; where uv can reach where they are kept, it fetches one.
+Each test is noted in `.corners/` as it ends. A run that was stopped goes on where it ended when the
+same command is given again: what passed or was skipped at this commit does not run again, what
+failed does. `--since COMMIT` takes what ran at an earlier commit too, and the record says so. What
+ran, with counts, goes to `results/versions.json` and, as a table, to `docs/versions.md`. `make
 test-oldest`, `make test-newest` and `make test-python PYTHON=...` call it.
 """
 
@@ -16,15 +19,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
+FOLDER = ROOT / ".corners"
 OLDEST_PYTHON = "3.10"
 SHOWN = ("torch", "torchvision", "timm", "numpy", "safetensors", "rich", "typer", "transformers")
 # old versions of other libraries use what newer ones of their own dependencies deprecate
@@ -49,28 +55,54 @@ def main() -> None:
     parser.add_argument("corner", help="oldest, newest, or a Python such as python3.12")
     parser.add_argument("--workers", default="2")
     parser.add_argument("--only", nargs="*", default=[], help="test files; nothing is recorded")
+    parser.add_argument("--since", metavar="COMMIT", help="take what ran at it and later ones")
     options = parser.parse_args()
-    corner = options.corner
-    if corner not in ("oldest", "newest"):  # a Python, which may be given by its path
-        corner = subprocess.run(
-            [corner, "-c", "import sys; print('python%d.%d' % sys.version_info[:2])"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    python = environment(corner, options.corner)
-    record = run(corner, python, options.workers, options.only)
-    if not options.only:
-        write(record)
-    sys.exit(record["failed"] > 0 or not (record["whole"] or options.only))
+    corner, base = options.corner, options.corner
+    if corner not in ("oldest", "newest"):
+        base = interpreter(corner)
+        corner = said(base, "-c", "import sys; print('python%d.%d' % sys.version_info[:2])")
+    python = environment(corner, base)
+    now = commit()
+    notes = kept(corner, now, options.since)
+    ended = run(corner, python, now, notes, options.workers, options.only)
+    if options.only:
+        sys.exit(ended)
+    notes = kept(corner, now, options.since)
+    record = record_of(corner, python, notes, whole=ended in (0, 1, 5))  # 5: all had run before
+    write(record)
+    if not record["whole"]:
+        print("This was not the whole suite. The same command goes on where this one ended.")
+    sys.exit(record["failed"] > 0 or not record["whole"])
+
+
+def said(*command: str | Path) -> str:
+    """What a command prints."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def interpreter(name: str) -> str:
+    """A Python by its name or path; else what uv may fetch. pyenv puts some on PATH that refuse."""
+    places = [shutil.which(name)]
+    if re.fullmatch(r"(python)?[\d.]+", name):
+        name = name.removeprefix("python")
+        home = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+        numbered = {tuple(map(int, re.findall(r"\d+", p.name))): p for p in home.glob(f"{name}.*")}
+        newest = [str(numbered[key] / "bin" / "python") for key in sorted(numbered, reverse=True)]
+        places += [shutil.which(f"python{name}"), *newest]
+    for found in places:
+        if found and not subprocess.run([found, "-c", ""], capture_output=True).returncode:
+            return found
+    return name
 
 
 def environment(corner: str, base: str) -> Path:
     """Make or renew the environment of a corner on the Python ``base``; gives its Python."""
-    folder = ROOT / ".corners" / corner
-    python = folder / "bin" / "python"
+    python = FOLDER / corner / "bin" / "python"
     uv = [sys.executable, "-m", "uv"]
-    wanted = {"oldest": OLDEST_PYTHON, "newest": sys.executable}.get(corner, base)
     if not python.exists():
-        subprocess.run([*uv, "venv", "--python", wanted, folder], check=True)
+        wanted = {"oldest": interpreter(OLDEST_PYTHON), "newest": sys.executable}.get(corner, base)
+        subprocess.run([*uv, "venv", "--python", wanted, FOLDER / corner], check=True)
     resolution = "lowest-direct" if corner == "oldest" else "highest"
     subprocess.run(
         [*uv, "pip", "install", "--upgrade", "--python", python,
@@ -78,82 +110,116 @@ def environment(corner: str, base: str) -> Path:
          "--editable", f"{ROOT}[test]"],
         check=True,
     )  # fmt: skip
+    installed = said(*uv, "pip", "freeze", "--python", python)
+    before = FOLDER / f"{corner}.txt"
+    if not before.exists() or before.read_text("utf-8") != installed:
+        notes_of(corner).unlink(missing_ok=True)  # they are of other versions
+        before.write_text(installed, "utf-8")
     return python
 
 
-def run(corner: str, python: Path, workers: str, only: list[str]) -> dict[str, Any]:
-    """Run the suite; gives versions, counts and the names of what failed."""
-    report = ROOT / ".corners" / f"{corner}.xml"
-    report.unlink(missing_ok=True)
-    quiet = OLD_WARNINGS if corner == "oldest" else ()
-    done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal", *quiet,
-         f"--junitxml={report}", *only],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    return record_of(corner, python, report, whole=done.returncode in (0, 1) and not only)
+def commit() -> str:
+    """The commit, and whether what the tests see differs from it."""
+    sources = ("bayesify", "recipes", "tests", "examples", "benchmarks/*.py", "pyproject.toml")
+    changed = said("git", "status", "--porcelain", "--", *sources)
+    return said("git", "rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
 
 
-def record_of(corner: str, python: Path, report: Path, whole: bool) -> dict[str, Any]:
-    """What a report of pytest says; of a run that was stopped it has the tests until then."""
+def notes_of(corner: str) -> Path:
+    """One line of JSON for each test that ended, by corner_log.py."""
+    return FOLDER / f"{corner}.jsonl"
+
+
+def kept(corner: str, now: str, since: str | None) -> dict[str, dict[str, str]]:
+    """The last note of each test, of those that count: of this commit, or since another."""
+    if not notes_of(corner).exists():
+        return {}
+    rows = map(json.loads, notes_of(corner).read_text("utf-8").splitlines())
+    counting = {now}
+    if since is not None:
+        later = said("git", "rev-list", "--abbrev-commit", "--abbrev=10", f"{since}..HEAD")
+        counting |= {said("git", "rev-parse", "--short=10", since), *later.splitlines()}
+    return {row["test"]: row for row in rows if row["commit"] in counting}
+
+
+def run(
+    corner: str, python: Path, now: str, notes: dict[str, dict[str, str]], workers: str,
+    only: list[str],
+) -> int:  # fmt: skip
+    """Run what is not done yet; gives how pytest ended."""
+    done = FOLDER / f"{corner}.done"
+    fine = [name for name, row in notes.items() if row["outcome"] != "failed"]
+    # what is not committed may have changed since
+    done.write_text("" if "+" in now else "\n".join(fine), "utf-8")
+    return subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "corner_log", "-n", workers, "--dist", "worksteal",
+         "--continue-on-collection-errors", *(OLD_WARNINGS if corner == "oldest" else ()), *only],
+        cwd=ROOT, check=False,
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks"),
+            "CORNER_LOG": str(notes_of(corner)), "CORNER_DONE": str(done), "CORNER_COMMIT": now,
+        },
+    ).returncode  # fmt: skip
+
+
+def record_of(
+    corner: str, python: Path, notes: dict[str, dict[str, str]], whole: bool
+) -> dict[str, Any]:
+    """Versions, counts, and the names of what failed."""
     facts = subprocess.run(
-        [python, "-c", _FACTS % (SHOWN,)],
-        cwd=ROOT / ".corners", capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    cases = list(suite.iter("testcase"))
-    bad = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    skipped: dict[str, int] = {}
-    not_run = 0
-    for case in suite.iter("skipped"):
-        not_run += 1
-        reason = (case.get("message") or "").strip()
-        if case.get("type") != "pytest.xfail":
-            skipped[reason] = skipped.get(reason, 0) + 1
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-        check=True,
-    ).stdout.strip()  # fmt: skip
+        [python, "-c", _FACTS % (SHOWN,)], cwd=FOLDER, capture_output=True, text=True, check=True
+    )
+    outcomes = Counter(row["outcome"] for row in notes.values())
+    skipped = Counter(row["reason"] for row in notes.values() if row["outcome"] == "skipped")
     return {
-        "corner": corner, **json.loads(facts.stdout), "commit": commit, "whole": whole,
-        "files": len({case.get("classname") for case in cases}),
-        "passed": len(cases) - not_run - len(bad), "failed": len(bad), "failures": bad,
-        "expected_failures": not_run - sum(skipped.values()), "skipped": skipped,
+        "corner": corner, **json.loads(facts.stdout), "whole": whole,
+        "commits": dict(Counter(row["commit"] for row in notes.values())),
+        "files": len({name.partition("::")[0] for name in notes}),
+        "passed": outcomes["passed"], "failed": outcomes["failed"],
+        "failures": {
+            name: row["reason"] for name, row in notes.items() if row["outcome"] == "failed"
+        },
+        "expected_failures": outcomes["expected"], "skipped": dict(skipped),
     }  # fmt: skip
 
 
 def write(record: dict[str, Any]) -> None:
-    """Keep a result, and the table of all."""
+    """Keep a result, and the table of all. A part takes no whole one's place."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known[record["corner"]] = record
+    if record["whole"] or not known.get(record["corner"], {}).get("whole"):
+        known[record["corner"]] = record
     RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    PAGE.write_text(page(known))
+
+
+def page(known: dict[str, Any]) -> str:
+    """What stands in docs/versions.md."""
     lines = [
         "# Versions that the tests ran with", "",
         "Written by `python benchmarks/versions.py CORNER`. `make test-oldest` takes the lower",
         "bounds of pyproject.toml, `make test-newest` the newest versions that they allow.", "",
-        "| corner | Python | torch | torchvision | timm | numpy | others | files | passed "
+        "| corner | Python | torch | torchvision | timm | numpy | others | suite | passed "
         "| failed | skipped |",
-        "|---|---|---|---|---|---|---|---:|---:|---:|---:|",
+        "|---|---|---|---|---|---|---|---|---:|---:|---:|",
     ]  # fmt: skip
     for name, row in sorted(known.items()):
         versions = row["versions"]
         others = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in SHOWN[:4])
         cells = [name, row["python"], *(versions.get(k, "") for k in SHOWN[:4]), others,
-                 row["files"], row["passed"], row["failed"],
-                 sum(row["skipped"].values())]  # fmt: skip
+                 "whole" if row["whole"] else f"{row['files']} files", row["passed"],
+                 row["failed"], sum(row["skipped"].values())]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     for name, row in sorted(known.items()):
-        lines += ["", f"## {name}", "", f"At commit {row['commit']}.", ""]
+        at = ", ".join(
+            f"{commit} ({count} tests)" if len(row["commits"]) > 1 else commit
+            for commit, count in row["commits"].items()
+        )
+        lines += ["", f"## {name}", "", f"At commit {at}.", ""]
         if not row["whole"]:
             lines += [f"A part of the suite: {row['files']} files of tests ran.", ""]
-        lines += [f"- failed: `{failure}`" for failure in row["failures"]]
+        lines += [f"- failed: `{test}`: {reason}" for test, reason in row["failures"].items()]
         lines += [f"- skipped {count}: {reason}" for reason, count in row["skipped"].items()]
-    PAGE.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -79,12 +79,12 @@ def numeric_queue(rows: dict[str, Row]) -> list[tuple[str, bool]]:
 
 
 def run(checks: list[str], jobs: int, only: str, again: bool, minutes: float) -> None:
-    import zoo_checks
+    import zoo_models
 
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server's own path lacks this folder
     multiprocessing.set_forkserver_preload(["zoo_warm"])
     rows = read()
-    known = [n for n in zoo_checks.names() if fnmatch.fnmatchcase(n, only)]
+    known = [n for n in zoo_models.names() if fnmatch.fnmatchcase(n, only)]
     stop = time.monotonic() + 60 * minutes
     source = provenance("torch", "timm", "torchvision")
     columns = (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
+from zoo_models import (
+    build,
+    build_on_meta,
+    detects,
+    family,
+    inputs,
+    native_size,
+    on_meta,
+    signature,
+)
+
 import bayesify
 from bayesify.posterior import sites
 from reference import Probe, check, clear_caches, outputs
@@ -29,7 +38,6 @@ from reference import Probe, check, clear_caches, outputs
 BATCHES = (1, 3)
 LARGE = 180_000_000
 """Parameters above which a model is not compared in numbers: it needs 50 bytes for each."""
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 SHALLOW: tuple[dict[str, Any], ...] = (
     {"depth": 2}, {"depths": (1, 1, 2, 1)}, {"depths": (2, 2, 2, 2)}, {"layers": (1, 1, 1, 1)},
@@ -70,128 +78,6 @@ NARROW: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 """Large models whose layers have names: none can be left out, a narrow one stands for the model."""
 
 
-def names() -> list[str]:
-    """All models of timm and torchvision, as bayesify names them."""
-    return timm.list_models() + [f"torchvision:{n}" for n in torchvision.models.list_models()]
-
-
-def signature(model: nn.Module) -> str:
-    """Of all modules the class and the names of own parameters, buffers and children.
-
-    How many layers there are does not count: children called by numbers are left out.
-    """
-    kinds = {
-        (
-            f"{type(module).__module__}.{type(module).__qualname__}",
-            tuple(name for name, value in module._parameters.items() if value is not None),
-            tuple(module._buffers),
-            tuple(name for name in module._modules if not name.isdigit()),
-        )
-        for module in model.modules()
-    }
-    return hashlib.sha256(json.dumps(sorted(kinds)).encode()).hexdigest()[:12]
-
-
-def family(name: str) -> str:
-    """The module of timm or torchvision that defines the model."""
-    library, _, builder = name.rpartition(":")
-    if not library:
-        return str(timm.models.model_entrypoint(name).__module__)
-    return str(torchvision.models.get_model_builder(builder).__module__)
-
-
-# -- building --------------------------------------------------------------------------------
-
-
-def detects(name: str) -> bool:
-    builder = name.partition(":")[2]
-    return (
-        bool(builder) and ".detection." in torchvision.models.get_model_builder(builder).__module__
-    )
-
-
-def build(name: str, **options: Any) -> nn.Module:
-    """A model by name; detectors get a low threshold, so that there are boxes."""
-    torch.manual_seed(0)
-    if detects(name):
-        kind = name.partition(":")[2]
-        limits = {} if kind.startswith("ssd") else {"min_size": 64, "max_size": 96}
-        threshold = "box_score_thresh" if "rcnn" in kind else "score_thresh"
-        options = {threshold: 0.0, **limits, **options}
-        if "rcnn" in kind:
-            options |= {"rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 20}
-    return bayesify.create_model(name, model_args=options)
-
-
-def build_on_meta(name: str, **options: Any) -> nn.Module:
-    """A model without memory for its parameters."""
-    return on_meta(partial(build, name, **options))
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """What ``make`` builds, without memory; what cannot be built there is built and moved."""
-    try:
-        with torch.device("meta"):
-            return make()
-    except Exception:
-        return make().to("meta")
-
-
-# -- inputs ----------------------------------------------------------------------------------
-
-
-def native_size(name: str, model: nn.Module) -> int:
-    if detects(name):
-        return 64
-    known = getattr(model, "pretrained_cfg", None)
-    if known:
-        return int(known["input_size"][-1])
-    if isinstance(fixed := getattr(model, "image_size", None), int):
-        return fixed  # torchvision's VisionTransformer
-    builder = name.partition(":")[2]
-    weights = torchvision.models.get_model_weights(builder)
-    for weight in weights:
-        crop = getattr(weight.transforms(), "crop_size", None)
-        if crop:
-            return int(crop[-1])
-    return 128 if builder.startswith("raft") else 224
-
-
-def inputs(name: str, model: nn.Module, batch: int, size: int, device: str) -> Call:
-    """Arguments of one call with square images of ``size`` pixels."""
-    generator = torch.Generator().manual_seed(batch)
-
-    def noise(*shape: int) -> Tensor:
-        if device == "meta":
-            return torch.empty(shape, device=device)
-        return torch.empty(shape).normal_(generator=generator)
-
-    builder = name.partition(":")[2]
-    if detects(name):
-        images = [noise(3, size, size + 8 * k) for k in range(batch)]
-        boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 60.0, 60.0]])
-        target = {"boxes": boxes, "labels": torch.tensor([1, 1])}
-        if builder.startswith("mask"):
-            masks = torch.zeros(2, size, size, dtype=torch.uint8)
-            masks[0, 4:40, 4:40], masks[1, 20:60, 10:60] = 1, 1
-        targets = []
-        for image in images:
-            entry = dict(target)
-            if builder.startswith("mask"):
-                entry["masks"] = nn.functional.pad(masks, (0, image.shape[-1] - size))
-            if builder.startswith("keypoint"):
-                entry["keypoints"] = torch.tensor([[[20.0, 20.0, 1.0]] * 17] * 2)
-            targets.append(entry)
-        return (images, targets), {}
-    if builder.startswith("raft"):
-        return (noise(batch, 3, size, size), noise(batch, 3, size, size)), {"num_flow_updates": 2}
-    if type(model).__module__.startswith("torchvision.models.video"):
-        frames = 16 if builder.startswith(("mvit", "s3d")) else 4
-        return (noise(batch, 3, frames, size, size),), {}
-    channels = getattr(model, "pretrained_cfg", {}).get("input_size", (3,))[0]
-    return (noise(batch, channels, size, size),), {}
-
-
 # -- structure -------------------------------------------------------------------------------
 
 
@@ -221,6 +107,25 @@ def on(device: str) -> Iterator[None]:
         yield
 
 
+def lost_by_conversion(
+    converted: nn.Module,
+    before: dict[str, type[nn.Module]],
+    keys: dict[str, tuple[int, ...]],
+    methods: set[str],
+) -> list[str]:
+    """Modules of another class, and state_dict keys and methods that are missing."""
+    problems = []
+    after = dict(converted.named_modules())
+    for path, kind in before.items():
+        there = after.get(path)
+        if not isinstance(there, kind) or type(there).__name__ != kind.__name__:
+            problems.append(f"3: class of {path or 'the model'} changed")
+    state = converted.state_dict()
+    problems += [f"3: lost key {k}" for k, s in keys.items()
+                 if k not in state or tuple(state[k].shape) != s]  # fmt: skip
+    return problems + [f"3: lost {m}" for m in methods if not hasattr(type(converted), m)]
+
+
 def structural(name: str) -> dict[str, Any]:
     """Convert everything, and see that every parameter in use is drawn and none is read.
 
@@ -239,15 +144,7 @@ def structural(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     converted = bayesify.to_bbb(model)
     convert_s = time.perf_counter() - start
-    after = dict(converted.named_modules())
-    for path, kind in before.items():
-        there = after.get(path)
-        if not isinstance(there, kind) or type(there).__name__ != kind.__name__:
-            problems.append(f"3: class of {path or 'the model'} changed")
-    state = converted.state_dict()
-    problems += [f"3: lost key {k}" for k, s in keys.items()
-                 if k not in state or tuple(state[k].shape) != s]  # fmt: skip
-    problems += [f"3: lost {m}" for m in methods if not hasattr(type(converted), m)]
+    problems += lost_by_conversion(converted, before, keys, methods)
     bayesian = {site.name for site in sites(converted)}
     floats = {n for n, p in model.named_parameters() if p.is_floating_point()}
     problems += [f"not converted: {n}" for n in sorted(floats - bayesian)]

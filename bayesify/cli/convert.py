@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from .outputs import check_outputs
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..conversion import InitialStd
     from ..models import ModelSpec
     from ..planning import ConversionPlan, PlanRow
 
@@ -52,19 +54,20 @@ def convert(
             "--relative-prior", help="--prior-std is a share of each tensor's root mean square."
         ),
     ] = False,
-    relative_std: Annotated[
-        float | None,
+    initial_std: Annotated[
+        str | None,
         typer.Option(
-            help="Initial sigma as a share of each tensor's root mean square; 0.01 to 0.1 suits "
-            "training from random weights."
+            metavar="STD",
+            help="Initial sigma: a number for every weight, 0.01, or a share of each tensor's root "
+            "mean square, 0.05rms; 0.01rms to 0.1rms suits training from random weights. Without "
+            "it sigma is so small that a pretrained model keeps its function.",
         ),
     ] = None,
+    relative_std: Annotated[
+        float | None, typer.Option(hidden=True, help="X: --initial-std Xrms.")
+    ] = None,
     logvar: Annotated[
-        float | None,
-        typer.Option(
-            help="Initial log variance of every weight, in place of --relative-std; without both "
-            "sigma is so small that a pretrained model keeps its function."
-        ),
+        float | None, typer.Option(hidden=True, help="Log variance: --initial-std exp(X / 2).")
     ] = None,
     estimator: Annotated[
         list[str] | None,
@@ -117,18 +120,16 @@ def convert(
         import torch
 
         from .. import storage
+        from ..conversion import BBBConfig
         from ..convert import to_bbb_
-        from ..errors import ArgumentError
         from ..models import ModelSpec, create_model
-        from ..planning import BBBConfig, plan
+        from ..planning import plan
         from ..priors import GaussianPrior
         from . import render
 
         target = out or Path(default_name(name))
         if not dry_run:
             check_outputs({"--out": target}, {"--weights": weights}, force=force)
-        if logvar is not None and relative_std is not None:
-            raise ArgumentError("--logvar and --relative-std both set the initial sigma: give one.")
         prior = GaussianPrior(
             prior_std,
             "initial" if prior_mean == "initial" else _number(prior_mean),
@@ -137,8 +138,8 @@ def convert(
         spec = ModelSpec(name, num_classes, in_chans, img_size)
         arguments: dict[str, Any] = {
             "skip": skip or (), "only": only or (), "preset": preset, "prior": prior,
-            "logvar": logvar, "estimator": _estimators(estimator or ()),
-            "config": BBBConfig(relative_std=relative_std, strict=strict),
+            "initial_std": _initial_std(initial_std, relative_std, logvar),
+            "estimator": _estimators(estimator or ()), "config": BBBConfig(strict=strict),
         }  # fmt: skip
         with render.status(f"Building {name}..."):
             torch.manual_seed(seed)
@@ -184,6 +185,24 @@ def _number(value: str) -> float:
         return float(value)
     except ValueError:
         raise ArgumentError(f"--prior-mean must be a number or initial, not {value!r}.") from None
+
+
+def _initial_std(
+    given: str | None, relative_std: float | None, logvar: float | None
+) -> InitialStd | None:
+    """The initial sigma, from ``--initial-std`` or the options of before."""
+    from ..conversion import RelativeStd, read_initial_std
+    from ..errors import ArgumentError
+
+    if sum(value is not None for value in (given, relative_std, logvar)) > 1:
+        raise ArgumentError(
+            "--initial-std, --relative-std and --logvar all set the initial sigma: give one."
+        )
+    if given is not None:
+        return read_initial_std(given)
+    if relative_std is not None:
+        return RelativeStd(relative_std)
+    return None if logvar is None else math.exp(min(0.5 * logvar, 100.0))  # refused, not inf
 
 
 def _estimators(given: Sequence[str]) -> dict[str, str]:

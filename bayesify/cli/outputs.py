@@ -45,7 +45,7 @@ def check_outputs(
                 )
         for read, found in _paths(inputs):
             renews = read == in_place and name in written
-            if found.exists() and _same(path, found) and not (renews and force):
+            if os.path.exists(found) and _same(path, found) and not (renews and force):
                 advice = ", or --force to replace it in the end" if renews else ""
                 raise ArgumentError(
                     f"{name} is {read}, {path}, which would be lost: give another name{advice}."
@@ -63,11 +63,17 @@ def check_folder(option: str, folder: Path, inputs: Mapping[str, str | Path | No
     """
     from ..errors import ArgumentError, CheckpointError
 
-    real = Path(os.path.realpath(folder))
+    try:
+        real = Path(os.path.realpath(folder))
+        real.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{option}: {folder} is no name of a folder ({error}).") from error
     for read, found in _paths(inputs):
-        if found.exists() and _same(real, found):
+        if os.path.exists(found) and _same(real, found):
             raise ArgumentError(f"{option} is {read}, {folder}: give a folder of its own.")
-    there = next(place for place in (real, *real.parents) if place.exists())
+    there = next(place for place in (real, *real.parents) if os.path.lexists(place))
     if not there.is_dir():
         raise ArgumentError(f"{option} needs a folder, and {there} is a file: give another name.")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -80,7 +86,7 @@ def _paths(
     """Each file or folder that is read, with its name on the command line."""
     for name, given in inputs.items():
         several = [given] if isinstance(given, str | Path) else given or ()
-        yield from ((name, Path(each).expanduser()) for each in several)
+        yield from ((name, Path(os.path.expanduser(each))) for each in several)
 
 
 def _same(first: Path, second: Path) -> bool:

@@ -1,5 +1,6 @@
 """Predict with many draws, and fit what depends on the weights to the posterior means."""
 
+from .batchnorm import gather_batchnorm_ as gather_batchnorm_
 from .batchnorm import recompute_batchnorm_ as recompute_batchnorm_
 from .calibrate import calibrate_ as calibrate_
 from .given import Given as Given

@@ -49,12 +49,19 @@ def recompute_batchnorm_(
     (2.0, 2.0)
     """
     first = bayesian_sites(model)[0].mean
+    target = first.device if device is None else torch.device(device)
+    return gather_batchnorm_(model, (_arguments(batch, target) for batch in loader))
+
+
+def gather_batchnorm_(
+    model: nn.Module, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> nn.Module:
+    """:func:`recompute_batchnorm_` from the arguments, positional and by keyword, of each call."""
     norms = [
         m for m in model.modules() if isinstance(m, BatchNormBase) and m.running_mean is not None
     ]
     if not norms:
         return model
-    target = first.device if device is None else torch.device(device)
     kept = [
         (n, n.momentum, {k: b.clone() for k, b in n.named_buffers(recurse=False)}) for n in norms
     ]
@@ -65,8 +72,7 @@ def recompute_batchnorm_(
                 norm.reset_running_stats()
                 norm.momentum = None
                 norm.training = True
-            for batch in loader:
-                args, kwargs = _arguments(batch, target)
+            for args, kwargs in calls:
                 model(*args, **kwargs)
                 empty = False
         if empty:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..errors import ArgumentError
+from ..likelihoods import Likelihood, as_likelihood, likelihood_of
 from ..scope import as_seed
 from ..unconverted import warn_of_unconverted
 from .running import Draws, check_batch, check_samples, evaluating
-from .summaries import Collector, Probabilities, RunningMoments, Stack
+from .summaries import Collector, Mixed, Probabilities, RunningMoments, Stack
 
-Reduce = Literal["probabilities", "moments"]
+Reduce = Literal["probabilities", "moments", "predictive"]
 _COLLECTORS: dict[str | None, Callable[[int], Collector]] = {
     None: Stack, "probabilities": Probabilities, "moments": RunningMoments
 }  # fmt: skip
@@ -49,7 +51,9 @@ def predict(
             from torch's global generator.
         reduce: None stacks the outputs. ``"probabilities"`` takes them for logits and gives a
             :class:`ProbabilitySummary`, ``"moments"`` gives :class:`Moments`; both in the memory
-            of a few outputs, however many draws.
+            of a few outputs, however many draws. ``"predictive"`` gives what the likelihood of the
+            model makes of them, a :class:`bayesify.likelihoods.Predictive`: mean, the parts of the
+            standard deviation, intervals, densities.
         **kwargs: Keyword arguments of the model.
 
     Shape:
@@ -62,7 +66,8 @@ def predict(
 
     Raises:
         ArgumentError: An argument has a value that cannot work, the batch is empty, an input is a
-            cache of keys and values, or the output cannot be summarised so.
+            cache of keys and values, the output cannot be summarised so, or the model has no
+            likelihood (:func:`bayesify.set_likelihood_`).
         UnsupportedModuleError: ``model`` has no posterior.
 
     Reference:
@@ -91,6 +96,7 @@ class Predictor:
         num_samples: Number K of draws, at least 1.
         seed: The K draws are a function of it; None takes a new one.
         reduce: As :func:`predict`.
+        likelihood: For ``"predictive"``, instead of that of the model.
         keep: Keep small draws from one batch to the next.
 
     Raises:
@@ -111,16 +117,21 @@ class Predictor:
         num_samples: int,
         seed: int | None = None,
         reduce: Reduce | None = None,
+        likelihood: Likelihood | Mapping[Any, Likelihood] | None = None,
         keep: bool = True,
     ) -> None:
-        if reduce not in _COLLECTORS:
+        if reduce not in _COLLECTORS and reduce != "predictive":
             raise ArgumentError(
-                f"predict: reduce must be None, 'probabilities' or 'moments', got {reduce!r}."
+                "predict: reduce must be None, 'probabilities', 'moments' or 'predictive', got "
+                f"{reduce!r}."
             )
         num_samples = check_samples("predict", num_samples)
         warn_of_unconverted(model, once=True)
         self.model = model
-        self.collector = _COLLECTORS[reduce]
+        self.collector = (
+            partial(Mixed, likelihood=_known(model, likelihood)) if reduce == "predictive"
+            else _COLLECTORS[reduce]
+        )  # fmt: skip
         self.draws = Draws(model, num_samples, int(as_seed(seed)), keep)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -131,3 +142,19 @@ class Predictor:
             for output in self.draws.outputs(inputs, kwargs):
                 collector.add(output)
         return collector.result()
+
+
+def _known(model: nn.Module, given: Any) -> Likelihood:
+    """What the outputs mean.
+
+    Raises:
+        ArgumentError: Nothing says it.
+    """
+    found = likelihood_of(model) if given is None else as_likelihood(given)
+    if found is None:
+        raise ArgumentError(
+            "predict: reduce='predictive' needs to know what the outputs mean: "
+            "bayesify.set_likelihood_(model, Gaussian()), say, or a model that was fitted with a "
+            "likelihood. bayesify.likelihoods has them."
+        )
+    return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..likelihoods import main_output
+from ..likelihoods import Likelihood, main_output
 from ..torch_private import pytree
 from ..welford import Welford
 
@@ -169,6 +169,20 @@ class Probabilities(Collector):
         )
 
 
+class Mixed(Collector):
+    """What a likelihood makes of the outputs: a :class:`bayesify.likelihoods.Predictive`."""
+
+    def __init__(self, num_samples: int, likelihood: Likelihood) -> None:
+        super().__init__(num_samples)
+        self.gathered = likelihood.gather()
+
+    def add(self, output: Any) -> None:
+        self.gathered.add(output)
+
+    def result(self) -> Any:
+        return self.gathered.result()
+
+
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
@@ -231,7 +245,7 @@ def class_logits(output: Any, wanted_by: str, instead: str = "") -> Tensor:
             "If it is the logit z of a sigmoid, let the model give those of both classes, "
             f"torch.nn.functional.pad({z}, (1, 0))."
         )
-    elif logits.dim() > 2:
+    elif logits.dim() > 2 and not instead:
         advice.append("Of dense outputs, let the model give one row for each pixel or token.")
     raise ArgumentError(
         f"{wanted_by} needs logits of the shape (batch, classes), with at least 2 classes; the "

@@ -9,6 +9,7 @@ from .from_distribution import FromDistribution as FromDistribution
 from .heads import Heads as Heads
 from .likelihood import Likelihood as Likelihood
 from .likelihood import Target as Target
+from .mixtures import Normals as Normals
 from .normal import Gaussian as Gaussian
 from .outputs import main_output as main_output
 from .predictive import Bounds as Bounds

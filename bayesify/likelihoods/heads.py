@@ -107,8 +107,16 @@ class _GatheredHeads(Gathered):
             part.add(picked(output, name, "output"))
 
     def result(self) -> Any:
-        found: dict[Any, Predictive] = {name: part.result() for name, part in self.parts.items()}
-        return found
+        return PredictiveHeads({name: part.result() for name, part in self.parts.items()})
+
+
+class PredictiveHeads(dict[Any, Predictive]):
+    """What many draws predict of each head, by its name."""
+
+    def log_prob(self, target: Any) -> Tensor:
+        """Log densities of the targets, each by itself, summed for each example, (batch,)."""
+        each = [p.log_prob(picked(target, name, "target")) for name, p in self.items()]
+        return torch.stack([per_example(densities) for densities in each]).sum(0)
 
 
 def picked(value: Any, name: str | int, what: str) -> Any:

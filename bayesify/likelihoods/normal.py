@@ -159,6 +159,12 @@ class Gaussian(Likelihood):
                 "it, Gaussian('learned', outputs=1)."
             )
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        noise = state_dict.get(prefix + "log_noise")
+        if self.log_noise is None and isinstance(noise, Tensor) and self.noise == "learned":
+            self._learn(len(noise), self.scale)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _learn(self, outputs: int, like: Tensor) -> None:
         start = torch.zeros(outputs, dtype=torch.float32, device=like.device)
         self.log_noise = nn.Parameter(start)

@@ -36,6 +36,9 @@ class Densities(Protocol):
     def density(self, found: Any, target: Target) -> Tensor:
         """Log density of each target, given a distribution."""
 
+    def mask(self, target: Target) -> Tensor | None:
+        """Which targets count; None for all."""
+
     def moments(self, found: Any) -> tuple[Tensor, Tensor]:
         """Mean and variance of each target, given a distribution."""
 

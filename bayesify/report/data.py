@@ -114,7 +114,7 @@ def gather(
             lambda pruned, share, score: prune_(pruned, share, score=score, seed=seed),
             SHARES, ("snr", "magnitude", "random"), num_samples=min(CURVE_DRAWS, num_samples),
             seed=seed, batch_size=batch_size, device=run.device, amp=amp, workers=workers,
-            on_step=lambda done: run.told("Pruning", done, 3 * len(SHARES)),
+            on_step=lambda done: run.progress("Pruning", done, 3 * len(SHARES)),
         )  # fmt: skip
     order = found.entropy.argsort(stable=True).tolist()
     wrong = [i for i in order if int(found.probs[i].argmax()) != int(found.labels[i])]
@@ -181,7 +181,7 @@ class _Run:
         self.predictor = Predictor(model, **self.drawn, reduce="probabilities")
         self.amp, self.on_step = amp, on_step
 
-    def told(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int) -> None:
         if self.on_step is not None:
             self.on_step(what, done, total)
 
@@ -198,7 +198,7 @@ class _Run:
                 (labels, logits, summary.mean, summary.predictive_entropy,
                  summary.mutual_information)
             )  # fmt: skip
-            self.told(what, done, len(batches))
+            self.progress(what, done, len(batches))
         return _Found(*(torch.cat(column).cpu() for column in zip(*columns, strict=True)))
 
     @torch.no_grad()

@@ -138,7 +138,7 @@ def _dataset(data: Data, model_config: InputConfig | None, augment: Augment) -> 
     return data
 
 
-def config_for(data: Data, model: nn.Module, given: InputConfig | None) -> InputConfig | None:
+def config_for(data: Any, model: nn.Module, given: InputConfig | None) -> InputConfig | None:
     """How images are prepared for the model; nothing for a data set that does so itself."""
     if not isinstance(data, ImageData):
         return None

@@ -14,7 +14,7 @@ from ..inference import class_logits, warn_of_probabilities
 
 
 class LabelCheck:
-    """Says what is wrong with outputs and labels, of which cross_entropy itself says little.
+    """Says what is wrong with outputs and labels where there is one label for each example.
 
     Args:
         wanted: Whether the loss is a classification by whole class numbers.
@@ -26,13 +26,14 @@ class LabelCheck:
     def __init__(
         self,
         wanted: bool,
-        wanted_by: str = "fit with the loss cross_entropy",
-        instead: str = "Or give a loss of your own, a mean negative log likelihood per example, "
-        "such as torch.nn.CrossEntropyLoss() for soft labels.",
+        wanted_by: str,
+        instead: str,
         named: tuple[Sequence[str], str] | None = None,
     ) -> None:
         self.wanted, self.wanted_by, self.instead = wanted, wanted_by, instead
         self.named = named
+        self.ignored: int | None = None
+        """A label that counts for nothing."""
         self.first_batch = self.first_epoch = True
         self.low: int | None = None
         self.high: int | None = None
@@ -61,6 +62,8 @@ class LabelCheck:
             warn_of_probabilities(logits, self.wanted_by)
             if self.named is not None:
                 check_count(self.named[0], logits.shape[1], self.named[1])
+        if self.ignored is not None:
+            targets = targets[targets != self.ignored]
         if len(targets) == 0:
             return
         classes = logits.shape[1]

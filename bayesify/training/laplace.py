@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import gaussian
 from ..classes import classes_of, name_classes_
 from ..data import ImageData
 from ..errors import ArgumentError
+from ..likelihoods import Categorical
 from ..models import InputConfig
 from ..posterior import Site, bayesian_sites, gaussian_prior
 from ..priors import GaussianPrior
@@ -173,7 +173,7 @@ def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and R
 
             def measure(precision: float) -> float:
                 _set(terms, precision, settings.temperature)
-                return held_out_loss(model, check, F.cross_entropy, target, False, seed)
+                return held_out_loss(model, check, Categorical(), target, False, seed)
 
             tried = _search(measure, terms)
             scale = min(tried, key=lambda pair: pair[1])[0]

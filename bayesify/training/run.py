@@ -10,43 +10,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader
 
-from ..classes import classes_of
-from ..data import ImageData
 from ..divergence import kl_divergence
-from ..errors import BayesifyError
-from ..inference import Given, recompute_batchnorm_
+from ..errors import ArgumentError, BayesifyError
+from ..inference import Given
 from ..models import InputConfig
 from ..objective import kl_scale, kl_schedule, noise_budget
-from ..optim import check_optimizer, param_groups, warmup_cosine
+from ..optim import check_optimizer, likelihood_groups, posterior_groups, warmup_cosine
 from ..own_lists import trained_parameters
 from ..posterior import is_bayesian, sites
 from ..pruning import keep_pruned_
 from ..settings.fields import plain
-from ..settings.training import FitSettings
+from ..settings.training import FitSettings, Reading
 from ..signals import Signals
 from ..storage import left_as_it_was
+from ..storage.layout import LIKELIHOOD
 from ..storage.state import write_state
-from ..torch_private import NormBase, foreach_copy_
 from .averaging import TailAverage
-from .batches import (
-    Data,
-    Loss,
-    batches_in_order,
-    check_data,
-    config_for,
-    pair,
-    shuffled_batches,
-    split,
-)
+from .batches import Data, config_for
 from .diagnosis import not_finite_in
-from .holdout import held_out_loss, put_back, snapshot
-from .labels import LabelCheck
+from .examples import Batch, Inputs, read_batch
+from .feeds import feed_of
+from .holdout import held_out_loss, likelihood_tensors, named_tensors, put_back, snapshot
 from .progress import FitResult, Progress, travel
 from .randomness import RandomState, current, restore, torch_state
 from .resume import FIT, Interrupted, check_names, check_same, check_values, like
+from .running_statistics import RunningStatistics
+from .task import Task
 
 _SAVE_EVERY = 600.0
 """Seconds after which the state is written also within an epoch."""
@@ -58,45 +49,36 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        train: Data,
+        train: Data | DataLoader[Any],
         settings: FitSettings,
-        loss: Loss,
+        task: Task,
         device: torch.device,
         model_config: InputConfig | None,
-        workers: int,
+        reading: Reading,
         path: Path | None,
         unreadable: list[int],
+        on_start: Callable[[str], None],
         on_step: Callable[[Progress], None] | None,
+        inputs: Inputs | None,
+        num_data: int | None,
     ) -> None:
-        self.model, self.settings, self.loss = model, settings, loss
+        self.model, self.settings, self.task = model, settings, task
         self.device, self.path, self.on_step = device, path, on_step
+        self.on_start, self.inputs = on_start, inputs
         self.unreadable = unreadable
-        size = check_data(train)
-        indices, held = split(size, settings.holdout, settings.seed)
-        self.num_data = len(indices)
-        config = config_for(train, model, model_config)
-        common: dict[str, Any] = {"model_config": config, "workers": workers}
-        self.batches, self.order = shuffled_batches(
-            train, indices, batch_size=settings.batch_size, accumulate=settings.accumulate,
-            augment=settings.augment, seed=settings.seed, pin=device.type == "cuda", **common,
-        )  # fmt: skip
-        self.held_batches = (
-            batches_in_order(train, batch_size=settings.batch_size, indices=held, **common)
-            if held
-            else None
+        self.feed, self.held_batches = feed_of(
+            train, settings, reading, num_data, config_for(train, model, model_config), device
         )
-        self.epoch_steps = self.order.batches // settings.accumulate
+        self.num_data = self.feed.num_data
+        self.epoch_steps = self.feed.batches // settings.accumulate
         self.steps = settings.epochs * self.epoch_steps
-        named = None
-        if isinstance(train, ImageData) and classes_of(model) is None:
-            named = train.classes, train.name
-        self.labels = LabelCheck(loss is F.cross_entropy, named=named)
 
         model.to(device)
         self.bayesian = is_bayesian(model)
         scaled_by = self.num_data if settings.kl_reduction == "num_data" else None
         self.scale: float | None = None
         self.budget: float | None = None
+        """In nats an example."""
         if self.bayesian:
             keep_pruned_(model)
             reduction = settings.kl_reduction
@@ -112,16 +94,7 @@ class Run:
         self.beta = kl_schedule(settings.kl_shape, 0.0, settings.kl_weight, rising)
         if settings.kl_warmup == 0.0:
             self.beta = kl_schedule("constant", settings.kl_weight, settings.kl_weight, 1)
-        self.norms = [
-            m for m in model.modules() if isinstance(m, NormBase) and m.running_mean is not None
-        ]
-        # of one dtype each, so that a copy of many small tensors is one kernel
-        buffers = [b for norm in self.norms for b in norm.buffers(recurse=False)]
-        self.statistics = [
-            (own := [b for b in buffers if b.dtype == dtype], [b.clone() for b in own])
-            for dtype in {b.dtype for b in buffers}
-        ]
-
+        self.statistics = RunningStatistics(model)
         self.start = [site.logvar.detach().clone() for site in sites(model)]
         self.step = 0
         self.bound = 0.0
@@ -132,6 +105,8 @@ class Run:
         self.best: dict[str, Tensor] = {}
         self.earlier_seconds = 0.0
         self.started = self.saved_at = time.perf_counter()
+        if task.settled:
+            self._begin(None)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
@@ -140,36 +115,49 @@ class Run:
             return torch.optim.AdamW(
                 self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
             )
-        groups = param_groups(
-            self.model,
-            lr=settings.lr,
-            logvar_lr=settings.logvar_rate,
-            weight_decay=settings.weight_decay,
+        groups = posterior_groups(
+            self.model, settings.lr, settings.logvar_rate, settings.weight_decay
         )
-        optimizer = torch.optim.AdamW(groups, fused=fused)
-        check_optimizer(self.model, optimizer)
-        return optimizer
+        return torch.optim.AdamW(groups, fused=fused)
 
-    def line_on_kl(self) -> str:
+    def _begin(self, guessed: str | None) -> None:
+        """What waits for the first output: the noise that is learnt, and what is said of it all."""
+        for group in likelihood_groups(self.model, self.settings.lr):
+            self.optimizer.add_param_group(group)
+            self.parameters += group["params"]
+            self.average.parameters += group["params"]
+        if self.bayesian:
+            check_optimizer(self.model, self.optimizer)
+        lines = ([guessed[:1].upper() + guessed[1:]] if guessed else []) + (
+            [self._line_on_kl()] if self.bayesian else []
+        )
+        if lines:
+            self.on_start(". ".join(lines))
+
+    def _line_on_kl(self) -> str:
         weights = sum(site.weights for site in sites(self.model))
         settings = self.settings
+        assert self.budget is not None
+        targets, many = self.task.per_example, ""
+        if targets != 1:
+            many = f" a target ({targets:.4g} targets an example)"
         return (
             f"KL of {weights:,} weights: s = {self.scale:.3g} ({settings.kl_reduction}, "
             f"N = {self.num_data:,}), beta = {settings.kl_weight:g}, noise budget beta*s*P/2 = "
-            f"{self.budget:.3g} nats"
+            f"{self.budget / targets:.3g} nats{many}"
         )
 
     # -- the loop ------------------------------------------------------------------------------
 
     def train(self, signals: Signals) -> None:
         while self.step < self.steps and not self._out_of_patience():
-            self.order.epoch, inside = divmod(self.step, self.epoch_steps)
-            self.order.first = inside * self.settings.accumulate
+            epoch, inside = divmod(self.step, self.epoch_steps)
+            batches = self.feed.epoch(epoch, inside * self.settings.accumulate)
             self.model.train()
             if self.settings.freeze_batchnorm:
-                for norm in self.norms:
-                    norm.eval()
-            for group in self._grouped(iter(self.batches)):
+                self.statistics.freeze()
+            before = self.step
+            for group in self._grouped(batches):
                 self._take_step(group)
                 if self.step % self.epoch_steps == 0:
                     with self.average.in_place():
@@ -178,18 +166,22 @@ class Run:
                     self._interrupt()
                 if time.perf_counter() - self.saved_at > _SAVE_EVERY:
                     self.save()
+            if self.step == before:
+                raise ArgumentError(
+                    "The data loader gave too few batches for one step of an epoch."
+                )
             self.save()
 
-    def _grouped(self, batches: Iterator[Any]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def _grouped(self, batches: Iterator[Any]) -> Iterator[list[Batch]]:
         """The batches of one step at a time."""
         group = []
         for batch in batches:
-            group.append(pair(batch))
+            group.append(read_batch(batch, self.inputs))
             if len(group) == self.settings.accumulate:
                 yield group
                 group = []
 
-    def _take_step(self, group: list[tuple[Tensor, Tensor]]) -> None:
+    def _take_step(self, group: list[Batch]) -> None:
         settings, model = self.settings, self.model
         beta = self.beta(self.step)
         rising = max(1, round(settings.warmup * self.steps))
@@ -197,56 +189,74 @@ class Run:
         for held in self.optimizer.param_groups:
             held["lr"] = factor * self._highest(held)
         before = torch_state(self.device)
-        for own, kept in self.statistics:
-            foreach_copy_(kept, own)
+        self.statistics.keep()
 
         self.optimizer.zero_grad()
-        passes = len(group) * settings.draws_per_step
+        draws, full = settings.draws_per_step, self.feed.batch_size or group[0].size
+        self.feed.batch_size = full
+        # a smaller batch has its share of a step: else its examples would weigh more
+        share = sum(batch.size for batch in group) / (full * len(group))
+        divisors = [
+            len(group) * draws * (1 if batch.size == full else full / batch.size)
+            for batch in group
+            for _ in range(draws)
+        ]
         data_loss = torch.zeros((), device=self.device)
         kl = torch.zeros((), device=self.device)
-        for number, part in enumerate(self._passes(group), 1):
-            part = part / passes
+        for number, (part, divisor) in enumerate(
+            zip(self._passes(group), divisors, strict=True), 1
+        ):
+            part = part / divisor
             data_loss = data_loss + part.detach()
-            if number == passes and self.scale is not None and beta * self.scale > 0.0:
-                term = beta * self.scale * kl_divergence(model)  # beside the last of the draws
+            if number == len(divisors) and self.scale is not None and beta * self.scale > 0.0:
+                weight = beta * self.scale * share
+                term = weight * kl_divergence(model)  # beside the last of the draws
                 kl = term.detach()
                 part = part + term.to(part.device)
             part.backward()
+        for batch in group:
+            self.task.count(batch)
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         values = torch.stack([v.to(self.device).double() for v in (data_loss, kl, norm)]).tolist()
         if not all(map(math.isfinite, values)):
             self._stop(values, group, before)
-        if math.isfinite(settings.max_grad_norm):
-            nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
+        # gradients of what is shown: of a loss for each target
+        limit = settings.max_grad_norm * self.task.per_example
+        if math.isfinite(limit):
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         self.optimizer.step()
 
         lr = self.optimizer.param_groups[0]["lr"]
-        self.bound += self.optimizer.param_groups[-1]["lr"]
-        self.epoch_loss += values[0] / self.epoch_steps
+        self.bound += self._posterior_groups()[-1]["lr"]
+        loss = values[0] / (share * self.task.per_example)
+        self.epoch_loss += loss / self.epoch_steps
         epoch = self.step // self.epoch_steps
         self.step += 1
         self.average.look(self.step)
         if self.on_step is not None:
-            self.on_step(Progress(self.step, self.steps, epoch, values[0], beta, lr))
+            self.on_step(Progress(self.step, self.steps, epoch, loss, beta, lr))
 
-    def _passes(self, group: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    def _passes(self, group: list[Batch]) -> Iterator[Tensor]:
         """The loss of each batch at each draw; the weights are drawn when it is asked for."""
-        for inputs, targets in group:
-            inputs = inputs.to(self.device, non_blocking=True)
-            given = Given((inputs,))
+        for batch in group:
+            given = Given(*batch.arguments(self.device))
             for _ in range(self.settings.draws_per_step):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
                     outputs = given.call(self.model)
-                    self.labels.look(outputs, targets)
-                    loss = self.loss(outputs, targets.to(self.device, non_blocking=True))
+                    if not self.task.settled:
+                        self._begin(self.task.settle(outputs, batch))
+                    loss = self.task(outputs, batch, self.device)
                 yield loss
+
+    def _posterior_groups(self) -> list[dict[str, Any]]:
+        return [g for g in self.optimizer.param_groups if g.get("name") != "likelihood"]
 
     def _highest(self, group: dict[str, Any]) -> float:
         return self.settings.logvar_rate if group.get("name") == "logvars" else self.settings.lr
 
     def _end_epoch(self) -> None:
-        self.labels.end_of_epoch()
+        self.task.end_of_epoch()
         self.losses.append(self.epoch_loss)
         self.epoch_loss = 0.0
         if self.bayesian:
@@ -255,8 +265,9 @@ class Run:
         if self.held_batches is not None:
             settings = self.settings
             found = held_out_loss(
-                self.model, self.held_batches, self.loss, self.device, settings.amp, settings.seed
-            )
+                self.model, self.held_batches, self.task.measure, self.device, settings.amp,
+                settings.seed, self.inputs,
+            )  # fmt: skip
             if found < min(self.held_losses, default=math.inf) or not self.best:
                 self.best = snapshot(self.model)
             self.held_losses.append(found)
@@ -275,12 +286,10 @@ class Run:
         if self.best:
             put_back(self.model, self.best)
         if not self.settings.freeze_batchnorm:
-            self.order.epoch, self.order.first = self.settings.epochs, 0
-            # from the images that trained: augmented ones have other statistics than plain ones
-            if self.bayesian:
-                recompute_batchnorm_(self.model, self.batches, self.device)
-            elif self.average.mean:  # the statistics are those of the last iterate
-                update_bn(self.batches, self.model, self.device)
+            batches = (read_batch(b, self.inputs) for b in self.feed.epoch(self.settings.epochs))
+            calls = (batch.arguments(self.device) for batch in batches)
+            averaged = bool(self.average.mean)
+            self.statistics.gather(calls, bayesian=self.bayesian, averaged=averaged)
         self.model.eval()
         logvars = None
         if self.bayesian:
@@ -294,7 +303,7 @@ class Run:
             seconds=self._seconds(),
             num_data=self.num_data,
             kl_scale=self.scale,
-            noise_budget=self.budget,
+            noise_budget=None if self.budget is None else self.budget / self.task.per_example,
             logvars=logvars,
             holdout_losses=tuple(self.held_losses),
             best_epoch=self._best_epoch(),
@@ -306,7 +315,7 @@ class Run:
     def _stop(
         self,
         values: list[float],
-        group: list[tuple[Tensor, Tensor]],
+        group: list[Batch],
         before: dict[str, Tensor],
     ) -> None:
         """Leave the model as it was before the step, and say where the bad number came from."""
@@ -318,13 +327,13 @@ class Run:
             for _ in self._passes(group):
                 pass
 
-        where = not_finite_in(self.model, (inputs for inputs, _ in group), run)
+        inputs = (tensor for batch in group for tensor in batch.inputs)
+        where = not_finite_in(self.model, inputs, run)
         if where is None:
             where = "the model's outputs are finite, so look at the loss and the targets"
             if not math.isfinite(kl):
                 where = "the KL divergence is not finite, so look at the prior"
-        for own, kept in self.statistics:
-            foreach_copy_(own, kept)
+        self.statistics.put_back()
         restore(again, self.device)
         self.optimizer.zero_grad()
         self.model.eval()
@@ -369,6 +378,8 @@ class Run:
             "start": self.start,
             "average": self.average.mean,
             "optimizer": self.optimizer.state_dict()["state"],
+            "likelihood": likelihood_tensors(self.model) if self.task.settled else {},
+            "task": self.task.state(),
             "random": {**random.others, "torch": random.tensors},
         }
 
@@ -377,8 +388,9 @@ class Run:
         check_values(self.path, saved, self.steps)
         check_same(self.path, saved["settings"], self._identity())
         check_names(self.path, saved["model"], self._named())
-        if saved["best"]:
-            check_names(self.path, saved["best"], self._named())
+        best = {k: v for k, v in saved["best"].items() if not k.startswith(LIKELIHOOD)}
+        if best:
+            check_names(self.path, best, self._named())
 
     def load(self, saved: dict[str, Any]) -> None:
         assert self.path is not None
@@ -389,7 +401,13 @@ class Run:
             raise FIT.damaged(self.path, error) from error
 
     def _load(self, saved: dict[str, Any]) -> None:
+        assert self.path is not None
         put_back(self.model, saved["model"])
+        if "task" in saved and not self.task.settled:  # else a state of before
+            self.task.load(saved["task"], saved["likelihood"], self.device)
+            self._begin(None)
+            if saved["best"]:
+                check_names(self.path, saved["best"], named_tensors(self.model))
         self.best = {k: v.to(self.device) for k, v in saved["best"].items()}
         self.start = [like(own, v) for own, v in zip(self.start, saved["start"], strict=True)]
         averaged = zip(self.average.parameters, saved["average"], strict=bool(saved["average"]))
@@ -402,7 +420,7 @@ class Run:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step, self.bound, self.epoch_loss = saved["step"], saved["bound"], saved["epoch_loss"]
-        self.labels.first_epoch = self.step == 0
+        self.task.labels.first_epoch = self.step == 0
         self.losses, self.kls = saved["losses"], saved["kl"]
         self.held_losses = saved["holdout_losses"]
         self.earlier_seconds = saved["seconds"]
@@ -415,6 +433,7 @@ class Run:
             **plain(self.settings),
             "max_grad_norm": None if infinite else self.settings.max_grad_norm,
             "num_data": self.num_data,
+            "likelihood": self.task.given,
         }
 
     def _named(self) -> dict[str, Tensor]:

@@ -39,9 +39,9 @@ def _detector(name: str) -> None:
 
     @entry("torchvision", name, batches=(2,), prepare=prepare)
     def make() -> Built:
-        checks = lib("zoo_checks")
-        model = checks.build(key)
-        return model, lambda b: checks.inputs(key, model, b, 64, "cpu")
+        models = lib("zoo_models")
+        model = models.build(key)
+        return model, lambda b: models.inputs(key, model, b, 64, "cpu")
 
 
 for _name in ("fasterrcnn_mobilenet_v3_large_fpn", "ssd300_vgg16", "maskrcnn_resnet50_fpn",

@@ -136,7 +136,7 @@ def _show_ood(made: dict[str, Any] | None) -> None:
         render.table(
             ("OOD data", "prediction", "score", "AUROC", "FPR95"),
             [
-                (r["strangers"], r["prediction"], r["score"], f"{r['auroc']:.3f}",
+                (r["ood"], r["prediction"], r["score"], f"{r['auroc']:.3f}",
                  f"{r['fpr95']:.1%}")
                 for r in made["numbers"]["rows"]
             ],
@@ -372,8 +372,11 @@ def _where(
 
 
 def _check_written(folders: list[Path], out: Path | None = None, data: str | None = None) -> None:
-    """Whether results can be written, before they are measured."""
+    """Whether there are runs, and results can be written, before anything is measured."""
+    from .evaluation.runs import newest_of
+
     for folder in folders:
+        newest_of(folder)
         check_folder("RUN_DIR", folder / "results", {})
     if out is not None:
         check_folder("--out", out, {"--data": data})

@@ -26,7 +26,7 @@ from .runtime.monitors import (
     effective_rank,
     embedding_std,
     mean_stats,
-    posterior_health,
+    posterior_summary,
 )
 from .runtime.tensorboard import TensorBoardWriter
 from .step import Gradients, Stepper
@@ -223,15 +223,15 @@ class TrainLog:
         config, stepper = self.config, self.stepper
         logvar_lr = config.peak_lr * config.logvar_lr_ratio
         per_step = 1 if config.parameterization == "exp" else 2  # d logvar / d rho, at most
-        health = posterior_health(stepper.model, initial_logvar=stepper.initial_logvar)
-        self.layers.append(health.layers)
+        summary = posterior_summary(stepper.model, initial_logvar=stepper.initial_logvar)
+        self.layers.append(summary.layers)
         return {
             "logvar_lr": logvar_lr * factor,
             "noise_budget": stepper.budget(beta),
             "logvar_reach": per_step * logvar_lr * self._travel,  # the most that Adam can do
-            "logvar_travel": health.logvar_travel,
-            "logvar_spread": health.logvar_spread,
-            "prior_share": health.prior_share,
+            "logvar_travel": summary.logvar_travel,
+            "logvar_spread": summary.logvar_spread,
+            "prior_share": summary.prior_share,
         }
 
     def _end_epoch(self, finished: int, done: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 import zoo_checks
+import zoo_models
 import zoo_table
 from torch import nn
 
@@ -52,7 +53,7 @@ def test_a_model_of_every_family_is_as_listed(family: str) -> None:
 
 
 def test_every_family_has_a_sample() -> None:
-    families = {zoo_checks.family(name) for name in zoo_checks.names()}
+    families = {zoo_models.family(name) for name in zoo_models.names()}
     assert len(families) > 90
     assert families == set(SAMPLE)
 
@@ -187,15 +188,15 @@ def test_groups_see_modules_not_sizes() -> None:
     narrow = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     wide = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
     other = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU())
-    assert zoo_checks.signature(narrow) == zoo_checks.signature(wide)
-    assert zoo_checks.signature(narrow) != zoo_checks.signature(other)
+    assert zoo_models.signature(narrow) == zoo_models.signature(wide)
+    assert zoo_models.signature(narrow) != zoo_models.signature(other)
     named = copy.deepcopy(narrow)
     named.add_module("head", nn.ReLU())
-    assert zoo_checks.signature(narrow) != zoo_checks.signature(named)
+    assert zoo_models.signature(narrow) != zoo_models.signature(named)
 
 
 def test_the_result_file_is_whole() -> None:
     lines = zoo.RESULT.read_text().splitlines()
     names = [json.loads(line)["name"] for line in lines]
     assert names == sorted(set(names))
-    assert set(zoo_checks.names()) <= set(names)
+    assert set(zoo_models.names()) <= set(names)

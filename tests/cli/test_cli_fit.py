@@ -182,7 +182,7 @@ def test_an_image_cut_short_is_one_clear_error(workers: int) -> None:
     assert "Traceback" not in message
 
 
-def test_strangers_are_shown_for_each_row() -> None:
+def test_ood_images_are_shown_for_each_row() -> None:
     command = ("eval", "net", "d.safetensors", *MODEL, "-k", 3, "--ood", "s.safetensors")
     document = json.loads(run(*command, "--json").stdout)
     expected = training.evaluate(

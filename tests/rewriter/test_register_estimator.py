@@ -52,7 +52,7 @@ class Net(nn.Module):
 
 def test_it_computes_the_output_of_each_layer() -> None:
     layer = nn.Linear(3, 2)
-    model = bayesify.to_bbb(layer, estimator="antithetic", logvar=-1.0)
+    model = bayesify.to_bbb(layer, estimator="antithetic", initial_std=0.6)
     x = torch.randn(4, 3)
     drawn = bayesify.draws(model, seed=3)
     with torch.no_grad(), bayesify.one_draw(model, seed=3):
@@ -65,7 +65,7 @@ def test_it_computes_the_output_of_each_layer() -> None:
 
 
 def test_gradients_reach_mean_and_spread() -> None:
-    model = bayesify.to_bbb(nn.Linear(3, 2), estimator="antithetic", logvar=-1.0)
+    model = bayesify.to_bbb(nn.Linear(3, 2), estimator="antithetic", initial_std=0.6)
     x = torch.randn(4, 3)
     drawn = bayesify.draws(model, seed=3)
     with bayesify.one_draw(model, seed=3):
@@ -91,7 +91,10 @@ def test_what_it_has_no_form_for_is_drawn_whole() -> None:
     told = {entry.owner: entry.reason for entry in bayesify.rungs(model)}
     assert "2 estimated" in told["conv"]
     assert "estimated" not in told["table"]
-    assert "estimate('antithetic', torch.conv1d" in bayesify.generated_code(model.conv)["forward"]
+    assert (
+        "estimate('antithetic', torch.conv1d"
+        in bayesify.generated_code(model.get_submodule("conv"))["forward"]
+    )
 
 
 class Looks(nn.Module):

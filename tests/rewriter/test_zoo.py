@@ -6,6 +6,7 @@ half are the other models on which peers were compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -260,7 +261,7 @@ def test_nearly_all_owners_of_all_models_become_graphs() -> None:
 def test_other_resolutions(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     original = timm.create_model(name, **options).eval()
-    converted = bayesify.to_bbb(original, logvar=-8.0)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-4.0))
     for seed, shape in enumerate([(2, 64, 64), (1, 96, 96), (3, 64, 112), (2, 64, 64)]):
         x = torch.randn(shape[0], 3, *shape[1:])
         drawn = bayesify.draws(converted, seed=seed)
@@ -274,7 +275,7 @@ def test_other_resolutions(name: str, options: dict[str, Any]) -> None:
 
 
 def test_methods_of_timm() -> None:
-    model: Any = bayesify.to_bbb(build("timm:vit_tiny_patch16_224"), logvar=-8.0)
+    model: Any = bayesify.to_bbb(build("timm:vit_tiny_patch16_224"), initial_std=math.exp(-4.0))
     original: Any = build("timm:vit_tiny_patch16_224")
     x = images(64)(2)[0][0]
     drawn = bayesify.draws(model, seed=1)
@@ -330,7 +331,7 @@ def test_detection() -> None:
 
 
 def test_detection_losses_draw() -> None:
-    model = bayesify.to_bbb(detector(), logvar=-8.0).train()
+    model = bayesify.to_bbb(detector(), initial_std=math.exp(-4.0)).train()
     args, _ = scenes(2)
     losses = model(*args)
     assert sorted(losses) == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -99,7 +100,7 @@ class Two(nn.Module):
 
 
 def net() -> nn.Module:
-    model = bayesify.to_bbb(Net(), skip="BatchNorm*", logvar=-3.0)
+    model = bayesify.to_bbb(Net(), skip="BatchNorm*", initial_std=math.exp(-1.5))
     model.train()
     model(torch.randn(16, 3, 8, 8))  # running statistics that are not the initial ones
     return model.eval()
@@ -225,7 +226,7 @@ def test_an_ensemble_shares_what_is_not_drawn() -> None:
 
 
 def test_a_model_that_keeps_a_function_of_its_weights(tmp_path: Path) -> None:
-    model = bayesify.to_bbb(Cached(), logvar=0.0).eval()
+    model = bayesify.to_bbb(Cached(), initial_std=1.0).eval()
     x = torch.randn(5, 3)
     model(x)
     bayesify.export_torch(model, tmp_path / "a", x, num_samples=3, per_draw=True)

@@ -10,12 +10,12 @@ import pytest
 import scipy.optimize
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import bayesify
 from bayesify.data import ImageData, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
+from bayesify.likelihoods import Categorical
 from bayesify.models import InputConfig
 from bayesify.seeds import fold
 from bayesify.training import fisher, fit_laplace_
@@ -83,7 +83,7 @@ def test_exact_and_empirical_fisher_equal_a_loop_over_examples(
     kind: type[Shared], numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fisher, "_GRADIENTS", numbers)
-    model = bayesify.to_bbb(kind(), logvar=-4.0).eval()
+    model = bayesify.to_bbb(kind(), initial_std=math.exp(-2.0)).eval()
     images = data()
     inputs, labels = images.tensors
     batches = [(inputs[:5], labels[:5]), (inputs[5:], labels[5:])]
@@ -107,7 +107,7 @@ def test_exact_and_empirical_fisher_equal_a_loop_over_examples(
 
 
 def test_drawn_labels_have_the_exact_fisher_as_their_mean() -> None:
-    model = bayesify.to_bbb(nn.Linear(3, 4), logvar=-4.0)
+    model = bayesify.to_bbb(nn.Linear(3, 4), initial_std=math.exp(-2.0))
     inputs = torch.randn(5, 3)
     repeated = TensorDataset(inputs.repeat(2000, 1), torch.zeros(10_000).long())
     batches = [tuple(t[i : i + 500] for t in repeated.tensors) for i in range(0, 10_000, 500)]
@@ -199,7 +199,7 @@ def test_the_prior_that_held_out_examples_choose() -> None:
     order = torch.randperm(300, generator=torch.Generator().manual_seed(fold(4, 1)))
     held = order[:90].sort().values
     batch = [(inputs[held], labels[held])]
-    again = held_out_loss(model, batch, F.cross_entropy, CPU, False, seed=4)
+    again = held_out_loss(model, batch, Categorical(), CPU, False, seed=4)
     assert again == pytest.approx(min(losses.values()), rel=1e-4)
     assert again < 0.9 * result.tried[0][1]
 
@@ -295,7 +295,7 @@ def test_pruned_weights_stay_pruned(parameterization: Any) -> None:
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
-    model = change.get("model", bayesify.to_bbb(nn.Linear(2, 3), logvar=-4.0))
+    model = change.get("model", bayesify.to_bbb(nn.Linear(2, 3), initial_std=math.exp(-2.0)))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     train = TensorDataset(torch.randn(9, 2), torch.arange(9) % 3)
     with pytest.raises(BayesifyError, match=message):

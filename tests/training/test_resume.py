@@ -50,7 +50,7 @@ class Noisy(Dataset[Any]):
 def points_model() -> nn.Module:
     torch.manual_seed(5)
     layers = [nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)]
-    return bayesify.to_bbb(nn.Sequential(*layers), logvar=-4.0)
+    return bayesify.to_bbb(nn.Sequential(*layers), initial_std=math.exp(-2.0))
 
 
 def image_model() -> nn.Module:

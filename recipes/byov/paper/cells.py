@@ -1,7 +1,7 @@
 """The cells of the BYOV grid in order of importance, and how one of them is run and kept.
 
 A cell is a change of the scale's configuration, a seed, and what is measured of it. Its result is
-one JSON in `benchmarks/results/byov/SCALE`: facts, thinned log, measurements, and where it ran.
+one JSON in `benchmarks/results/byov/SCALE`: facts, subsampled log, measurements, and where it ran.
 """
 
 from __future__ import annotations
@@ -273,20 +273,34 @@ def run_cell(
     run = replace(
         scale.run, out=folder, data=data or scale.run.data, device=device or scale.run.device
     )
-    config = config_of(scale, cell, seed)
     clock = folder / "seconds.json"
-    spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0
     if not (folder / "student.safetensors").exists():
+        spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0
         started = time.perf_counter()
         on_progress(f"{cell.name}, seed {seed}: training")
+        config = config_of(scale, cell, seed)
         outcome = train(config, run, resume=True, watcher=Watcher(log=on_progress))
         if first:
-            spent += time.perf_counter() - started
-            write_json(clock, {"train": spent})
+            write_json(clock, {"train": spent + time.perf_counter() - started})
         if outcome.results is None:
             return False
-    if not first:
-        return True
+    if first:
+        _measure_cell(scale, cell, seed, run, ood, on_progress)
+    return True
+
+
+def _measure_cell(
+    scale: Scale,
+    cell: Cell,
+    seed: int,
+    run: RunConfig,
+    ood: Sequence[str],
+    on_progress: Callable[[str], None],
+) -> None:
+    """Measure a trained cell and write its result."""
+    folder = run.out
+    clock = folder / "seconds.json"
+    spent = json.loads(clock.read_text())["train"] if clock.exists() else 0.0
     started = time.perf_counter()
     opened = open_run(folder, data=run.data, device=run.device, workers=run.workers)
 
@@ -322,7 +336,6 @@ def run_cell(
             **provenance("torch", "timm"),
         },
     )  # fmt: skip
-    return True
 
 
 def subsample(log: list[dict[str, Any]], *, layers: bool) -> Iterator[dict[str, Any]]:
