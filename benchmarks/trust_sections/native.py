@@ -102,8 +102,8 @@ def _prepare(folder: Path) -> Trial:
 
 NATIVE = Section(
     "native",
-    "native.c under gcc's address and undefined behaviour sanitizers: its tests, and 150 models "
-    "of random shapes, dtypes and threads",
+    "the C library under gcc's address and undefined behaviour sanitizers: its tests, and 150 "
+    "models of random shapes, dtypes and threads",
     share=2,
     full=20,
     prepare=_prepare,
