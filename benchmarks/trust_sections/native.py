@@ -15,6 +15,7 @@ _FLAGS = ("-O1", "-g", "-ffp-contract=off", "-fno-omit-frame-pointer", "-shared"
 SANITIZERS = ("address", "undefined")
 _TESTS = ("tests/core/test_native.py", "tests/core/test_grouped.py", "tests/core/test_fixed.py")
 _RANDOM = """
+import math
 import random
 import sys
 
@@ -33,7 +34,7 @@ for number in range(150):
         for _ in range(rng.randrange(1, 6))
     ]
     net = torch.nn.ParameterList([torch.randn(shape, dtype=dtype) for shape in shapes])
-    model = bayesify.to_bbb(net, logvar=rng.choice((-20.0, -5.0, 0.0, 3.0)))
+    model = bayesify.to_bbb(net, initial_std=math.exp(rng.choice((-10.0, -2.5, 0.0, 1.5))))
     out = bayesify.draws(model, rng.choice((0, 1, -1, 2**63 - 1, rng.getrandbits(63))))
     loss = sum((d.float() ** 2).sum() for d in out.values()) + bayesify.kl_divergence(model)
     if loss.requires_grad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -10,11 +9,14 @@ from torch import Tensor
 from bayesify.metrics import brier_decomposition, classification_metrics
 from bayesify.numeric import seed_number
 
+from .settings import EvalSettings as EvalSettings
+
 Protocol = Literal["linear", "knn", "semi", "finetune"]
 
 MEANS, AVERAGE, SCALED, TEACHER = "at the means", "MC average", "means, scaled", "teacher"
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True)
 class EvalSettings:
     """What the numbers of an evaluation depend on, beside the run.
@@ -42,6 +44,8 @@ class EvalSettings:
         seed_number(self.seed)
 
 
+=======
+>>>>>>> main
 DEFAULTS = EvalSettings()
 
 
