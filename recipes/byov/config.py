@@ -294,24 +294,6 @@ def _problems(c: BYOVConfig) -> list[str]:
         if not good:
             found.append(message)
 
-<<<<<<< HEAD
-    for name in ("beta_start", "beta_end", "negatives_weight", "weight_decay", "clip_norm",
-                 "warmup_epochs", "augmentation_strength", "predictor_lr_ratio",
-                 "logvar_lr_ratio", "relative_std", "tau_batch", "seed"):  # fmt: skip
-        value = getattr(c, name)
-        want(value >= 0, f"{name} must be at least 0, not {value!r}.")
-    for name in ("epochs", "batch_size", "image_size", "projector_hidden", "projector_out",
-                 "lr", "init_std", "prior_var_floor", "trust_coefficient"):  # fmt: skip
-        value = getattr(c, name)
-        want(value > 0, f"{name} must be above 0, not {value!r}.")
-    for name in ("tau_base", "tau_end", "momentum"):
-        value = getattr(c, name)
-        want(0 <= value <= 1, f"{name} must be in [0, 1], not {value!r}.")
-    want(0 < c.min_crop <= 1, f"min_crop must be in (0, 1], not {c.min_crop!r}.")
-    want(all(0 <= b < 1 for b in c.betas), f"betas must be in [0, 1), not {c.betas!r}.")
-    want(c.seed < 1 << 63, f"seed must be below 2**63, not {c.seed}.")
-=======
->>>>>>> main
     want(c.channels in (1, 3), f"channels must be 1 or 3, not {c.channels}.")
     want(
         c.warmup_epochs < c.epochs,
