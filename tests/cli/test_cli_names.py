@@ -89,6 +89,8 @@ def test_a_folder_without_a_run_is_told_before_others_are_measured(folder: Path)
         result = run("recipe", "byov", command, made.out, "loop", "--epochs", 1)
         assert result.exit_code == 2
         assert "loop holds no run" in " ".join(result.stderr.split())
+    result = run("recipe", "byov", "eval", made.out, "-k", 0, "--epochs", 1, "--ood", "loop")
+    assert result.exit_code == 2
     assert not (made.out / "results").exists()
 
 
