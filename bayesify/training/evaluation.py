@@ -187,10 +187,25 @@ def evaluate(
                 on_step(done, len(inside))
         return measured.rows()
     outside = None if ood is None else batches_of(ood)
+    run = _Runner(model, target, amp, num_samples, seed)
+    return _classified(run, data, inside, outside, inputs, control, batch_size, resamples, on_step)
+
+
+def _classified(
+    run: _Runner,
+    data: Any,
+    inside: DataLoader[Any],
+    outside: DataLoader[Any] | None,
+    inputs: Inputs | None,
+    control: bool,
+    batch_size: int,
+    resamples: int,
+    on_step: Callable[[int, int], None] | None,
+) -> list[Any]:
+    """The rows of one class for each example."""
+    model, seed, ood = run.model, run.seed, outside is not None
     total = len(inside) + (0 if outside is None else len(outside))
-    bayesian = is_bayesian(model)
-    run = _Runner(model, bayesian, target, amp, num_samples, seed)
-    at_means, averaged = _Row(ood is not None), _Row(ood is not None)
+    at_means, averaged = _Row(ood), _Row(ood)
     kept: list[tuple[Tensor, Tensor]] = []
     for done, read in enumerate((read_batch(b, inputs) for b in inside), 1):
         targets = read.targets
@@ -215,11 +230,12 @@ def evaluate(
                 averaged.add_outside(summary.mean, summary.mutual_information)
             if on_step is not None:
                 on_step(done, total)
+    bayesian = run.predictor is not None
     rows = [at_means.row("at the means" if bayesian else "deterministic", 1, resamples, seed)]
     if control:
         rows.append(_scaled(kept, ood_logits, batch_size, resamples, seed))
     if bayesian:
-        rows.append(averaged.row("MC average", num_samples, resamples, seed))
+        rows.append(averaged.row("MC average", run.num_samples, resamples, seed))
     return rows
 
 
@@ -229,15 +245,15 @@ class _Runner:
     def __init__(
         self,
         model: nn.Module,
-        bayesian: bool,
         device: torch.device,
         amp: bool,
         num_samples: int,
         seed: int,
     ) -> None:
         self.model, self.device, self.amp = model, device, amp
+        self.num_samples, self.seed = num_samples, seed
         self.predictor: Predictor | None = None
-        if bayesian:
+        if is_bayesian(model):
             self.predictor = Predictor(
                 model, num_samples=num_samples, seed=seed, reduce="probabilities"
             )
