@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import SigmaBelowSpacingWarning as SigmaBelowSpacingWarning
     from .errors import UnsupportedModuleError as UnsupportedModuleError
     from .errors import UnsupportedVersionError as UnsupportedVersionError
+    from .estimators import register_estimator as register_estimator
     from .export import Ensemble as Ensemble
     from .export import ensemble as ensemble
     from .export import export_onnx as export_onnx
@@ -89,6 +90,7 @@ _HOMES = {
     "errors": "ArgumentError BayesifyError CheckpointError DataError LostPosteriorWarning "
     "ModelError NoMatchError NoMatchWarning BiasBeforeNormWarning SigmaBelowSpacingWarning "
     "UnsupportedModuleError UnsupportedVersionError",
+    "estimators": "register_estimator",
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",

@@ -26,7 +26,7 @@ def _net() -> nn.Module:
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
     )
-    return bayesify.to_bbb(net, logvar=-3.0, skip="@before-batchnorm").eval()
+    return bayesify.to_bbb(net, initial_std=0.22, skip="@before-batchnorm").eval()
 
 
 class _Alone:
@@ -175,5 +175,6 @@ CONCURRENCY = Section(
     share=60,
     full=1_000,
     prepare=_prepare,
+    seconds=200.0,
     slow=30.0,
 )

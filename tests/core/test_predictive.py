@@ -16,7 +16,7 @@ from bayesify.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
 
 def model(outputs: int) -> nn.Module:
-    return bayesify.to_bbb(nn.Linear(2, outputs), logvar=-2.0)
+    return bayesify.to_bbb(nn.Linear(2, outputs), initial_std=math.exp(-1.0))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_classes_agree_with_the_summary_of_probabilities() -> None:
 
 def test_a_linear_gaussian_model_has_its_exact_predictive_distribution() -> None:
     """f(x) = w x with w ~ N(m, s^2): y ~ N(m x, s^2 x^2 + sigma^2)."""
-    net = bayesify.to_bbb(nn.Linear(1, 1, bias=False), logvar=math.log(0.09))
+    net = bayesify.to_bbb(nn.Linear(1, 1, bias=False), initial_std=0.3)
     with torch.no_grad():
         net.weight.fill_(2.0)  # type: ignore[operator]
     bayesify.set_likelihood_(net, Gaussian(0.4))

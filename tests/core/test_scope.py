@@ -215,7 +215,7 @@ def test_seed_gives_the_same_draw_in_another_process() -> None:
         "import torch, bayesify; from torch import nn\n"
         "m = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).requires_grad_()\n"
         "[nn.init.constant_(p, 0.5) for p in m.parameters()]\n"
-        "c = bayesify.to_bbb(m, logvar=-2.0)\n"
+        "import math; c = bayesify.to_bbb(m, initial_std=math.exp(-1.0))\n"
         "print([v.tolist() for v in bayesify.draws(c, seed=2**40 + 7).values()])\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "123"}

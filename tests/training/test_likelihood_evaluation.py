@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from bayesify.training import (
 
 
 def model(outputs: int) -> nn.Module:
-    return bayesify.to_bbb(nn.Linear(2, outputs), logvar=-2.0)
+    return bayesify.to_bbb(nn.Linear(2, outputs), initial_std=math.exp(-1.0))
 
 
 def predicted(net: nn.Module, x: Tensor) -> Any:
@@ -64,7 +65,7 @@ def test_yes_or_no_and_classes_of_pixels() -> None:
 
     images, labels = torch.randn(6, 2, 3, 3), torch.randint(4, (6, 3, 3))
     labels[:, 0] = 9
-    dense: Any = bayesify.to_bbb(nn.Conv2d(2, 4, 1), logvar=-2.0)
+    dense: Any = bayesify.to_bbb(nn.Conv2d(2, 4, 1), initial_std=math.exp(-1.0))
     bayesify.set_likelihood_(dense, Categorical(1, ignore_index=9))
     _, row = evaluate(dense, TensorDataset(images, labels), num_samples=5, seed=4, batch_size=4)
     probs = predicted(dense, images).mean.movedim(1, -1)
@@ -109,7 +110,7 @@ def test_any_other_likelihood_and_several_heads() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.a(x), self.b(x)
 
-    two = bayesify.to_bbb(Two(), logvar=-2.0)
+    two = bayesify.to_bbb(Two(), initial_std=math.exp(-1.0))
     bayesify.set_likelihood_(two, {0: Gaussian(1.0), 1: Categorical()})
 
     class Rows(torch.utils.data.Dataset[Any]):

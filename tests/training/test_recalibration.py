@@ -54,7 +54,7 @@ def test_the_temperature_of_one_prediction_is_that_of_the_metrics() -> None:
 
 @pytest.mark.parametrize("kind", ["categorical", "bernoulli", "gaussian"])
 def test_the_scale_divides_each_draw(kind: str, tmp_path: Path) -> None:
-    net = bayesify.to_bbb(nn.Linear(2, 3), logvar=0.0)
+    net = bayesify.to_bbb(nn.Linear(2, 3), initial_std=1.0)
     likelihood: Likelihood
     if kind == "categorical":
         likelihood, y = Categorical(), torch.randint(3, (120,))
@@ -90,7 +90,7 @@ def test_the_scale_divides_each_draw(kind: str, tmp_path: Path) -> None:
 
 def test_conformal_intervals_cover() -> None:
     """A model that is wrong, with noise that is far too small, and covers all the same."""
-    net = bayesify.to_bbb(nn.Linear(2, 1), logvar=-6.0)
+    net = bayesify.to_bbb(nn.Linear(2, 1), initial_std=math.exp(-3.0))
     bayesify.set_likelihood_(net, Gaussian(0.05))
     x = torch.randn(4400, 2)
     y = x[:, :1] ** 2 + (1 + x[:, 1:].abs()) * torch.randn(4400, 1)
