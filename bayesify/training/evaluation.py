@@ -179,10 +179,24 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
                 on_step(done, len(inside))
         return measured.rows()
     outside = None if ood is None else batches_of(ood)
+    run = _Runner(model, target, settings)
+    return _classified(run, data, inside, outside, inputs, control, settings, on_step)
+
+
+def _classified(
+    run: _Runner,
+    data: Any,
+    inside: DataLoader[Any],
+    outside: DataLoader[Any] | None,
+    inputs: Inputs | None,
+    control: bool,
+    settings: EvaluateSettings,
+    on_step: Callable[[int, int], None] | None,
+) -> list[Any]:
+    """The rows of one class for each example."""
+    model, bayesian = run.model, run.predictor is not None
     total = len(inside) + (0 if outside is None else len(outside))
-    bayesian = is_bayesian(model)
-    run = _Runner(model, bayesian, target, settings)
-    at_means, averaged = _Row(ood is not None), _Row(ood is not None)
+    at_means, averaged = _Row(outside is not None), _Row(outside is not None)
     kept: list[tuple[Tensor, Tensor]] = []
     for done, read in enumerate((read_batch(b, inputs) for b in inside), 1):
         targets = read.targets
@@ -221,13 +235,12 @@ class _Runner:
     def __init__(
         self,
         model: nn.Module,
-        bayesian: bool,
         device: torch.device,
         settings: EvaluateSettings,
     ) -> None:
         self.model, self.device, self.amp = model, device, settings.amp
         self.predictor: Predictor | None = None
-        if bayesian:
+        if is_bayesian(model):
             self.predictor = Predictor(
                 model, num_samples=settings.num_samples, seed=settings.seed, reduce="probabilities"
             )
