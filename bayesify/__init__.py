@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import SigmaBelowSpacingWarning as SigmaBelowSpacingWarning
     from .errors import UnsupportedModuleError as UnsupportedModuleError
     from .errors import UnsupportedVersionError as UnsupportedVersionError
+    from .estimators import register_estimator as register_estimator
     from .export import Ensemble as Ensemble
     from .export import ensemble as ensemble
     from .export import export_onnx as export_onnx
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from .training import evaluate as evaluate
     from .training import fit as fit
     from .training import fit_laplace_ as fit_laplace_
+    from .training import recalibrate_ as recalibrate_
     from .training import without_gradient as without_gradient
 
 __version__ = "0.1.0"
@@ -88,6 +90,7 @@ _HOMES = {
     "errors": "ArgumentError BayesifyError CheckpointError DataError LostPosteriorWarning "
     "ModelError NoMatchError NoMatchWarning BiasBeforeNormWarning SigmaBelowSpacingWarning "
     "UnsupportedModuleError UnsupportedVersionError",
+    "estimators": "register_estimator",
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",
@@ -103,7 +106,7 @@ _HOMES = {
     "rewriter.variants": "generated_code rungs",
     "scope": "at_mean draws one_draw sampled",
     "storage": "load save",
-    "training": "evaluate fit fit_laplace_ without_gradient",
+    "training": "evaluate fit fit_laplace_ recalibrate_ without_gradient",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from .errors import ArgumentError
+from .estimators import check_estimator
 from .gaussian import Parameterization
 from .numeric import real
 from .posterior import RAW_SUFFIX, Estimator
@@ -172,9 +173,5 @@ def _by_pattern(given: Any) -> tuple[tuple[ParsedPattern, Estimator], ...]:
     elif isinstance(given, tuple) and all(isinstance(p, tuple) and len(p) == 2 for p in given):
         pairs = given
     for _, estimator in pairs:
-        if estimator not in get_args(Estimator):
-            raise ArgumentError(
-                "estimator must be 'weight', 'local' or 'flipout', or a mapping from patterns "
-                f"to these, got {estimator!r}."
-            )
+        check_estimator(estimator)
     return tuple((p, estimator) for key, estimator in pairs for p in parse_patterns(key))

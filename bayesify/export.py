@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .convert import to_deterministic
 from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
 from .inference import Given, class_logits
+from .likelihoods import temperature_of
 from .numeric import count
 from .posterior import bayesian_sites
 from .pruning.shrinking import shrink_
@@ -51,8 +52,11 @@ class Ensemble(nn.Module):
         members: The K deterministic models, which share all that was not drawn.
     """
 
-    def __init__(self, members: list[nn.Module], *, per_draw: bool) -> None:
+    def __init__(
+        self, members: list[nn.Module], *, per_draw: bool, temperature: float = 1.0
+    ) -> None:
         super().__init__()
+        self.temperature = temperature
         self.members = nn.ModuleList(members)
         self.per_draw = per_draw
 
@@ -69,6 +73,8 @@ class Ensemble(nn.Module):
             output = member(*inputs) if given is None else given.call(member)
             logits = class_logits(output, "ensemble")
             wide = logits if logits.dtype == torch.float64 else logits.float()
+            if self.temperature != 1.0:
+                wide = wide / self.temperature
             found.append(wide.softmax(-1))
         probs = torch.stack(found)
         return (probs.mean(0), probs) if self.per_draw else probs.mean(0)
@@ -124,7 +130,7 @@ def ensemble(
                 member.get_parameter(name).copy_(value)
         caches.drop(member)
         members.append(member)
-    return Ensemble(members, per_draw=per_draw).eval()
+    return Ensemble(members, per_draw=per_draw, temperature=temperature_of(model)).eval()
 
 
 @documented(ProgramSettings)

@@ -192,7 +192,7 @@ def _choose_estimators(
         _, module, _ = item.places[0]
         beside = takers.setdefault((id(module), estimator), set())
         shape = _shape(item.parameter)
-        if len(shape) > 1 and may_take(original_class(type(module)), len(shape)):
+        if len(shape) > 1 and may_take(original_class(type(module)), len(shape), estimator):
             beside.update(shape[:2])
         elif len(shape) != 1 or all(shape[0] % side for side in beside):
             continue  # no weight, and no bias of one

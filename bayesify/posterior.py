@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .kernels.grouped import Hook
 from .priors import STD_RANGE, GaussianPrior, LivePrior, Prior, may_be_std
 from .seeds import key_of
 
-Estimator = Literal["weight", "local", "flipout"]
+Estimator = str  # "weight" or what bayesify.estimators knows
 STATE = "_bayesify"
 RAW_SUFFIX: dict[str, str] = {"exp": "_logvar", "softplus": "_rho"}
 PRIOR_MEAN_SUFFIX = "_prior_mean"

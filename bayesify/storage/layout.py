@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..conversion import Conversion
 from ..errors import BayesifyError, CheckpointError
+from ..estimators import UnknownEstimatorError
 from ..likelihoods import Likelihood, from_json, unstored
 from ..models import InputConfig
 from ..posterior import PRIOR_MEAN_SUFFIX
@@ -260,6 +261,8 @@ def _above(name: str) -> list[str]:
 
 
 def _damaged(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    if isinstance(error, UnknownEstimatorError):
+        return CheckpointError(f"{path} needs an estimator that is not there. {error}")
     return CheckpointError(
         f"The header of {path} is damaged ({type(error).__name__}: {error}). Fetch or write the "
         "file anew."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..classes import check_count, classes_of
 from ..data import ImageData
 from ..errors import ArgumentError
 from ..inference import Given, Predictor, class_logits
+from ..likelihoods import Categorical, Likelihood, likelihood_of, temperature_of
 from ..metrics import (
     BrierDecomposition,
     BrierParts,
@@ -31,18 +32,11 @@ from ..scope import at_mean
 from ..settings.evaluation import EvaluateSettings
 from ..settings.fields import documented, taken
 from .autocast import check_amp
-from .batches import (
-    Data,
-    batches_in_order,
-    check_data,
-    config_for,
-    device_of,
-    pair,
-)
+from .batches import Data, batches_in_order, check_data, config_for, device_of
+from .examples import Batch, Inputs, inputs_of, read_batch
 from .matching import by_name
+from .measures import Measured, Prediction
 from .readable import readable
-
-Prediction = Literal["deterministic", "at the means", "temperature scaled", "MC average"]
 
 MAX_PROBABILITY = "max probability"
 ENTROPY = "entropy"
@@ -88,8 +82,9 @@ class Evaluation:
 @documented(EvaluateSettings)
 def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     model: nn.Module,
-    data: Data,
+    data: Data | DataLoader[Any],
     *,
+    inputs: Inputs | None = None,
     ood: Data | None = None,
     num_samples: int = EvaluateSettings.num_samples,
     seed: int = EvaluateSettings.seed,
@@ -102,13 +97,21 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     resamples: int = EvaluateSettings.resamples,
     skip_unreadable: bool = EvaluateSettings.skip_unreadable,
     on_step: Callable[[int, int], None] | None = None,
-) -> list[Evaluation]:
-    """Measure the predicted class probabilities of ``model``, in ``eval()``, batch by batch.
+) -> list[Any]:
+    """Measure the predictions of ``model``, in ``eval()``, batch by batch.
+
+    What is measured depends on the likelihood of the model (:func:`bayesify.set_likelihood_`): of
+    one class for each example, which is also taken where there is no likelihood, an
+    :class:`Evaluation`; of :class:`Gaussian` a :class:`RegressionEvaluation`; of yes or no and of
+    classes for each pixel or token a :class:`ClassEvaluation`; of any other a
+    :class:`DensityEvaluation`. Several heads have rows each.
 
     Args:
-        model: A classifier, converted or not.
-        data: As in :func:`fit`. The classes of an ``ImageData`` are found among the model's by name
-            where the model knows them, from a fit or a file; a part of them in any order will do.
+        model: A model, converted or not.
+        data: As in :func:`fit`, or a DataLoader. The classes of an ``ImageData`` are found among
+            the model's by name where the model knows them, from a fit or a file; a part of them in
+            any order will do.
+        inputs: As in :func:`fit`.
         ood: Images of none of the classes, as ``data``; their labels are not used. Each row then
             says how well its uncertainty tells them from those of ``data``.
         device: Where the model is moved to; None leaves it where it is.
@@ -137,33 +140,53 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     """
     settings = taken(EvaluateSettings, locals())
     looking: dict[str, Any] = {"workers": settings.workers, "skip": settings.skip_unreadable}
-    check_data(data)
-    data, _ = readable(data, **looking)
+    if not isinstance(data, DataLoader):
+        check_data(data)
+        whole_data, _ = readable(data, **looking)
+        data = by_name(whole_data, model)
     if ood is not None:
         check_data(ood)
         ood, _ = readable(ood, **looking)
-    if control and check_data(data) < 2:
+    examples: Any = data.dataset if isinstance(data, DataLoader) else data
+    if control and check_data(examples) < 2:
         raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
-    data = by_name(data, model)
     target = device_of(model) if device is None else torch.device(device)
     check_amp(target, settings.amp)
     model.to(target)
 
-    def batches_of(wanted: Data) -> DataLoader[Any]:
+    def batches_of(wanted: Data | DataLoader[Any]) -> DataLoader[Any]:
+        if isinstance(wanted, DataLoader):
+            return wanted
         config = config_for(wanted, model, model_config)
         return batches_in_order(
             wanted, batch_size=settings.batch_size, model_config=config, workers=settings.workers
         )
 
     inside = batches_of(data)
+    likelihood = likelihood_of(model)
+    if likelihood is not None and not _one_class_each(likelihood, inside, inputs):
+        if ood is not None or control or resamples:
+            raise ArgumentError(
+                "evaluate: ood, control and resamples are for one class an example; the model has "
+                f"the likelihood {likelihood!r}."
+            )
+        measured = Measured(
+            model, likelihood, target, settings.amp, settings.num_samples, settings.seed
+        )
+        for done, batch in enumerate(inside, 1):
+            measured.add(read_batch(batch, inputs))
+            if on_step is not None:
+                on_step(done, len(inside))
+        return measured.rows()
     outside = None if ood is None else batches_of(ood)
     total = len(inside) + (0 if outside is None else len(outside))
     bayesian = is_bayesian(model)
     run = _Runner(model, bayesian, target, settings)
     at_means, averaged = _Row(ood is not None), _Row(ood is not None)
     kept: list[tuple[Tensor, Tensor]] = []
-    for done, (inputs, targets) in enumerate(map(pair, inside), 1):
-        logits, summary = run(inputs)
+    for done, read in enumerate((read_batch(b, inputs) for b in inside), 1):
+        targets = read.targets
+        logits, summary = run(read)
         if done == 1 and isinstance(data, ImageData) and classes_of(model) is None:
             check_count(data.classes, logits.shape[1], data.name)
         at_means.add(logits.double().softmax(-1), targets)
@@ -176,7 +199,7 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     ood_logits: list[Tensor] = []
     if outside is not None:
         for done, batch in enumerate(outside, len(inside) + 1):
-            logits, summary = run(_inputs(batch))
+            logits, summary = run(inputs_of(batch, inputs))
             at_means.add_outside(logits.double().softmax(-1))
             if control:
                 ood_logits.append(logits)
@@ -209,9 +232,9 @@ class _Runner:
                 model, num_samples=settings.num_samples, seed=settings.seed, reduce="probabilities"
             )
 
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, Any]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, Any]:
         model = self.model
-        inputs = inputs.to(self.device)
+        args, kwargs = batch.arguments(self.device)
         was_training = model.training
         model.eval()
         try:
@@ -220,11 +243,12 @@ class _Runner:
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp),
             ):
                 with at_mean(model) if self.predictor else contextlib.nullcontext():
-                    logits = class_logits(Given((inputs,)).call(model), "evaluate")
-                summary = self.predictor(inputs) if self.predictor else None
+                    logits = class_logits(Given(args, kwargs).call(model), "evaluate")
+                summary = self.predictor(*args, **kwargs) if self.predictor else None
         finally:
             model.train(was_training)
-        return logits, summary
+        temperature = temperature_of(model)
+        return logits if temperature == 1.0 else logits / temperature, summary
 
 
 class _Row:
@@ -307,11 +331,11 @@ def _scaled(
     return replace(row, temperature=temperature)
 
 
-def _inputs(batch: Any) -> Tensor:
-    """The images of a batch, with or without labels."""
-    found = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if not isinstance(found, Tensor):
-        raise ArgumentError(
-            f"Each example of ood must be an image or begin with one, got {type(batch).__name__}."
-        )
-    return found
+def _one_class_each(
+    likelihood: Likelihood, batches: DataLoader[Any], inputs: Inputs | None
+) -> bool:
+    """Whether there is one class for each example."""
+    if type(likelihood) is not Categorical:
+        return False
+    targets = read_batch(next(iter(batches)), inputs).targets
+    return isinstance(targets, Tensor) and targets.dim() == 1

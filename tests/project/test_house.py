@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("priors", "likelihoods", "provenance"),
     ("posterior",),
     ("scope", "absorbed_biases", "fixed", "own_lists"),
-    ("selection",),
+    ("selection", "estimators"),
     ("rewriter", "conversion"),
     ("validation",),
     ("planning",),

@@ -349,7 +349,7 @@ def test_only_reads_that_can_take_it_do(estimator: Estimator) -> None:
     reason = next(r.reason for r in rungs(model) if not r.owner)
     assert reason == "2 draws, 1 estimated; scaled is drawn whole: mul reads it"
     code = bayesify.generated_code(model)["forward"]
-    assert f"{estimator}(torch._C._nn.linear, self, 'weight', None, add)" in code
+    assert f"estimate('{estimator}', torch._C._nn.linear, self, 'weight', None, add)" in code
     assert "scaled = draw(self, 'scaled')" in code
 
 
@@ -460,7 +460,7 @@ def test_patterns_choose() -> None:
     net.add_module("body", nn.Linear(2, 2))
     net.add_module("head", nn.Linear(2, 2))
     choice = {"head": "local", nn.Conv2d: "weight", "*": "flipout"}
-    rows = bayesify.plan(net, estimator=choice, skip="body.bias").rows  # type: ignore[arg-type]
+    rows = bayesify.plan(net, estimator=choice, skip="body.bias").rows
     assert {row.name: row.estimator for row in rows} == {
         "stem.weight": "weight", "stem.bias": "weight", "body.weight": "flipout", "body.bias": "",
         "head.weight": "local", "head.bias": "local",
@@ -471,8 +471,8 @@ def test_patterns_choose() -> None:
 
 def test_choice_that_cannot_work() -> None:
     net = nn.Linear(2, 2)
-    with pytest.raises(ArgumentError, match=r"must be 'weight', 'local' or 'flipout'.*'lokal'"):
-        bayesify.to_bbb(net, estimator={"*": "lokal"})  # type: ignore[dict-item]
+    with pytest.raises(ArgumentError, match=r"'lokal': there are 'weight', .*'flipout'"):
+        bayesify.to_bbb(net, estimator={"*": "lokal"})
     with pytest.warns(NoMatchWarning, match=r"estimator=\{'haed': 'local'\} matches nothing"):
         bayesify.to_bbb(net, estimator={"haed": "local", "*": "flipout"})
     config = bayesify.BBBConfig(strict=True)
