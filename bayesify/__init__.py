@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from .training import evaluate as evaluate
     from .training import fit as fit
     from .training import fit_laplace_ as fit_laplace_
+    from .training import recalibrate_ as recalibrate_
     from .training import without_gradient as without_gradient
 
 __version__ = "0.1.0"
@@ -105,7 +106,7 @@ _HOMES = {
     "rewriter.variants": "generated_code rungs",
     "scope": "at_mean draws one_draw sampled",
     "storage": "load save",
-    "training": "evaluate fit fit_laplace_ without_gradient",
+    "training": "evaluate fit fit_laplace_ recalibrate_ without_gradient",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -13,7 +13,7 @@ def check_outputs(
     *,
     force: bool,
     state: Mapping[str, Path] | None = None,
-    in_place: str | None = None,
+    in_place: Mapping[str, str] | None = None,
 ) -> None:
     """Whether each output can be written without the loss of another file of the command.
 
@@ -23,8 +23,8 @@ def check_outputs(
             several. What is not there as a file or folder is passed over.
         force: Outputs may overwrite a file that exists.
         state: Further outputs, which have rules of their own on files that exist.
-        in_place: The input that an output may replace under ``force``, where the output is a
-            newer state of it. It does so as a whole, in the end.
+        in_place: By output, the input that it may replace under ``force``, being a newer state of
+            it. It does so as a whole, in the end.
 
     Raises:
         ArgumentError: Two outputs are one file, or an output is an input.
@@ -44,7 +44,7 @@ def check_outputs(
                     f"{other} and {name} are the same file, {path}: give two names."
                 )
         for read, found in _paths(inputs):
-            renews = read == in_place and name in written
+            renews = (in_place or {}).get(name) == read
             if os.path.exists(found) and _same(path, found) and not (renews and force):
                 advice = ", or --force to replace it in the end" if renews else ""
                 raise ArgumentError(

@@ -107,6 +107,9 @@ def _columns(values: Tensor) -> tuple[Tensor, ...]:
 class YesNo(Predictive):
     """A mixture of Bernoulli distributions, which is one."""
 
+    def _held(self, quantile: float) -> Tensor:
+        return torch.stack([1 - self.mean, self.mean], -1) >= 1 - quantile
+
     def _quantile(self, level: float) -> Tensor:
         return (level > 1 - self.mean).to(self.mean.dtype)
 
@@ -117,6 +120,9 @@ class YesNo(Predictive):
 
 class Classes(Predictive):
     """A mixture of distributions over classes, which is one."""
+
+    def _held(self, quantile: float) -> Tensor:
+        return self.mean >= 1 - quantile
 
     def _quantile(self, level: float) -> Tensor:
         raise ArgumentError(

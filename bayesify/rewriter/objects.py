@@ -6,7 +6,9 @@ it happens at every call. A forward that reads or changes one itself takes the f
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import numbers
 import types
 from collections.abc import Callable, Iterator
@@ -34,6 +36,44 @@ def may_be_handed_on(value: Any) -> bool:
         and not callable(value)
         and not hasattr(cls, "__next__")
     )
+
+
+_OF_ANY_MODULE = {*vars(nn.Module())}
+
+
+def may_change(value: Any, seen: dict[int, Any] | None = None) -> bool:
+    """Whether a call of a callable may change it, or what it is bound to or closes over.
+
+    A graph that named it would fill the one of the trace at every call, with examples the first
+    time. What torch's own classes hold stays.
+    """
+    seen = {} if seen is None else seen
+    if id(value) in seen or isinstance(value, (*PRIMITIVES, type, types.ModuleType, Tensor)):
+        return False
+    seen[id(value)] = value
+    parts: list[Any] = []
+    if isinstance(value, types.MethodType | types.BuiltinFunctionType):
+        parts = [value.__self__]
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                parts.append(cell.cell_contents)
+        parts += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    elif isinstance(value, functools.partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, tuple | frozenset):
+        parts = list(value)
+    elif isinstance(value, nn.Module):
+        if next(value.buffers(), None) is not None:
+            return True
+        return any(vars(m).keys() - _OF_ANY_MODULE for m in value.modules() if not _of_torch(m))
+    elif not _of_torch(value):
+        return not callable(value) or bool(getattr(value, "__dict__", None))
+    return any(may_change(part, seen) for part in parts)
+
+
+def _of_torch(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "torch"
 
 
 _COPIED = (*PRIMITIVES, list, tuple, dict, set, frozenset, type, types.FunctionType)

@@ -71,7 +71,6 @@ class Recording(GraphWriter, TorchFunctionMode):
         guided: Whether a value had to be answered, so that plain fx would have failed.
         error: The first error that the trace raised, if any.
         handed_on: Whether a submodule was given an object, whatever that holds.
-        made: Modules that the method itself has made, by identity.
     """
 
     def __init__(self, owner: nn.Module, fake_mode: FakeTensorMode | None) -> None:
@@ -85,7 +84,6 @@ class Recording(GraphWriter, TorchFunctionMode):
         self.guided = False
         self.error = ""
         self.handed_on = False
-        self.made: dict[int, nn.Module] = {}
         self._sizes: dict[tuple[int, int], TracedInt] = {}
         self._transforms = transforms()
 

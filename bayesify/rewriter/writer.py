@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from . import context_variables
 from .guards import INTERNAL, PRIMITIVES
-from .objects import TracedObject
+from .objects import TracedObject, may_change
 from .trace_context import context_state
 from .values import (
     ForeignTensor,
@@ -55,6 +55,7 @@ class GraphWriter:
         paths: Where each module lies below the owner, by identity.
         modules: The owner and those below it, each once.
         tensors: Kind, path, name and tensor of each that the modules hold, by identity.
+        made: Modules that the method itself has made, by identity.
     """
 
     def __init__(self, owner: nn.Module) -> None:
@@ -62,6 +63,7 @@ class GraphWriter:
         self.graph = fx.Graph()
         self.constants: dict[str, Any] = {}
         self.parameters: dict[str, tuple[tuple[str, ...], str]] = {}
+        self.made: dict[int, nn.Module] = {}
         self.entry_context = context_state()
         self.grad_mode = self.entry_context[0]
         self._reads: dict[str, fx.Node] = {}
@@ -216,6 +218,8 @@ class GraphWriter:
             raise TraceFailure(f"it passes an object of type {kind.__name__} along")
         if _reaches_parameters(value):
             raise TraceFailure(f"it passes a {kind.__name__} along that may read parameters")
+        if id(value) in self.made or may_change(value):
+            raise TraceFailure(f"it passes a {kind.__name__} along that a call may change")
         return self.constant(value)
 
     def passed(self, value: Any) -> Any:

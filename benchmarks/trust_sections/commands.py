@@ -195,7 +195,7 @@ def _prepare(folder: Path) -> Trial:
             return command(words)
 
         child = Child(work, log)
-        code = child.wait(30.0)
+        code = child.wait(120.0)
         wrong = broken_rule(code, child)
         if wrong is None and code not in bad.codes:
             wrong = f"exit code {code}: {child.said()[-300:]}"
@@ -217,5 +217,6 @@ COMMANDS = Section(
     share=100,
     full=300,
     prepare=_prepare,
+    seconds=200.0,
     slow=20.0,
 )

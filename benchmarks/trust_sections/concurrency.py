@@ -175,5 +175,6 @@ CONCURRENCY = Section(
     share=60,
     full=1_000,
     prepare=_prepare,
+    seconds=200.0,
     slow=30.0,
 )

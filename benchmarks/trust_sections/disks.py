@@ -129,5 +129,6 @@ DISKS = Section(
     share=60,
     full=300,
     prepare=_prepare,
+    seconds=590.0,
     slow=60.0,
 )

@@ -144,5 +144,6 @@ DRAWS = Section(
     share=60,
     full=1_000,
     prepare=_prepare,
+    seconds=200.0,
     slow=30.0,
 )

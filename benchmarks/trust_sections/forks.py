@@ -58,7 +58,7 @@ class Child:
             if group:  # it has not made its group yet
                 self.send(number)
 
-    def wait(self, seconds: float = 60.0) -> int | None:
+    def wait(self, seconds: float = 180.0) -> int | None:
         """The exit code, or minus the signal that ended it; None if it still runs, and it is
         killed then."""
         self._process.join(seconds)

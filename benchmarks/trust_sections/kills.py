@@ -67,5 +67,6 @@ KILLS = Section(
     share=40,
     full=200,
     prepare=_prepare,
+    seconds=590.0,
     slow=60.0,
 )

@@ -15,6 +15,7 @@ _FLAGS = ("-O1", "-g", "-ffp-contract=off", "-fno-omit-frame-pointer", "-shared"
 SANITIZERS = ("address", "undefined")
 _TESTS = ("tests/core/test_native.py", "tests/core/test_grouped.py", "tests/core/test_fixed.py")
 _RANDOM = """
+import math
 import random
 import sys
 
@@ -33,7 +34,7 @@ for number in range(150):
         for _ in range(rng.randrange(1, 6))
     ]
     net = torch.nn.ParameterList([torch.randn(shape, dtype=dtype) for shape in shapes])
-    model = bayesify.to_bbb(net, logvar=rng.choice((-20.0, -5.0, 0.0, 3.0)))
+    model = bayesify.to_bbb(net, initial_std=math.exp(rng.choice((-10.0, -2.5, 0.0, 1.5))))
     out = bayesify.draws(model, rng.choice((0, 1, -1, 2**63 - 1, rng.getrandbits(63))))
     loss = sum((d.float() ** 2).sum() for d in out.values()) + bayesify.kl_divergence(model)
     if loss.requires_grad:
@@ -50,11 +51,13 @@ def library(sanitizer: str, target: Path) -> None:
 
 
 def _runtime(sanitizer: str) -> str:
-    name = {"address": "libasan.so", "undefined": "libubsan.so"}[sanitizer]
-    found = subprocess.run(
-        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    """What is loaded before Python; without the C++ library, errors in C++ end the process."""
+    names = ({"address": "libasan.so", "undefined": "libubsan.so"}[sanitizer], "libstdc++.so.6")
+    asked = (["gcc", f"-print-file-name={name}"] for name in names)
+    return " ".join(
+        subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        for words in asked
     )
-    return found.stdout.strip()
 
 
 def _prepare(folder: Path) -> Trial:
@@ -89,7 +92,9 @@ def _prepare(folder: Path) -> Trial:
         text = ended.stdout + ended.stderr
         reported = "runtime error" in text or "AddressSanitizer" in text
         if ended.returncode != 0 or reported:
-            return f"{FAULT}: {sanitizer}, {what}: {ended.returncode}: {text[-300:]}"
+            return (
+                f"{FAULT}: {sanitizer}, {what}: {ended.returncode}: {' '.join(text.split())[-300:]}"
+            )
         return "nothing reported"
 
     return trial
@@ -97,8 +102,8 @@ def _prepare(folder: Path) -> Trial:
 
 NATIVE = Section(
     "native",
-    "native.c under gcc's address and undefined behaviour sanitizers: its tests, and 150 models "
-    "of random shapes, dtypes and threads",
+    "the C library under gcc's address and undefined behaviour sanitizers: its tests, and 150 "
+    "models of random shapes, dtypes and threads",
     share=2,
     full=20,
     prepare=_prepare,

@@ -32,7 +32,7 @@ class Section:
         full: Trials of the whole.
         prepare: Given an empty folder, makes what the trials need, and gives the trial.
         seconds: After this a trial counts as hanging, and its process is killed.
-        slow: Seconds of a trial above which it counts as a fault.
+        slow: Seconds of a processor above which a trial counts as a fault.
         large: MiB of a trial above which it counts as a fault.
         kept: Each trial's outcome and measures are shown, not only their counts.
     """

@@ -168,6 +168,6 @@ SIGNALS = Section(
     share=30,
     full=200,
     prepare=_prepare,
-    seconds=240.0,
+    seconds=590.0,
     slow=200.0,
 )

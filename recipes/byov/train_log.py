@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from bayesify import ArgumentError, BayesifyError, posteriors
 from bayesify.signals import Signals
+from bayesify.storage import replacing
 
-from .config import BYOVConfig, RunConfig
+from .config import RUN_FILE, BYOVConfig, RunConfig, run_text
 from .data.dataset import Source
 from .evaluation.features import Reading, features, monitor_knn, subsample
 from .runtime import checkpoint
@@ -128,6 +129,9 @@ class TrainLog:
         self.newest = resumed
         self._travel = sum(rates[:start])
         run.out.mkdir(parents=True, exist_ok=True)
+        if world.first:
+            with replacing(run.out / RUN_FILE, overwrite=True) as temporary:
+                temporary.write_text(run_text(config, run), "utf-8")
         wanted = run.tensorboard and world.first
         tensorboard = TensorBoardWriter(run.out / "tensorboard", start) if wanted else None
         self.log = RunLog(run.out / "log.jsonl" if world.first else None, tensorboard)

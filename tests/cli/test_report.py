@@ -310,7 +310,7 @@ def test_calibration_follows_the_interval(report: Report, ends: Interval, verdic
 
 @pytest.mark.parametrize("resamples", [0, 1, 1.5])
 def test_bad_arguments(model: nn.Module, resamples: Any) -> None:
-    with pytest.raises(ArgumentError, match="resamples must be a whole number above 1"):
+    with pytest.raises(ArgumentError, match="resamples must be a whole number of at least 2"):
         gather(model, pictures(), resamples=resamples, model_config=CONFIG)
 
 

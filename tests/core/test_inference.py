@@ -334,7 +334,7 @@ def test_streaming_keeps_no_output_of_a_draw(monkeypatch: pytest.MonkeyPatch) ->
         ({"num_samples": -1}, "num_samples must be"),
         ({"num_samples": 2.0}, "num_samples must be"),
         ({"num_samples": True}, "num_samples must be"),
-        ({"num_samples": 2, "reduce": "mean"}, "reduce must be None, 'probabilities' or 'moments'"),
+        ({"num_samples": 2, "reduce": "mean"}, "reduce must be None, 'probabilities', 'mom"),
         ({"num_samples": 2, "seed": -1}, "seed must be an integer"),
     ],
 )

@@ -751,7 +751,10 @@ WRONG: Any = bayesify  # called with arguments of the wrong type
         (lambda m: prune_(m, True), "got True"),
         (lambda m: WRONG.prune_(m, 0.5, score="sn"), "score must be one of 'snr', 'magnitude'"),
         (lambda m: WRONG.prune_(m, 0.5, scope="layer"), "scope must be 'tensor' or 'global'"),
-        (lambda m: WRONG.prune_(m, 0.5, min_dim=1.5), "min_dim must be an integer"),
+        (
+            lambda m: WRONG.prune_(m, 0.5, min_dim=1.5),
+            "min_dim must be a whole number",
+        ),
         (lambda m: prune_(m, 0.5, only="norm"), "and 2 have fewer than 2 dimensions"),
         (lambda m: prune_(m, 0.5, skip="Net"), "10 are left out by only and skip"),
         (lambda m: prune_(m, 0.5, score=wrong_shape), r"shape \(8, 3, 3, 3\), got \(3,\)"),

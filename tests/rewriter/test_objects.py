@@ -223,3 +223,138 @@ def test_an_iterator_or_array_is_not_handed_on() -> None:
         first, second = converted(x, more), converted(x, more)
     torch.testing.assert_close(second * 2, first * 3)
     assert next(more) == 5.0
+
+
+class Taps(nn.Module):
+    """Gives what it computes to whoever wants to know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, tap: Callable[[Tensor], None]) -> Any:
+        y = self.layer(x)
+        tap(y)
+        return y
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        self.seen.append(x)
+
+    def note(self, x: Tensor) -> None:
+        self.seen.append(x)
+
+
+class RecordingModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> None:
+        self.seen.append(x)
+
+
+OUTSIDE = Recorder()
+
+
+def closure() -> tuple[Any, list[Tensor]]:
+    seen: list[Tensor] = []
+    return lambda x: seen.append(x), seen
+
+
+def method_of_a_list() -> tuple[Any, list[Tensor]]:
+    seen: list[Tensor] = []
+    return seen.append, seen
+
+
+def default() -> tuple[Any, list[Tensor]]:
+    seen: list[Tensor] = []
+
+    def tap(x: Tensor, into: list[Tensor] = seen) -> None:
+        into.append(x)
+
+    return tap, seen
+
+
+def callable_object() -> tuple[Any, list[Tensor]]:
+    recorder = Recorder()
+    return recorder, recorder.seen
+
+
+def bound_method() -> tuple[Any, list[Tensor]]:
+    recorder = Recorder()
+    return recorder.note, recorder.seen
+
+
+def module() -> tuple[Any, list[Tensor]]:
+    recorder = RecordingModule()
+    return recorder, recorder.seen
+
+
+def outside() -> tuple[Any, list[Tensor]]:
+    return OUTSIDE, OUTSIDE.seen
+
+
+@pytest.mark.parametrize(
+    "make",
+    [closure, method_of_a_list, default, callable_object, bound_method, module, outside],
+    ids=lambda f: f.__name__,
+)
+def test_a_callable_that_a_submodule_fills(make: Callable[[], tuple[Any, list[Tensor]]]) -> None:
+    class Listens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Taps()
+
+        def forward(self, x: Tensor) -> Any:
+            tap, seen = make()
+            return self.inner(x, tap) + 1, seen
+
+    converted: Any = bayesify.to_bbb(Listens(), initial_std=math.exp(-1.5))
+    OUTSIDE.seen.clear()
+    for calls, seed in enumerate((1, 2), start=1):
+        x = torch.randn(2, 4)
+        with one_draw(converted, seed=seed):
+            found, seen = converted(x)
+        drawn = bayesify.draws(converted, seed=seed)
+        assert len(seen) == (calls if make is outside else 1)
+        assert torch.equal(seen[-1] + 1, found)
+        right = x @ drawn["inner.layer.weight"].T + drawn["inner.layer.bias"]
+        torch.testing.assert_close(seen[-1], right)
+
+
+def test_a_callable_that_no_call_changes_stays_in_the_graph() -> None:
+    scale = 3.0
+
+    class Applies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
+            return function(self.layer(x))
+
+    class Gives(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList(Applies() for _ in range(4))
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Any:
+            functions = (torch.tanh, self.act, lambda y: y * scale, nn.functional.silu)
+            for layer, function in zip(self.inner, functions, strict=True):
+                x = layer(x, function)
+            return x
+
+    converted: Any = bayesify.to_bbb(Gives(), initial_std=math.exp(-1.5))
+    x = torch.randn(2, 4)
+    drawn = bayesify.draws(converted, seed=1)
+    with one_draw(converted, seed=1):
+        found = converted(x)
+    right = functional_call(Gives(), drawn, (x,), {})
+    assert torch.equal(found, right)
+    assert {r.rung for r in rungs(converted) if r.owner == ""} == {"plain"}

@@ -196,7 +196,7 @@ def test_bad_arguments_of_evaluate() -> None:
     with pytest.raises(ArgumentError, match="batch_size must be"):
         evaluate(model, data, batch_size=0)
     for resamples in (1, -5, True, 2.5):
-        with pytest.raises(ArgumentError, match="resamples must be 0 or"):
+        with pytest.raises(ArgumentError, match="resamples must be"):
             evaluate(model, data, resamples=resamples)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="empty"):
         evaluate(model, TensorDataset(torch.zeros(0, 2), torch.zeros(0)))

@@ -324,7 +324,7 @@ def test_what_cannot_be_a_program(tmp_path: Path, model: nn.Module, message: str
         ((torch.zeros(0, 3, 8, 8),), {}, "batch is empty"),
         ((torch.zeros(2, 3, 8, 8),), {"per_draw": True}, "per_draw belongs to an ensemble"),
         ((torch.zeros(2, 3, 8, 8),), {"num_samples": 0}, "whole number above 0, got 0"),
-        ((torch.zeros(2, 3, 8, 8),), {"num_samples": 1, "seed": -1}, r"in \[0, 2\*\*63\)"),
+        ((torch.zeros(2, 3, 8, 8),), {"num_samples": 1, "seed": -1}, r"from 0 to below 2\*\*63"),
         ((torch.zeros(2, 3, 8, 8),), {"info": {"a": {1}}}, "what JSON can hold"),
     ],
 )
@@ -411,7 +411,7 @@ def test_the_command_leaves_out_what_is_pruned(
         (["--ensemble", 2], "take --format torch or onnx"),
         (["--shrink"], "take --format torch or onnx"),
         (["--format", "torch", "--measure"], "give --shrink too"),
-        (["--format", "torch", "--per-draw"], "--per-draw belongs to --ensemble"),
+        (["--format", "torch", "--per-draw"], "per_draw belongs to an ensemble"),
     ],
 )
 def test_the_command_refuses(options: list[object], message: str) -> None:

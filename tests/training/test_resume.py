@@ -308,6 +308,8 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "random of numpy": lambda s: s["random"].pop("numpy"),
     "random of torch": lambda s: s["random"]["torch"].update(cpu=torch.zeros(3, dtype=torch.uint8)),
     "moment of another shape": lambda s: s["optimizer"][0].update(exp_avg=torch.zeros(7)),
+    "moment of one number": lambda s: s["optimizer"][0].update(exp_avg=torch.zeros(())),
+    "moment that is missing": lambda s: s["optimizer"][0].pop("exp_avg"),
     "moment of text": lambda s: s["optimizer"][0].update(exp_avg="a"),
     "optimizer of a text": lambda s: s["optimizer"].update(x={"exp_avg": torch.zeros(2)}),
     "start of another shape": lambda s: s["start"].__setitem__(0, torch.zeros(7)),
