@@ -109,7 +109,7 @@ $(OTHERS): $(INSTALLED)
 zoo-others: $(OTHERS) ## check models of other libraries, which it installs (an hour; goes on where it ended)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo_others.py
 
-trust: venv ## open damaged files and images by the thousand, and count how that ends (goes on where it ended)
+trust: venv ## try to break it: damaged files, kills, signals, full disks, wrong commands (15 minutes; goes on where it ended)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trust.py
 
 clean: ## remove caches and build outputs

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conversion import BBBConfig as BBBConfig
+    from .conversion import RelativeStd as RelativeStd
     from .convert import extend_ as extend_
     from .convert import to_bbb as to_bbb
     from .convert import to_bbb_ as to_bbb_
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import SigmaBelowSpacingWarning as SigmaBelowSpacingWarning
     from .errors import UnsupportedModuleError as UnsupportedModuleError
     from .errors import UnsupportedVersionError as UnsupportedVersionError
+    from .estimators import register_estimator as register_estimator
     from .export import Ensemble as Ensemble
     from .export import ensemble as ensemble
     from .export import export_onnx as export_onnx
@@ -45,7 +48,6 @@ if TYPE_CHECKING:
     from .objective import noise_budget as noise_budget
     from .optim import check_optimizer as check_optimizer
     from .optim import param_groups as param_groups
-    from .planning import BBBConfig as BBBConfig
     from .planning import ConversionPlan as ConversionPlan
     from .planning import plan as plan
     from .posterior import posterior_stats as posterior_stats
@@ -75,17 +77,20 @@ if TYPE_CHECKING:
     from .training import evaluate as evaluate
     from .training import fit as fit
     from .training import fit_laplace_ as fit_laplace_
+    from .training import recalibrate_ as recalibrate_
     from .training import without_gradient as without_gradient
 
 __version__ = "0.1.0"
 
 # Resolved at first use (PEP 562), so that `bayesify --help` does not import torch.
 _HOMES = {
-    "planning": "BBBConfig ConversionPlan plan",
+    "conversion": "BBBConfig RelativeStd",
+    "planning": "ConversionPlan plan",
     "convert": "extend_ to_bbb to_bbb_ to_deterministic",
     "errors": "ArgumentError BayesifyError CheckpointError DataError LostPosteriorWarning "
     "ModelError NoMatchError NoMatchWarning BiasBeforeNormWarning SigmaBelowSpacingWarning "
     "UnsupportedModuleError UnsupportedVersionError",
+    "estimators": "register_estimator",
     "export": "Ensemble ensemble export_onnx export_safetensors export_torch to_program",
     "fixed": "fix_",
     "inference": "calibrate_ predict recompute_batchnorm_",
@@ -101,7 +106,7 @@ _HOMES = {
     "rewriter.variants": "generated_code rungs",
     "scope": "at_mean draws one_draw sampled",
     "storage": "load save",
-    "training": "evaluate fit fit_laplace_ without_gradient",
+    "training": "evaluate fit fit_laplace_ recalibrate_ without_gradient",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -82,14 +82,14 @@ class _Functions:
             if made is not cell:
                 for content in _content(cell):
                     made.cell_contents = copy.deepcopy(content, self.memo)
-        for function, twin in self.copies:
+        for function, copied in self.copies:
             for name in ("__defaults__", "__kwdefaults__"):
                 value = getattr(function, name)
                 if self.reaches(value, set()):
-                    setattr(twin, name, copy.deepcopy(value, self.memo))
+                    setattr(copied, name, copy.deepcopy(value, self.memo))
             for name, value in vars(function).items():
                 leads = self.reaches(value, set())
-                twin.__dict__[name] = copy.deepcopy(value, self.memo) if leads else value
+                copied.__dict__[name] = copy.deepcopy(value, self.memo) if leads else value
 
 
 _ATOMS = (str, bytes, int, float, complex, type(None))

@@ -54,7 +54,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
         Blundell et al., 2015, arXiv:1505.05424, equations 1 and 2.
 
     >>> import torch, bayesify
-    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1), logvar=0.0)
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1), initial_std=1.0)
     >>> kl = kl_divergence(model)  # sigma is the prior's: only the means differ from it
     >>> torch.isclose(kl, 0.5 * sum(p.mean.square().sum() for p in bayesify.posteriors(model)))
     tensor(True)

@@ -21,12 +21,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .convert import to_deterministic
 from .errors import ArgumentError, BayesifyError, UnsupportedModuleError
 from .inference import Given, class_logits
+from .likelihoods import temperature_of
 from .numeric import count
 from .posterior import bayesian_sites
 from .pruning.shrinking import shrink_
 from .rewriter import caches
 from .scope import as_seed, draws
 from .seeds import fold
+from .settings.export import ProgramSettings
+from .settings.fields import documented, taken
 from .storage import check_target, replacing
 from .torch_private import forget_example_inputs, pytree
 from .unconverted import warn_of_unconverted
@@ -49,8 +52,11 @@ class Ensemble(nn.Module):
         members: The K deterministic models, which share all that was not drawn.
     """
 
-    def __init__(self, members: list[nn.Module], *, per_draw: bool) -> None:
+    def __init__(
+        self, members: list[nn.Module], *, per_draw: bool, temperature: float = 1.0
+    ) -> None:
         super().__init__()
+        self.temperature = temperature
         self.members = nn.ModuleList(members)
         self.per_draw = per_draw
 
@@ -67,6 +73,8 @@ class Ensemble(nn.Module):
             output = member(*inputs) if given is None else given.call(member)
             logits = class_logits(output, "ensemble")
             wide = logits if logits.dtype == torch.float64 else logits.float()
+            if self.temperature != 1.0:
+                wide = wide / self.temperature
             found.append(wide.softmax(-1))
         probs = torch.stack(found)
         return (probs.mean(0), probs) if self.per_draw else probs.mean(0)
@@ -122,16 +130,17 @@ def ensemble(
                 member.get_parameter(name).copy_(value)
         caches.drop(member)
         members.append(member)
-    return Ensemble(members, per_draw=per_draw).eval()
+    return Ensemble(members, per_draw=per_draw, temperature=temperature_of(model)).eval()
 
 
-def to_program(
+@documented(ProgramSettings)
+def to_program(  # noqa: D417 - the others are fields of ProgramSettings
     model: nn.Module,
     *inputs: Any,
-    num_samples: int | None = None,
-    seed: int = 0,
-    per_draw: bool = False,
-    shrink: bool = False,
+    num_samples: int | None = ProgramSettings.num_samples,
+    seed: int = ProgramSettings.seed,
+    per_draw: bool = ProgramSettings.per_draw,
+    shrink: bool = ProgramSettings.shrink,
 ) -> ExportedProgram:
     """Export the means, or K draws, as a program that runs without the model's code.
 
@@ -142,12 +151,6 @@ def to_program(
         model: A converted model; it is left as it is.
         *inputs: Positional arguments of the model as an example; the first dimension of each
             tensor is the batch.
-        num_samples: None exports the means, with the output of the model. A number K exports
-            :func:`ensemble`.
-        seed: As in :func:`ensemble`.
-        per_draw: As in :func:`ensemble`.
-        shrink: Leave out the channels that are pruned as a whole, and what reads them, where the
-            next layer allows it.
 
     Returns:
         The program, for any batch size; ``.module()`` runs it.
@@ -165,9 +168,8 @@ def to_program(
     >>> [tuple(p.shape) for p in program.parameters()]
     [(4, 3), (4,), (2, 4), (2,)]
     """
+    settings = taken(ProgramSettings, locals())
     bayesian_sites(model)
-    if per_draw and num_samples is None:
-        raise ArgumentError("per_draw belongs to an ensemble: give num_samples.")
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if not tensors or any(t.dim() == 0 or t.shape[0] != tensors[0].shape[0] for t in tensors):
         raise ArgumentError(
@@ -177,11 +179,13 @@ def to_program(
     if tensors[0].shape[0] == 0:
         raise ArgumentError("An export needs an example of the model's input, the batch is empty.")
     module: nn.Module
-    if num_samples is None:
+    if settings.num_samples is None:
         module = to_deterministic(model).eval().requires_grad_(False)
         caches.drop(module)
     else:
-        module = ensemble(model, num_samples, seed=seed, per_draw=per_draw)
+        module = ensemble(
+            model, settings.num_samples, seed=settings.seed, per_draw=settings.per_draw
+        )
     # torch.export takes a batch of 1 for a constant
     example = _each(inputs, lambda t: torch.cat([t, t[:1]]) if len(t) == 1 else t)
     batch = Dim("batch", min=1, max=2**31 - 1)  # torch 2.6 wants to know that it is no 2**63 - 1
@@ -195,7 +199,7 @@ def to_program(
             given = (shapes,) if isinstance(module, Ensemble) else shapes
             # torch 2.6 is strict if nothing is said
             program = torch.export.export(traced, example, dynamic_shapes=given, strict=False)
-            if shrink:
+            if settings.shrink:
                 graph_module = program.module()
                 if shrink_(graph_module):
                     program = torch.export.export(
@@ -238,14 +242,15 @@ def export_safetensors(
         save_file(tensors, temporary, metadata={"format": "pt"})
 
 
-def export_torch(
+@documented(ProgramSettings)
+def export_torch(  # noqa: D417 - the others are fields of ProgramSettings
     model: nn.Module,
     path: str | os.PathLike[str],
     *inputs: Any,
-    num_samples: int | None = None,
-    seed: int = 0,
-    per_draw: bool = False,
-    shrink: bool = False,
+    num_samples: int | None = ProgramSettings.num_samples,
+    seed: int = ProgramSettings.seed,
+    per_draw: bool = ProgramSettings.per_draw,
+    shrink: bool = ProgramSettings.shrink,
     info: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -255,10 +260,6 @@ def export_torch(
         model: As in :func:`to_program`.
         path: The file to write, by convention ``.pt2``.
         *inputs: As in :func:`to_program`.
-        num_samples: As in :func:`to_program`.
-        seed: As in :func:`to_program`.
-        per_draw: As in :func:`to_program`.
-        shrink: As in :func:`to_program`.
         info: Anything that JSON can hold; it stands in the file as ``bayesify.json``.
         overwrite: Replace a file that exists.
 
@@ -279,14 +280,15 @@ def export_torch(
             raise checked.error
 
 
-def export_onnx(
+@documented(ProgramSettings)
+def export_onnx(  # noqa: D417 - the others are fields of ProgramSettings
     model: nn.Module,
     path: str | os.PathLike[str],
     *inputs: Any,
-    num_samples: int | None = None,
-    seed: int = 0,
-    per_draw: bool = False,
-    shrink: bool = False,
+    num_samples: int | None = ProgramSettings.num_samples,
+    seed: int = ProgramSettings.seed,
+    per_draw: bool = ProgramSettings.per_draw,
+    shrink: bool = ProgramSettings.shrink,
     info: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -299,10 +301,6 @@ def export_onnx(
         model: As in :func:`export_torch`.
         path: The file to write, by convention ``.onnx``; the weights are inside it.
         *inputs: As in :func:`export_torch`.
-        num_samples: As in :func:`export_torch`.
-        seed: As in :func:`export_torch`.
-        per_draw: As in :func:`export_torch`.
-        shrink: As in :func:`export_torch`.
         info: As in :func:`export_torch`; it stands in the metadata of the file as ``bayesify``.
         overwrite: As in :func:`export_torch`.
 

@@ -281,8 +281,8 @@ def _spread(site: Site) -> Spread | None:
 def _is_noise(site: Site) -> bool:
     """Whether a tensor's sigma is that of a log variance near 0, without anyone's wish."""
     state = owner_state(site.module)
-    asked = None if state is None or state.spec is None else state.spec.logvar
-    if asked is not None and math.exp(0.5 * asked) > _WIDE_STD:
+    asked = None if state is None or state.spec is None else state.spec.initial_std
+    if isinstance(asked, float) and asked > _WIDE_STD:
         return False
     with torch.no_grad():
         logvar, rms = full_tensor(site.logvar).double(), root_mean_square(site.mean)

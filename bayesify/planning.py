@@ -3,73 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .absorbed_biases import hints
-from .errors import ArgumentError
+from .conversion import BBBConfig, Conversion, Estimators, InitialStd
 from .fixed import masked
-from .gaussian import Parameterization
-from .numeric import real
-from .posterior import RAW_SUFFIX, Estimator, root_mean_square, sites
-from .priors import STD_RANGE, GaussianPrior, Prior, may_be_std
+from .posterior import RAW_SUFFIX, Site, root_mean_square, sites
+from .priors import Prior
 from .rewriter.estimators import may_take
 from .rewriter.owner import methods_to_wrap, original_class
-from .selection import Pattern, assign, parse_patterns, select
+from .selection import Pattern, Selection, assign, select
+from .settings.fields import documented, taken
 from .spacing import Spread, below_spacing
 from .validation import Found, check_model, obstacle, refuse
 
-Estimators = Estimator | Mapping[Any, Estimator]
-"""One for all, or by pattern."""
-LOGVAR_RANGE = -2000.0, 80.0
-"""Below, a weight counts as pruned (:data:`bayesify.gaussian.HELD`); above, float32 overflows."""
 DEFAULT_NOISE = 0.003
 """Initial sigma over root mean square, shared by all tensors (benchmarks/initial_sigma.py)."""
-
-
-@dataclass(frozen=True)
-class BBBConfig:
-    """What a conversion does beyond the choice of parameters and prior.
-
-    Args:
-        relative_std: Initial standard deviation in units of each tensor's root mean square, when
-            no ``logvar`` is given. None: 0.003 divided by the square root of the number of
-            Bayesian tensors, which keeps a pretrained network's function. Training from random
-            weights wants more, 0.01 to 0.1.
-        parameterization: ``"exp"``: the trained parameter is the log variance, under the key
-            ``weight_logvar`` (the BYOV paper's choice); ``"softplus"``: sigma = softplus(rho),
-            under ``weight_rho`` (Blundell et al., 2015).
-        include_frozen: Give parameters with ``requires_grad=False`` a posterior too; their means
-            stay frozen.
-        strict: A pattern that matches nothing, and later a forward that cannot become a graph,
-            is an error instead of a warning.
-
-    Raises:
-        ArgumentError: A value is out of its range.
-    """
-
-    relative_std: float | None = None
-    parameterization: Parameterization = "exp"
-    include_frozen: bool = False
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        fraction = self.relative_std
-        if fraction is not None:
-            fraction = real("BBBConfig: relative_std", fraction, STD_RANGE, may_be_std)
-            object.__setattr__(self, "relative_std", fraction)
-        if self.parameterization not in RAW_SUFFIX:
-            raise ArgumentError(
-                "BBBConfig: parameterization must be 'exp' or 'softplus', got "
-                f"{self.parameterization!r}."
-            )
-        for name in ("include_frozen", "strict"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ArgumentError(f"BBBConfig: {name} must be True or False, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -157,40 +110,16 @@ class ConversionPlan:
         return "\n".join([*lines, *self.fixed, *self.notes, *self.hints, *self.spacing])
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """The arguments of one conversion, kept so that new layers can be converted alike.
+class Planned(NamedTuple):
+    """All that a conversion needs to know: what a user reads of it, and what its application takes.
 
-    ``estimators`` are (pattern, estimator), the first that matches a parameter being its own.
+    ``conversion`` are the settings, functions among its patterns with what they have chosen;
+    ``chosen`` the parameters that are to get a posterior and have none yet.
     """
 
-    skip: tuple[Pattern, ...] = ()
-    only: tuple[Pattern, ...] = ()
-    preset: str | None = None
-    prior: Prior = field(default_factory=GaussianPrior)
-    logvar: float | None = None
-    estimators: tuple[tuple[Pattern, Estimator], ...] = ()
-    config: BBBConfig = field(default_factory=BBBConfig)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.prior, Prior):
-            raise ArgumentError(
-                "prior must be a GaussianPrior, ScaleMixturePrior or LivePrior, got "
-                f"{self.prior!r}."
-            )
-        if self.logvar is not None:
-            least, most = LOGVAR_RANGE
-            expected = f"a number from {least:g} to {most:g} (log of the variance)"
-            logvar = real("logvar", self.logvar, expected, lambda value: least <= value <= most)
-            object.__setattr__(self, "logvar", logvar)
-        for _, estimator in self.estimators:
-            if estimator not in get_args(Estimator):
-                raise ArgumentError(
-                    "estimator must be 'weight', 'local' or 'flipout', or a mapping from patterns "
-                    f"to these, got {estimator!r}."
-                )
-        if not isinstance(self.config, BBBConfig):
-            raise ArgumentError(f"config must be a BBBConfig, got {self.config!r}.")
+    plan: ConversionPlan
+    conversion: Conversion
+    chosen: list[Found]
 
 
 def _parameters(model: nn.Module) -> list[Found]:
@@ -212,16 +141,15 @@ def _rms(parameter: Tensor) -> float | None:
 
 
 def _initial_std(
-    item: Found, spec: Conversion, tensors: int, scales: dict[int, float | None]
+    item: Found, asked: InitialStd | None, tensors: int, scales: dict[int, float | None]
 ) -> float | None:
-    if spec.logvar is not None:
-        return math.exp(0.5 * spec.logvar)
+    """The first sigma of one of ``tensors`` parameters; None without data to measure it by."""
+    if isinstance(asked, float):
+        return asked
     if item.rms is None:
         return None
-    fraction = spec.config.relative_std
-    if fraction is None:
-        # noise adds up over the layers, in variance
-        fraction = DEFAULT_NOISE / math.sqrt(tensors)
+    # by default a share for each: noise adds up over the layers, in variance
+    fraction = DEFAULT_NOISE / math.sqrt(tensors) if asked is None else asked.fraction
     return fraction * (item.rms or _reference_rms(item, scales))
 
 
@@ -243,27 +171,36 @@ def _rewrite(item: Found) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _choose_estimators(model: nn.Module, bayes: list[Found], spec: Conversion) -> tuple[str, ...]:
-    """Give each parameter its estimator if its layer's code may take it; gives notes."""
-    if all(estimator == "weight" for _, estimator in spec.estimators):
-        return ()
-    wanted, notes = assign(model, spec.estimators, what="estimator", strict=spec.config.strict)
+def _choose_estimators(
+    model: nn.Module, bayes: list[Found], spec: Conversion, strict: bool
+) -> tuple[Conversion, tuple[str, ...]]:
+    """Give each parameter the estimator that it is to have, if its layer's code may take it.
+
+    Matrices come first: a bias follows the weight beside it, whose sides its length is one of.
+
+    Returns:
+        The settings with what functions among the patterns have chosen, and notes for the user.
+    """
+    if all(estimator == "weight" for _, estimator in spec.estimator):
+        return spec, ()
+    assigned = assign(model, spec.estimator, what="estimator", strict=strict)
     takers: dict[tuple[int, str], set[int]] = {}
     for item in sorted(bayes, key=lambda item: -item.parameter.dim()):
-        estimator: Any = wanted.get(item.name, "weight")
+        estimator = assigned.values.get(item.name, "weight")
         if estimator == "weight" or len({id(module) for _, module, _ in item.places}) > 1:
             continue  # what is tied is one draw in all places
         _, module, _ = item.places[0]
         beside = takers.setdefault((id(module), estimator), set())
         shape = _shape(item.parameter)
-        if len(shape) > 1 and may_take(original_class(type(module)), len(shape)):
+        if len(shape) > 1 and may_take(original_class(type(module)), len(shape), estimator):
             beside.update(shape[:2])
         elif len(shape) != 1 or all(shape[0] % side for side in beside):
             continue  # no weight, and no bias of one
         item.estimator = estimator
+    notes = assigned.notes
     if all(item.estimator == "weight" for item in bayes):
         notes = (*notes, "estimator: no weight can take it, each is drawn whole.")
-    return notes
+    return replace(spec, estimator=assigned.choices), notes
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
@@ -271,12 +208,19 @@ def _shape(parameter: Tensor) -> tuple[int, ...]:
     return (0,) if lazy else tuple(parameter.shape)
 
 
-def classify(model: nn.Module, spec: Conversion) -> tuple[list[Found], tuple[str, ...]]:
-    """Every parameter of a model, trained spreads left out, with its action; notes on patterns."""
-    selection = select(
-        model, skip=spec.skip, only=spec.only, preset=spec.preset, strict=spec.config.strict
-    )
-    raws = {id(site.raw) for site in sites(model)}
+def classify(
+    model: nn.Module, spec: Conversion, present: Sequence[Site], strict: bool
+) -> tuple[list[Found], Selection]:
+    """Every parameter of a model but trained spreads, with its action; and the selection itself.
+
+    Args:
+        model: any module.
+        spec: what is selected.
+        present: the posteriors that it has already.
+        strict: whether a pattern that matches nothing is an error.
+    """
+    selection = select(model, skip=spec.skip, only=spec.only, preset=spec.preset, strict=strict)
+    raws = {id(site.raw) for site in present}
     found = []
     for item in _parameters(model):
         if id(item.parameter) in raws:
@@ -288,89 +232,120 @@ def classify(model: nn.Module, spec: Conversion) -> tuple[list[Found], tuple[str
         elif not item.parameter.requires_grad and not spec.config.include_frozen:
             item.action = "frozen"
         found.append(item)
-    return found, selection.notes
+    return found, selection
 
 
-def make_plan(model: nn.Module, spec: Conversion) -> tuple[ConversionPlan, list[Found]]:
-    """The plan, and of what it converts that which has no posterior yet."""
-    found, notes = classify(model, spec)
-    means = {id(site.mean) for site in sites(model)}
+def make_plan(
+    model: nn.Module,
+    spec: Conversion,
+    present: Sequence[Site] = (),
+    *,
+    strict: bool | None = None,
+) -> Planned:
+    """Decide everything about a conversion; nothing changes but the plan's own records.
+
+    In the order in which one decision needs the other: which parameters are selected; what is
+    known of each (its root mean square, fixed elements); whether anything forbids it; its sigma,
+    which by default depends on how many there are; its estimator, which depends on its layer.
+    A parameter that has its posterior already counts among them, but is not chosen again.
+
+    Args:
+        model: A module that :func:`.validation.check_model` accepts.
+        spec: The settings.
+        present: The posteriors that the model has already, as :func:`.posterior.sites` gives them.
+        strict: Whether a pattern that matches nothing is an error; None asks the settings.
+
+    Raises:
+        NoMatchError: A pattern matches nothing, under ``strict``.
+        UnsupportedModuleError: Something selected cannot have a posterior.
+    """
+    strict = spec.config.strict if strict is None else strict
+    found, selection = classify(model, spec, present, strict)
+    spec = replace(spec, skip=selection.skip, only=selection.only)
     bayes = [item for item in found if item.action == "bayes"]
-    told_fixed = []
-    rules = masked(model)
-    for item in bayes:
-        item.rms = _rms(item.parameter)
-        rule = rules.get(id(item.parameter))
-        if rule is not None:
-            told_fixed.append(rule.sentence(item.name))
-            item.fixed = None if rule.readers else rule
+    fixed = _measure(model, bayes)
+    means = {id(site.mean) for site in present}
     chosen = [item for item in bayes if id(item.parameter) not in means]
     refuse(model, chosen, RAW_SUFFIX[spec.config.parameterization], bool(spec.skip))
     scales = {id(item.parameter): item.rms for item in bayes}
     for item in bayes:
-        item.std = _initial_std(item, spec, len(bayes), scales)
-    notes += _choose_estimators(model, bayes, spec)
-    rows = [
-        PlanRow(
-            name=item.name,
-            aliases=tuple(name for name, _, _ in item.places[1:]),
-            owner=type(item.places[0][1]).__name__,
-            shape=_shape(item.parameter),
-            elements=math.prod(_shape(item.parameter)),
-            action=item.action,
-            rewrite=_rewrite(item) if item.action == "bayes" else "",
-            prior=str(spec.prior) if item.action == "bayes" else "",
-            estimator=item.estimator if item.action == "bayes" else "",
-            std=item.std,
-            fixed=0 if item.fixed is None else item.fixed.elements,
-        )
-        for item in found
-    ]
-    told = hints(model, {name for item in bayes for name, _, _ in item.places})
-    spreads = [
-        Spread(item.name, item.std, item.rms, item.parameter.dtype)
-        for item in bayes
-        if item.estimator == "weight" and item.std is not None and item.rms is not None
-    ]
-    planned = ConversionPlan(
-        type(model).__name__, tuple(rows), notes, told, tuple(told_fixed), below_spacing(spreads)
+        item.std = _initial_std(item, spec.initial_std, len(bayes), scales)
+    spec, notes = _choose_estimators(model, bayes, spec, strict)
+    plan = ConversionPlan(
+        type(model).__name__,
+        tuple(_row(item, spec) for item in found),
+        selection.notes + notes,
+        hints(model, {name for item in bayes for name, _, _ in item.places}),
+        fixed,
+        below_spacing(
+            Spread(item.name, item.std, item.rms, item.parameter.dtype)
+            for item in bayes
+            if item.estimator == "weight" and item.std is not None and item.rms is not None
+        ),
     )
-    return planned, chosen
+    return Planned(plan, spec, chosen)
 
 
-def specify(
-    skip: Any, only: Any, preset: str | None, prior: Prior | None, logvar: float | None,
-    estimator: Any, config: BBBConfig,
-) -> Conversion:  # fmt: skip
-    chosen = estimator if isinstance(estimator, Mapping) else {"*": estimator}
-    return Conversion(
-        parse_patterns(skip), parse_patterns(only), preset,
-        GaussianPrior() if prior is None else prior, logvar,
-        tuple((p, value) for key, value in chosen.items() for p in parse_patterns(key)), config,
-    )  # fmt: skip
+def _measure(model: nn.Module, bayes: list[Found]) -> tuple[str, ...]:
+    """Note each parameter's root mean square and fixed elements; says of these what and why."""
+    rules = masked(model)
+    told = []
+    for item in bayes:
+        item.rms = _rms(item.parameter)
+        rule = rules.get(id(item.parameter))
+        if rule is not None:
+            told.append(rule.sentence(item.name))
+            item.fixed = None if rule.readers else rule
+    return tuple(told)
 
 
-def plan(
+def _row(item: Found, spec: Conversion) -> PlanRow:
+    shape, bayes = _shape(item.parameter), item.action == "bayes"
+    return PlanRow(
+        name=item.name,
+        aliases=tuple(name for name, _, _ in item.places[1:]),
+        owner=type(item.places[0][1]).__name__,
+        shape=shape,
+        elements=math.prod(shape),
+        action=item.action,
+        rewrite=_rewrite(item) if bayes else "",
+        prior=str(spec.prior) if bayes else "",
+        estimator=item.estimator if bayes else "",
+        std=item.std,
+        fixed=0 if item.fixed is None else item.fixed.elements,
+    )
+
+
+@documented(Conversion)
+def plan(  # noqa: D417 - the others are fields of Conversion
     model: nn.Module,
     *,
     skip: Pattern | Sequence[Pattern] = (),
     only: Pattern | Sequence[Pattern] = (),
     preset: str | None = None,
-    prior: Prior | None = None,
-    logvar: float | None = None,
+    prior: Prior = Conversion.prior,
+    initial_std: InitialStd | None = None,
     estimator: Estimators = "weight",
-    config: BBBConfig = BBBConfig(),
+    config: BBBConfig = Conversion.config,
 ) -> ConversionPlan:
-    """The dry run of :func:`to_bbb`, with the same arguments; the model is not changed.
+    """The dry run of :func:`to_bbb`: what it would do, parameter by parameter.
+
+    Args:
+        model: Any module; it is not changed.
+
+    Returns:
+        One row for each parameter, and notes. It prints as a table.
 
     Raises:
         ArgumentError: An argument has a value that cannot work.
-        UnsupportedModuleError: The model cannot be converted at all.
+        NoMatchError: A pattern matches nothing, under ``config.strict``.
+        UnsupportedModuleError: The model cannot be converted; the message lists every reason.
 
     >>> import torch, bayesify
     >>> p = bayesify.plan(torch.nn.Linear(3, 1), skip="bias")
     >>> [(row.name, row.action) for row in p.rows]
     [('weight', 'bayes'), ('bias', 'skipped: bias')]
     """
+    spec = taken(Conversion, locals())
     check_model(model)
-    return make_plan(model, specify(skip, only, preset, prior, logvar, estimator, config))[0]
+    return make_plan(model, spec, list(sites(model))).plan

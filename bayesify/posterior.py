@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .kernels.grouped import Hook
 from .priors import STD_RANGE, GaussianPrior, LivePrior, Prior, may_be_std
 from .seeds import key_of
 
-Estimator = Literal["weight", "local", "flipout"]
+Estimator = str  # "weight" or what bayesify.estimators knows
 STATE = "_bayesify"
 RAW_SUFFIX: dict[str, str] = {"exp": "_logvar", "softplus": "_rho"}
 PRIOR_MEAN_SUFFIX = "_prior_mean"
@@ -83,7 +83,7 @@ class OwnerState:
     """What the toolkit keeps on a converted module, under ``module.__dict__['_bayesify']``.
 
     ``plain`` names parameters that a conversion left without a posterior, down to the next
-    converted module; ``told`` is what a warning has named.
+    converted module; ``warned`` is what a warning has named.
     ``seldom`` are the slots that a call of the module left unread, ``lowered`` the dtypes of those
     read in autocast's alone, both by method and grad mode; ``drawn`` what its last compiled call
     drew. ``variants`` are by method and number: of a dict, torch.compile guards on what it read.
@@ -96,7 +96,7 @@ class OwnerState:
     spec: Any = None
     extend: Callable[[nn.Module], object] | None = None
     plain: frozenset[str] = frozenset()
-    told: frozenset[tuple[str, bool]] = frozenset()
+    warned: frozenset[tuple[str, bool]] = frozenset()
     seldom: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     lowered: dict[tuple[str, int], dict[int, torch.dtype]] = field(default_factory=dict)
     drawn: Drawn | None = None
@@ -299,9 +299,9 @@ def posteriors(model: nn.Module) -> Iterator[Posterior]:
     computed from it.
 
     >>> import torch, bayesify
-    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1), logvar=-10.0)
+    >>> model = bayesify.to_bbb(torch.nn.Linear(2, 1), initial_std=1.0)
     >>> [(p.name, p.logvar.mean().item()) for p in bayesify.posteriors(model)]
-    [('weight', -10.0), ('bias', -10.0)]
+    [('weight', 0.0), ('bias', 0.0)]
     """
     for site in sites(model):
         yield Posterior(site.name, site.mean, site.logvar, site.slot.prior)

@@ -37,7 +37,7 @@ def below_spacing(spreads: Iterable[Spread]) -> tuple[str, ...]:
     Draws rounded to steps of that distance spread by 1.04 sigma where sigma is one step, by 1.14
     where it is half of one, and by 0.01 where it is a tenth.
     """
-    told = []
+    warnings = []
     found: dict[torch.dtype, list[Spread]] = {}
     for each in spreads:
         if each.dtype.itemsize < 4 and each.std < spacing(each.rms, each.dtype):
@@ -48,14 +48,14 @@ def below_spacing(spreads: Iterable[Spread]) -> tuple[str, ...]:
         )
         more = f", and {len(tensors) - _LISTED} more" if len(tensors) > _LISTED else ""
         kind = str(dtype).removeprefix("torch.")
-        told.append(
+        warnings.append(
             f"Sigma is below the spacing of {kind} numbers in {len(tensors)} "
             f"tensor{'s' if len(tensors) > 1 else ''} ({shown}{more}): many draws of a weight "
             "equal its mean, and their spread is not sigma. Keep the parameters in float32 and "
             "compute under torch.autocast, or take a larger sigma: "
-            f"BBBConfig(relative_std={_enough(dtype)}) or more."
+            f"initial_std=RelativeStd({_enough(dtype)}) or more."
         )
-    return tuple(told)
+    return tuple(warnings)
 
 
 def _enough(dtype: torch.dtype) -> str:

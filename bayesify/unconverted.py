@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from .conversion import Conversion
 from .errors import LostPosteriorWarning
-from .planning import Conversion, classify
-from .posterior import OwnerState, owner_state, raw_name
+from .planning import classify
+from .posterior import OwnerState, owner_state, raw_name, sites
+from .selection import Recorded
 from .validation import Found
 
 _LISTED = 5
@@ -34,13 +36,37 @@ class Part:
         """What is new and selected by the conversion, or tied to a posterior elsewhere."""
         if not self.new:
             return []
-        lenient = replace(self.spec, config=replace(self.spec.config, strict=False))
+        present = list(sites(self.module))
         return [
             item
-            for item in classify(self.module, lenient)[0]
+            for item in classify(self.module, self.spec, present, strict=False)[0]
             if any((id(module), attribute) in self.new for _, module, attribute in item.places)
             and (item.action == "bayes" or any(has_slot(m, a) for _, m, a in item.places))
         ]
+
+    def undecided(self) -> str:
+        """What is new and a pattern cannot be asked about, as a sentence; empty if there is none.
+
+        A file and a pickle hold what a function had chosen, but not the function.
+        """
+        recorded = [p for p in dict.fromkeys(self.spec.patterns) if isinstance(p, Recorded)]
+        if not recorded or not self.new:
+            return ""
+        names = [
+            f"{path}.{attribute}" if path else attribute
+            for path, module in self.module.named_modules(remove_duplicate=False)
+            for attribute in module._parameters
+            if (id(module), attribute) in self.new
+        ]
+        unknown = [name for name in names if name not in recorded[0].known]
+        if not unknown:
+            return ""
+        return (
+            f"{', '.join(map(repr, recorded))} of the conversion stands for the parameters that it "
+            "had chosen when the model was written: a regular expression of a file is not run, and "
+            "a function is in no file. It does not choose among "
+            f"{len(unknown)} new ones: {', '.join(unknown[:3])}{', ...' * (len(unknown) > 3)}."
+        )
 
 
 def has_slot(module: nn.Module, attribute: str) -> bool:
@@ -132,9 +158,9 @@ def warn_of_unconverted(model: nn.Module, *, once: bool = False, stacklevel: int
     state = owner_state(parts[0].module)
     assert state is not None
     now = frozenset(what for part in parts for what in part.new.values())
-    if once and now == state.told:
+    if once and now == state.warned:
         return
-    state.told = now
+    state.warned = now
     names = [
         part.new[place][0]
         for part in parts
@@ -142,6 +168,7 @@ def warn_of_unconverted(model: nn.Module, *, once: bool = False, stacklevel: int
         for place in [(id(module), attribute) for _, module, attribute in item.places]
         if place in part.new
     ]
+    undecided = list(filter(None, (part.undecided() for part in parts)))
     if not names:
         return
     shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
@@ -150,7 +177,8 @@ def warn_of_unconverted(model: nn.Module, *, once: bool = False, stacklevel: int
         f"{count} of {type(model).__name__} came after its conversion and without a posterior, "
         f"though the conversion selects such: {shown}. No call draws them and no KL counts them. "
         "Give them one with bayesify.extend_(model) and make the optimizer anew; or freeze them, "
-        "or ignore bayesify.LostPosteriorWarning, if they are to stay deterministic.",
+        "or ignore bayesify.LostPosteriorWarning, if they are to stay deterministic."
+        + "".join(f" {sentence}" for sentence in undecided),
         LostPosteriorWarning,
         stacklevel=stacklevel,
     )

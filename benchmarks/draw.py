@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ REPEATS = 10
 
 
 def items_of(name: str, device: str) -> list[grouped.Item]:
-    model = bayesify.to_bbb(timm.create_model(name).to(device), logvar=-6.0)
+    model = bayesify.to_bbb(timm.create_model(name).to(device), initial_std=math.exp(-3.0))
     return [grouped.Item(s.mean, s.raw, s.slot.key, s.slot.buffers) for s in sites(model)]
 
 

@@ -13,6 +13,7 @@ FOLDER holds `weights/tf_efficientnet_lite0_timm.safetensors`,
 import argparse
 import io
 import json
+import math
 import time
 import zipfile
 from pathlib import Path
@@ -29,7 +30,8 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 import bayesify
-from bayesify.planning import DEFAULT_NOISE, BBBConfig
+from bayesify import RelativeStd
+from bayesify.planning import DEFAULT_NOISE
 from bayesify.provenance import machine, provenance
 
 RESULT = Path(__file__).parent / "results" / "initial_sigma.json"
@@ -99,9 +101,9 @@ def main() -> None:
             imagenette_images(options.data, options.images, network),
         ),
     }
-    rules: dict[str, dict[str, Any]] = {"default": {}, "logvar -10": {"logvar": -10.0}}
+    rules: dict[str, dict[str, Any]] = {"default": {}, "logvar -10": {"initial_std": math.exp(-5)}}
     for fraction in (0.0005, 0.001, 0.0025, 0.01):
-        rules[f"{fraction} rms"] = {"config": BBBConfig(relative_std=fraction)}
+        rules[f"{fraction} rms"] = {"initial_std": RelativeStd(fraction)}
     rows = []
     for case, (model, images) in cases.items():
         for rule, arguments in rules.items():

@@ -9,6 +9,7 @@ of their own. `-I` keeps the folder it lies in, and where it is started, out of 
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -28,7 +29,7 @@ def main() -> None:
 
     wanted = "--without-library" not in sys.argv
     torch.manual_seed(0)
-    model = bayesify.to_bbb(torch.nn.Linear(300, 200), logvar=-4.0)
+    model = bayesify.to_bbb(torch.nn.Linear(300, 200), initial_std=math.exp(-2.0))
     x = torch.ones(2, 300)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

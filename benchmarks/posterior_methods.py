@@ -22,7 +22,6 @@ import bayesify
 from bayesify.data import ImageData
 from bayesify.models import input_config
 from bayesify.optim import warmup_cosine
-from bayesify.planning import BBBConfig
 from bayesify.training.averaging import TailAverage
 from bayesify.training.batches import Order, shuffled_batches
 from bayesify.training.randomness import seeded
@@ -87,7 +86,7 @@ def converted(setup: Setup, **selection: Any) -> nn.Module:
     return bayesify.to_bbb(
         setup.network(0.0).to(setup.device),
         prior=prior,
-        config=BBBConfig(relative_std=setup.relative_std),
+        initial_std=bayesify.RelativeStd(setup.relative_std),
         **selection,
     )
 

@@ -35,7 +35,7 @@ def main() -> None:
     model = bayesify.to_bbb(
         demo.new_network(0),
         prior=demo.PRIOR,
-        config=bayesify.BBBConfig(relative_std=demo.RELATIVE_STD),
+        initial_std=bayesify.RelativeStd(demo.RELATIVE_STD),
     )
     demo.fit("Bayesian network", model, data.train, demo.EPOCHS, 0, demo.BAYESIAN)
     test = load_dataset("fashion-sample", split="test")

@@ -17,6 +17,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -36,27 +37,26 @@ from bayesify.provenance import machine, provenance
 RESULTS = Path(__file__).parent / "results" / "trust.json"
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "trust.md"
-SLOW, LARGE = 5.0, 1024
-"""Seconds and MiB of one trial above which it counts as a fault."""
-_BATCH = 100
+_BATCH = 60.0  # seconds of one section before the next has its turn
 _LIMIT = 16 << 30  # bytes that a process of trials may ask for
 _KEPT = 50
 
 
 class Ended(NamedTuple):
-    """One trial: how it ended, and what it took."""
+    """One trial: how it ended, and what it took: seconds of a processor, MiB."""
 
     number: int
     outcome: str
     seconds: float
     mib: float
 
-    def fault(self) -> str | None:
+    def fault(self, section: Section) -> str | None:
+        """Why it counts as a fault of this section, if it does."""
         if self.outcome.startswith(FAULT):
             return self.outcome
-        if self.seconds > SLOW:
+        if self.seconds > section.slow:
             return f"{FAULT}: {self.seconds:.1f} s, {self.outcome}"
-        if self.mib > LARGE:
+        if self.mib > section.large:
             return f"{FAULT}: {self.mib:,.0f} MiB, {self.outcome}"
         return None
 
@@ -65,13 +65,19 @@ def measured(trial: Trial, index: int) -> Ended:
     """Carry out one trial."""
     _forget_peak()
     before = _peak_mib()
-    started = time.perf_counter()
+    started = _cpu()
     try:
         outcome = trial(index)
     except Exception as error:  # of the section itself
         outcome = f"{FAULT}: the trial failed: {type(error).__name__}: {error}"
-    seconds = time.perf_counter() - started
+    seconds = _cpu() - started
     return Ended(index, outcome, seconds, max(0.0, _peak_mib() - before))
+
+
+def _cpu() -> float:
+    """Seconds that processors have worked for this process and its ended children: what a trial
+    takes, whatever else the machine does."""
+    return sum(os.times()[:4])
 
 
 def _forget_peak() -> None:
@@ -144,19 +150,24 @@ class Worker:
         self._process = None
 
 
-def add(found: dict[str, Any], ended: Ended) -> None:
-    """Count one trial in the results of its section."""
-    fault = ended.fault()
+def add(section: Section, found: dict[str, Any], ended: Ended) -> str | None:
+    """Count one trial in the results of its section; the fault, if it is one."""
+    fault = ended.fault(section)
     found["trials"] = ended.number + 1
-    outcome = FAULT if fault is not None else ended.outcome
+    outcome = FAULT if fault is not None else "done" if section.kept else ended.outcome
     found["outcomes"][outcome] = found["outcomes"].get(outcome, 0) + 1
     found["executed"] += int(f"{FAULT}: executed" in ended.outcome)
-    found["slow"] += int(ended.seconds > SLOW)
-    found["large"] += int(ended.mib > LARGE)
+    found["slow"] += int(ended.seconds > section.slow)
+    found["large"] += int(ended.mib > section.large)
     found["most_seconds"] = max(found["most_seconds"], round(ended.seconds, 2))
     found["most_mib"] = max(found["most_mib"], round(ended.mib))
     if fault is not None and len(found["faults"]) < _KEPT:
         found["faults"].append({"trial": ended.number, "outcome": fault})
+    if section.kept:
+        found.setdefault("kept", []).append(
+            {"outcome": ended.outcome, "seconds": round(ended.seconds, 1)}
+        )
+    return fault
 
 
 def empty(section: Section) -> dict[str, Any]:
@@ -167,12 +178,15 @@ def empty(section: Section) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sources() -> str:
+def sources(section: Section) -> str:
     """A digest of the code that is tried, and of what tries it."""
+    here = Path(__file__).parent / "trust_sections"
+    own = [Path(str(sys.modules[section.prepare.__module__].__file__))]
+    own += [here / f"{name}.py" for name in ("forks", "jobs", "mutations", "section")]
+    code = [f for folder in ("bayesify", "recipes") for f in sorted((ROOT / folder).rglob("*.py"))]
     digest = hashlib.sha256()
-    for folder in ("bayesify", "recipes", "benchmarks/trust_sections"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    for file in (*code, ROOT / "bayesify" / "kernels" / "native.c", *own):
+        digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -201,56 +215,76 @@ def page(document: dict[str, Any]) -> str:
         "# What was tried to break it",
         "",
         "`make trust` tries it again, goes on where it ended, and writes this page;",
-        "`python benchmarks/trust.py --minutes 120` goes on towards the full counts. A *fault* is",
-        "an error of another kind than bayesify's own, code that a file executes, a hang or a",
-        f"death, more than {SLOW:g} s or more than {LARGE:,} MiB. What is promised is in",
+        "`python benchmarks/trust.py --minutes 120` goes on towards the full counts, and `--again",
+        "SECTION NUMBER` repeats one trial, which its number decides. A *fault* is an error of",
+        "another kind than bayesify's own or more than one, code that a file executes, a hang or a",
+        "death, a file that is lost or half written, another result than without the trouble, or",
+        "more time or memory than the section allows. What is promised is in",
         "[SECURITY.md](../SECURITY.md).",
         "",
-        "| what | trials | of | opened | refused | faults | executed | most time | most memory |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | trials | full count | faults | how they ended | longest, CPU |",
+        "| --- | ---: | ---: | ---: | --- | ---: |",
     ]
-    for found in document["sections"].values():
-        outcomes = found["outcomes"]
+    known = {section.name: section for section in SECTIONS}
+    results = {name: document["sections"][name] for name in known if name in document["sections"]}
+    for name, found in results.items():
+        others = {k: count for k, count in found["outcomes"].items() if k != FAULT}
         cells = [
-            found["what"], f"{found['trials']:,}", f"{found['full']:,}",
-            f"{outcomes.get('taken', 0):,}", f"{outcomes.get('refused', 0):,}",
-            f"{outcomes.get(FAULT, 0):,}", f"{found['executed']:,}",
-            f"{found['most_seconds']:.1f} s", f"{found['most_mib']:,} MiB",
+            f"[{name}](#{name})", f"{found['trials']:,}", f"{found['full']:,}",
+            f"{found['outcomes'].get(FAULT, 0):,}",
+            ", ".join(f"{count:,} {k}" for k, count in sorted(others.items())),
+            f"{found['most_seconds']:.1f} s",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    executed = sum(found["executed"] for found in results.values())
+    lines += ["", f"Code of a file that was executed: {executed}.", ""]
+    for name, found in results.items():
+        lines += [f"## {name}", "", _sentence(found["what"]), ""]
+        if known[name].slow <= 5.0:
+            lines += [
+                f"More than {known[name].slow:g} s of a processor: {found['slow']} trials. More "
+                f"than {known[name].large:,.0f} MiB: {found['large']}; the most was "
+                f"{found['most_mib']:,} MiB.",
+                "",
+            ]
+        lines += [f"- {kept['outcome']} ({kept['seconds']:g} s)" for kept in found.get("kept", ())]
+        lines += [f"- trial {fault['trial']}: {fault['outcome']}" for fault in found["faults"]]
+        lines += ["", f"*{found['date']}, commit `{found['commit']}`.*", ""]
     place = document["machine"]
     lines += [
-        "",
-        "Not among them yet: kills and signals at every moment of a run, full disks and draws over",
-        "many seeds. Tests hold samples of these.",
-        "",
-        f"*{place['processor']}, {place['cores']} cores, Python {place['python']}, {versions}; "
-        f"{document['date']}, commit `{document['commit']}`.*",
+        f"*{place['processor']}, {place['cores']} cores, Python {place['python']}, {versions}.*",
         "",
     ]
-    return "\n".join(lines)
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines))
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def run(chosen: Sequence[Section], wanted: dict[str, int], until: float, fresh: bool) -> int:
     """Carry out the trials that are wanted and not there yet, a batch of each section in turn."""
-    results, now = read(), sources()
+    results = read()
     for section in chosen:
         found = results["sections"].get(section.name)
+        now = sources(section)
         if found is None or fresh or found["sources"] != now:  # other code has ended otherwise
             results["sections"][section.name] = {**empty(section), "sources": now}
-    workers = {section.name: Worker(section) for section in chosen}
-    left = list(chosen)
+        results["sections"][section.name] |= {"what": section.what, "full": section.full}
+    left = [s for s in chosen if results["sections"][s.name]["trials"] < wanted[s.name]]
+    workers = {section.name: Worker(section) for section in left}
     while left and time.monotonic() < until:
         for section in list(left):
             found = results["sections"][section.name]
-            last = min(wanted[section.name], found["trials"] + _BATCH)
-            while found["trials"] < last and time.monotonic() < until:
+            turn = min(until, time.monotonic() + _BATCH)
+            while found["trials"] < wanted[section.name] and time.monotonic() < turn:
                 ended = workers[section.name].run(found["trials"])
-                add(found, ended)
-                if (fault := ended.fault()) is not None:
+                if (fault := add(section, found, ended)) is not None:
                     print(f"{section.name} {ended.number}: {fault}", flush=True)
             if found["trials"] >= wanted[section.name]:
                 left.remove(section)
+                workers[section.name].close()
+            found |= {key: provenance()[key] for key in ("date", "commit")}
             write(results)
             print(line(section.name, found), flush=True)
     for worker in workers.values():
@@ -261,11 +295,7 @@ def run(chosen: Sequence[Section], wanted: dict[str, int], until: float, fresh: 
 def line(name: str, found: dict[str, Any]) -> str:
     """One section's results in a line."""
     outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in found["outcomes"].items())
-    return (
-        f"{name}: {found['trials']:,} of {found['full']:,} trials ({outcomes}); executed "
-        f"{found['executed']}, over {SLOW:g} s {found['slow']}, over {LARGE} MiB {found['large']}; "
-        f"at most {found['most_seconds']} s, {found['most_mib']} MiB"
-    )
+    return f"{name}: {found['trials']:,} of {found['full']:,} trials ({outcomes})"
 
 
 def again(name: str, index: int) -> None:

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     model = bayesify.to_bbb(
         new_network(options.seed),
         prior=PRIOR,
-        config=bayesify.BBBConfig(relative_std=RELATIVE_STD),
+        initial_std=bayesify.RelativeStd(RELATIVE_STD),
     )
     fitted = fit("Bayesian network", model, data.train, options.epochs, options.seed, BAYESIAN)
     with render.progress("Measuring") as bar:

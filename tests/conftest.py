@@ -39,6 +39,19 @@ TORCH_RANDOM = TorchRandom()  # hypothesis keeps no reference of its own
 hypothesis.register_random(TORCH_RANDOM)
 
 
+def _seed_only_what_is_there() -> None:
+    """Spare what torch does for accelerators that are not there: for each it keeps the stack.
+
+    That is a millisecond a seed, of which the suite sets many, and memory that never ends.
+    """
+    if torch_support.accelerator() is None:
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            setattr(device, "manual_seed_all", lambda seed: None)  # noqa: B010
+
+
+_seed_only_what_is_there()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked ``gpu`` where there is no CUDA device."""
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -223,7 +224,7 @@ def check(
     original = copy_detached(model)
     # of a copy: a GraphModule has more entries in its copies
     before = {k: v.clone() for k, v in original.state_dict().items() if isinstance(v, Tensor)}
-    converted = bayesify.to_bbb(model, logvar=logvar)
+    converted = bayesify.to_bbb(model, initial_std=None if logvar is None else math.exp(logvar / 2))
     clear_original, clear_converted = cache_cleaner(original), cache_cleaner(converted)
     now, then = converted.state_dict(), model.state_dict()
     for key, value in before.items():

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from . import convert, doctor, evaluate, export, fit, inspect, models, predict, prune, report
+from .options import command
 
 RECIPES = "bayesify.recipes"
 """Entry points of this group are typer apps, each a sub-command of ``bayesify recipe``."""
@@ -41,16 +42,16 @@ def _main(
     pass
 
 
-app.command("convert")(convert.convert)
-app.command("inspect")(inspect.inspect)
-app.command("fit")(fit.fit)
-app.command("eval")(evaluate.evaluate)
-app.command("predict")(predict.predict)
-app.command("prune")(prune.prune)
-app.command("export")(export.export)
-app.command("report")(report.report)
-app.command("models")(models.models)
-app.command("doctor")(doctor.doctor)
+app.command("convert")(command(convert.convert))
+app.command("inspect")(command(inspect.inspect))
+app.command("fit")(command(fit.fit))
+app.command("eval")(command(evaluate.evaluate))
+app.command("predict")(command(predict.predict))
+app.command("prune")(command(prune.prune))
+app.command("export")(command(export.export))
+app.command("report")(command(report.report))
+app.command("models")(command(models.models))
+app.command("doctor")(command(doctor.doctor))
 
 
 class _Recipes(TyperGroup):

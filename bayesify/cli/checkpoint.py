@@ -71,13 +71,14 @@ def _spec(
     """What builds the model: of a factory, neither name nor arguments come from the file alone."""
     from ..errors import ArgumentError
     from ..models import ModelSpec
+    from .options import read_object
 
     spec = ModelSpec.from_json(
         {**saved, "name": model_name or saved["name"]}, allow_factory=model_name is not None
     )
     if model_args is None and (spec.source != "factory" or not spec.model_args):
         return spec
-    given = {} if model_args is None else _arguments(model_args)
+    given = {} if model_args is None else read_object("--model-args", model_args)
     if saved and given != spec.model_args:
         wanted = shlex.quote(json.dumps(dict(spec.model_args), sort_keys=True))
         raise ArgumentError(
@@ -85,19 +86,6 @@ def _spec(
             f"is called with. Give the same, if you trust them: --model-args {wanted}"
         )
     return replace(spec, model_args=given)
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    from ..errors import ArgumentError
-    from ..storage import parse_json
-
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise ArgumentError(f"--model-args {text!r} is no JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise ArgumentError(f"--model-args must be a JSON object, not {text!r}.")
-    return found
 
 
 def note_on_classes(opened: Opened, file: Path, data: str) -> None:

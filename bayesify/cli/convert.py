@@ -2,184 +2,193 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from .guard import guard
-from .options import Debug, Force, Json, Quiet, Seed
+from ..errors import ArgumentError
+from ..settings import Shown
+from ..settings.fields import Seed
+from .options import Force, Json, Quiet
 from .outputs import check_outputs
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..conversion import InitialStd
     from ..models import ModelSpec
     from ..planning import ConversionPlan, PlanRow
 
 SUFFIX = ".bbb.safetensors"
-_PATTERNS = (
-    "a class name (LayerNorm), a module (patch_embed), a glob on names (blocks.*.attn.*), or re:..."
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converting:
+    """What becomes Bayesian, and how.
+
+    Args:
+        skip: Stays deterministic: a class name (LayerNorm), a module (patch_embed), a glob on names
+            (blocks.*.attn.*), or re:.... Repeatable.
+        only: Only this may become Bayesian. Repeatable.
+        preset: full, no-conv, linear-only, no-layernorm, last-layer.
+        prior_std: Standard deviation of the prior.
+        prior_mean: Mean of the prior: a number, or initial for the weights given.
+        relative_prior: --prior-std is a share of each tensor's root mean square.
+        initial_std: Initial sigma: a number for every weight, 0.01, or a share of each tensor's
+            root mean square, 0.05rms; 0.01rms to 0.1rms suits training from random weights. Without
+            it sigma is so small that a pretrained model keeps its function.
+        relative_std: X is --initial-std Xrms.
+        logvar: Log variance; X is --initial-std exp(X / 2).
+        estimator: weight, local or flipout, for all layers that can take it, or for those that a
+            pattern matches: head=local. Repeatable; the first that matches counts.
+        strict: A pattern that matches nothing is an error.
+    """
+
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    preset: str | None = None
+    prior_std: float = 1.0
+    prior_mean: str = "0"
+    relative_prior: bool = False
+    initial_std: Annotated[str | None, Shown(metavar="STD")] = None
+    relative_std: Annotated[float | None, Shown(hidden=True)] = None
+    logvar: Annotated[float | None, Shown(hidden=True)] = None
+    estimator: Annotated[tuple[str, ...], Shown(metavar="[PATTERN=]NAME")] = ()
+    strict: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """What :func:`bayesify.plan` and :func:`bayesify.to_bbb_` take."""
+        from ..conversion import BBBConfig
+        from ..priors import GaussianPrior
+
+        mean: Any = "initial" if self.prior_mean == "initial" else _number(self.prior_mean)
+        return {
+            "skip": self.skip, "only": self.only, "preset": self.preset,
+            "prior": GaussianPrior(self.prior_std, mean, relative=self.relative_prior),
+            "initial_std": self._initial_std(), "estimator": _estimators(self.estimator),
+            "config": BBBConfig(strict=self.strict),
+        }  # fmt: skip
+
+    def _initial_std(self) -> InitialStd | None:
+        """The initial sigma, from ``--initial-std`` or the options of before."""
+        from ..conversion import RelativeStd, read_initial_std
+
+        given, relative, logvar = self.initial_std, self.relative_std, self.logvar
+        if sum(value is not None for value in (given, relative, logvar)) > 1:
+            raise ArgumentError(
+                "--initial-std, --relative-std and --logvar all set the initial sigma: give one."
+            )
+        if given is not None:
+            return read_initial_std(given)
+        if relative is not None:
+            return RelativeStd(relative)
+        return None if logvar is None else math.exp(min(0.5 * logvar, 100.0))  # refused, not inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Building:
+    """How the model is built.
+
+    Args:
+        num_classes: Outputs of the classifier.
+        in_chans: Channels of the input.
+        img_size: Side of the input in pixels.
+        weights: A safetensors file, or a torch file of a state_dict.
+        pretrained: Fetch the published weights.
+    """
+
+    num_classes: int | None = None
+    in_chans: int | None = None
+    img_size: int | None = None
+    weights: Annotated[Path | None, Shown(metavar="FILE")] = None
+    pretrained: bool = False
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        given = "random" if self.weights is None else self.weights.name
+        return "pretrained" if self.pretrained else given
 
 
 def convert(
     name: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help="A timm name, torchvision:NAME, or package.module:factory."
+        Shown(
+            argument=True,
+            metavar="MODEL",
+            text="A timm name, torchvision:NAME, or package.module:factory.",
         ),
     ],
-    skip: Annotated[
-        list[str] | None, typer.Option(help=f"Stays deterministic: {_PATTERNS}. Repeatable.")
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Only this may become Bayesian. Repeatable.")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="full, no-conv, linear-only, no-layernorm, last-layer.")
-    ] = None,
-    prior_std: Annotated[float, typer.Option(help="Standard deviation of the prior.")] = 1.0,
-    prior_mean: Annotated[
-        str, typer.Option(help="Mean of the prior: a number, or initial for the weights given.")
-    ] = "0",
-    relative_prior: Annotated[
-        bool,
-        typer.Option(
-            "--relative-prior", help="--prior-std is a share of each tensor's root mean square."
-        ),
-    ] = False,
-    relative_std: Annotated[
-        float | None,
-        typer.Option(
-            help="Initial sigma as a share of each tensor's root mean square; 0.01 to 0.1 suits "
-            "training from random weights."
-        ),
-    ] = None,
-    logvar: Annotated[
-        float | None,
-        typer.Option(
-            help="Initial log variance of every weight, in place of --relative-std; without both "
-            "sigma is so small that a pretrained model keeps its function."
-        ),
-    ] = None,
-    estimator: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[PATTERN=]NAME",
-            help="weight, local or flipout, for all layers that can take it, or for those that a "
-            "pattern matches: head=local. Repeatable; the first that matches counts.",
-        ),
-    ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Outputs of the classifier.")] = None,
-    in_chans: Annotated[int | None, typer.Option(help="Channels of the input.")] = None,
-    img_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A safetensors file, or a torch file of a state_dict."),
-    ] = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Fetch the published weights.")
-    ] = False,
+    converting: Converting,
+    building: Building,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help=f"Default: ./NAME{SUFFIX}."),
+        Path | None, Shown(letter="-o", metavar="FILE", text=f"Default: ./NAME{SUFFIX}.")
     ] = None,
     force: Force = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, Shown(text="Print the plan and write nothing.")] = False,
     show: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODULE", help="Print a module's forward before and after; . is the model."
-        ),
+        Shown(metavar="MODULE", text="Print a module's forward before and after; . is the model."),
     ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="A pattern that matches nothing is an error.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="One row for each parameter.")
-    ] = False,
-    seed: Seed = 0,
+    verbose: Annotated[bool, Shown(letter="-v", text="One row for each parameter.")] = False,
+    seed: Annotated[Seed, Shown(text="Seed of all that is random.")] = 0,
     json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Give the weights of a model a Gaussian posterior, and write the result into a file.
 
     For example: bayesify convert resnet50 --skip BatchNorm2d --pretrained
-    """
-    with guard(debug, json=json):
-        import torch
+    """  # fmt: skip
+    import torch
 
-        from .. import storage
-        from ..convert import to_bbb_
-        from ..errors import ArgumentError
-        from ..models import ModelSpec, create_model
-        from ..planning import BBBConfig, plan
-        from ..priors import GaussianPrior
-        from . import render
+    from .. import storage
+    from ..convert import to_bbb_
+    from ..models import ModelSpec, create_model
+    from ..planning import plan
+    from . import render
 
-        target = out or Path(default_name(name))
-        if not dry_run:
-            check_outputs({"--out": target}, {"--weights": weights}, force=force)
-        if logvar is not None and relative_std is not None:
-            raise ArgumentError("--logvar and --relative-std both set the initial sigma: give one.")
-        prior = GaussianPrior(
-            prior_std,
-            "initial" if prior_mean == "initial" else _number(prior_mean),
-            relative=relative_prior,
+    target = out or Path(default_name(name))
+    if not dry_run:
+        check_outputs({"--out": target}, {"--weights": building.weights}, force=force)
+    arguments = converting.arguments()
+    spec = ModelSpec(name, building.num_classes, building.in_chans, building.img_size)
+    with render.status(f"Building {name}..."):
+        torch.manual_seed(seed)
+        model = create_model(name, **vars(building))
+    result = plan(model, **arguments)
+    to_bbb_(model, **arguments)
+    notes = list(result.notes)
+    if building.source == "random":
+        notes.append(
+            f"The weights of {name} are random. Give real ones: --weights FILE"
+            + ("." if spec.source == "factory" else ", or --pretrained.")
         )
-        spec = ModelSpec(name, num_classes, in_chans, img_size)
-        arguments: dict[str, Any] = {
-            "skip": skip or (), "only": only or (), "preset": preset, "prior": prior,
-            "logvar": logvar, "estimator": _estimators(estimator or ()),
-            "config": BBBConfig(relative_std=relative_std, strict=strict),
-        }  # fmt: skip
-        with render.status(f"Building {name}..."):
-            torch.manual_seed(seed)
-            model = create_model(
-                name, num_classes=num_classes, in_chans=in_chans, img_size=img_size,
-                weights=weights, pretrained=pretrained,
-            )  # fmt: skip
-        result = plan(model, **arguments)
-        to_bbb_(model, **arguments)
-        notes = list(result.notes)
-        if weights is None and not pretrained:
-            notes.append(
-                f"The weights of {name} are random. Give real ones: --weights FILE"
-                + ("." if spec.source == "factory" else ", or --pretrained.")
-            )
-        listing = None if show is None else before_and_after(model, spec, show)
-        if not dry_run:
-            source = "pretrained" if pretrained else "random" if weights is None else weights.name
-            storage.save(model, target, spec=spec, info={"weights": source}, overwrite=force)
-
-        written = None if dry_run else str(target)
-        if json:
-            document = {"file": written, **result.to_json(), "notes": notes}
-            render.as_json(document if listing is None else {**document, "code": listing})
-            return
-        if not quiet:
-            print_plan(result, verbose)
-        for line in (*result.fixed, *result.hints, *result.spacing, *notes):
-            render.note(line)
-        for entry in listing or ():
-            print_code(entry)
-        if written is not None and not quiet:
-            render.text(
-                f"\nWrote {written} ({target.stat().st_size / 2**20:.1f} MiB). In Python:\n"
-            )
-            render.text("\n".join(f"    {line}" for line in python_lines(spec, written)))
+    listing = None if show is None else before_and_after(model, spec, show)
+    if not dry_run:
+        info = {"weights": building.source}
+        storage.save(model, target, spec=spec, info=info, overwrite=force)
+    written = None if dry_run else str(target)
+    if json:
+        document = {"file": written, **result.to_json(), "notes": notes}
+        render.as_json(document if listing is None else {**document, "code": listing})
+        return
+    if not quiet:
+        print_plan(result, verbose)
+    for line in (*result.fixed, *result.hints, *result.spacing, *notes):
+        render.note(line)
+    for entry in listing or ():
+        print_code(entry)
+    if written is not None and not quiet:
+        size = target.stat().st_size / 2**20
+        render.text(f"\nWrote {written} ({size:.1f} MiB). In Python:\n")
+        render.text("\n".join(f"    {line}" for line in python_lines(spec, written)))
 
 
 def _number(value: str) -> float:
-    from ..errors import ArgumentError
-
     try:
         return float(value)
     except ValueError:
@@ -294,7 +303,6 @@ def before_and_after(model: nn.Module, spec: ModelSpec, path: str) -> list[dict[
 
     import torch
 
-    from ..errors import ArgumentError
     from ..models import input_config
     from ..rewriter.owner import original_class
     from ..rewriter.variants import generated_code, rungs

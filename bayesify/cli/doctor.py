@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .guard import guard
-from .options import Debug, Json
+from ..settings import Shown
+from .options import Json
 
 NEWEST_TORCH = "2.15"
 """The newest minor version of torch that the tests ran with."""
@@ -23,43 +23,37 @@ MOST_SHOWN = 5
 
 def doctor(
     json: Json = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 if anything is wrong.")
-    ] = False,
-    debug: Debug = False,
+    strict: Annotated[bool, Shown(text="Exit with 1 if anything is wrong.")] = False,
 ) -> None:
     """Show versions, devices, the C library, kernels and extras, and what to do about each fault.
 
     Nothing is changed and nothing is downloaded.
     """
-    with guard(debug, json=json):
-        from . import render
+    from . import render
 
-        found = examine()
-        if json:
-            render.as_json(found)
-        else:
-            render.text(
-                f"bayesify {found['bayesify']}, Python {found['python']}, {found['platform']}"
-            )
-            render.table(("package", "installed", "wanted", ""), [
-                (p["name"], p["installed"] or "not installed", p["wanted"], p["verdict"])
-                for p in found["packages"]
-            ])  # fmt: skip
-            render.table(("extra", "", "packages that it lacks"), [
-                (e["name"], "there" if not e["missing"] else "not there", _first(e["missing"]))
-                for e in found["extras"]
-            ])  # fmt: skip
-            render.table(("device", "memory in GiB", "draws by", "what it is"), [
-                (d["device"], _gibibytes(d["memory"]), d["draws_by"], d["name"])
-                for d in found["devices"]
-            ])  # fmt: skip
-            for problem in found["problems"]:
-                render.note(problem)
-            if not found["problems"]:
-                render.text("Nothing is wrong.")
-        if strict and found["problems"]:
-            raise typer.Exit(1)
+    found = examine()
+    if json:
+        render.as_json(found)
+    else:
+        render.text(f"bayesify {found['bayesify']}, Python {found['python']}, {found['platform']}")
+        render.table(("package", "installed", "wanted", ""), [
+            (p["name"], p["installed"] or "not installed", p["wanted"], p["verdict"])
+            for p in found["packages"]
+        ])  # fmt: skip
+        render.table(("extra", "", "packages that it lacks"), [
+            (e["name"], "there" if not e["missing"] else "not there", _first(e["missing"]))
+            for e in found["extras"]
+        ])  # fmt: skip
+        render.table(("device", "memory in GiB", "draws by", "what it is"), [
+            (d["device"], _gibibytes(d["memory"]), d["draws_by"], d["name"])
+            for d in found["devices"]
+        ])  # fmt: skip
+        for problem in found["problems"]:
+            render.note(problem)
+        if not found["problems"]:
+            render.text("Nothing is wrong.")
+    if strict and found["problems"]:
+        raise typer.Exit(1)
 
 
 def _first(packages: list[str]) -> str:

@@ -4,26 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from .guard import guard
-from .options import (
-    Amp,
-    BatchSize,
-    Data,
-    Debug,
-    Device,
-    File,
-    Json,
-    ModelArgs,
-    ModelName,
-    NumSamples,
-    Seed,
-    SkipUnreadable,
-    Split,
-    Workers,
-    resolve_device,
-)
+from ..settings import EvaluateSettings, Shown
+from .options import Data, Device, File, Json, ModelArgs, ModelName, Split, resolve_device
 
 if TYPE_CHECKING:
     from ..training import Evaluation
@@ -32,30 +14,16 @@ if TYPE_CHECKING:
 def evaluate(
     file: File,
     data: Data,
-    num_samples: NumSamples = 20,
+    settings: EvaluateSettings,
     split: Split = "test",
     ood: Annotated[
         str | None,
-        typer.Option(
-            metavar="DATA", help="Images of none of the classes: how well are they told apart?"
-        ),
+        Shown(metavar="DATA", text="Images of none of the classes: how well are they told apart?"),
     ] = None,
-    batch_size: BatchSize = 256,
     model: ModelName = None,
     model_args: ModelArgs = None,
-    workers: Workers = 0,
-    skip_unreadable: SkipUnreadable = False,
-    seed: Seed = 0,
-    resamples: Annotated[
-        int,
-        typer.Option(
-            "--resamples", metavar="N", help="Bootstrap 95 % intervals from N resamples; 0: none."
-        ),
-    ] = 0,
     device: Device = "auto",
-    amp: Amp = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Measure accuracy, NLL, calibration and Brier score on DATA, at the means and over K draws.
 
@@ -67,65 +35,54 @@ def evaluate(
     first. The Brier score sums over the classes, from 0 to 2; its parts by predicted class add up:
     UNC - RES + REL + rest. Higher is better for top-1, top-5, RES and AUROC.
     """
-    with guard(debug, json=json):
-        from dataclasses import asdict
+    from dataclasses import asdict
 
-        from .. import training
-        from ..classes import classes_of
-        from ..data import load_dataset
-        from . import render
-        from .checkpoint import note_on_classes, open_model
-        from .images import readable_images
+    from .. import training
+    from ..classes import classes_of
+    from ..data import load_dataset
+    from . import render
+    from .checkpoint import note_on_classes, open_model
+    from .images import readable_images
 
-        target_device = resolve_device(device)
-        images = load_dataset(data, split=split)
-        ood_data = None if ood is None else load_dataset(ood, split=split)
-        opened = open_model(file, model, model_args, target_device)
-        note_on_classes(opened, file, data)
-        images, unreadable = readable_images(images, workers, skip_unreadable)
-        ood_unreadable = 0
+    target_device = resolve_device(device)
+    images = load_dataset(data, split=split)
+    ood_data = None if ood is None else load_dataset(ood, split=split)
+    opened = open_model(file, model, model_args, target_device)
+    note_on_classes(opened, file, data)
+    looking = settings.workers, settings.skip_unreadable
+    images, unreadable = readable_images(images, *looking)
+    ood_unreadable = 0
+    if ood_data is not None:
+        ood_data, ood_unreadable = readable_images(ood_data, *looking)
+    with render.progress("Measuring") as bar:
+        rows = training.evaluate(
+            opened.model, images, ood=ood_data, device=target_device, model_config=opened.input,
+            control=len(images) > 1, on_step=bar.to, **vars(settings),
+        )  # fmt: skip
+    if json:
+        head = {"file": str(file), "data": data, "split": images.split, "images": len(images)}
+        head["unreadable"] = unreadable
         if ood_data is not None:
-            ood_data, ood_unreadable = readable_images(ood_data, workers, skip_unreadable)
-        with render.progress("Measuring") as bar:
-            rows = training.evaluate(
-                opened.model,
-                images,
-                ood=ood_data,
-                num_samples=num_samples,
-                seed=seed,
-                batch_size=batch_size,
-                device=target_device,
-                amp=amp,
-                model_config=opened.input,
-                workers=workers,
-                control=len(images) > 1,
-                resamples=resamples,
-                on_step=bar.to,
-            )
-        if json:
-            head = {"file": str(file), "data": data, "split": images.split, "images": len(images)}
-            head["unreadable"] = unreadable
-            if ood_data is not None:
-                head |= {"ood": ood, "ood_images": len(ood_data), "ood_unreadable": ood_unreadable}
-            render.as_json({**head, "rows": [asdict(row) for row in rows]})
-            return
-        render.table(*_main(rows))
-        for table in (_uncertainty(rows), _parts(rows), _ood(rows), _intervals(rows)):
-            if table[1]:
-                render.text("")
-                render.table(*table)
-        for row in rows:
-            if row.temperature is not None:
-                render.text(f"Temperature {row.temperature:.3f}: a control, not a posterior.")
-        known, part = classes_of(opened.model) or (), len(images.classes)
-        render.text(
-            f"{len(images):,} images of {data} ({images.split})"
-            + (f", {part} of the {len(known)} classes." if part < len(known) else ".")
-        )
-        if ood_data is not None:
-            render.text(f"Out of distribution: {len(ood_data):,} images of {ood}.")
-        if images.split == "all":
-            render.note(f"{data} has no splits: was the model trained on these images?")
+            head |= {"ood": ood, "ood_images": len(ood_data), "ood_unreadable": ood_unreadable}
+        render.as_json({**head, "rows": [asdict(row) for row in rows]})
+        return
+    render.table(*_main(rows))
+    for table in (_uncertainty(rows), _parts(rows), _ood(rows), _intervals(rows)):
+        if table[1]:
+            render.text("")
+            render.table(*table)
+    for row in rows:
+        if row.temperature is not None:
+            render.text(f"Temperature {row.temperature:.3f}: a control, not a posterior.")
+    known, part = classes_of(opened.model) or (), len(images.classes)
+    render.text(
+        f"{len(images):,} images of {data} ({images.split})"
+        + (f", {part} of the {len(known)} classes." if part < len(known) else ".")
+    )
+    if ood_data is not None:
+        render.text(f"Out of distribution: {len(ood_data):,} images of {ood}.")
+    if images.split == "all":
+        render.note(f"{data} has no splits: was the model trained on these images?")
 
 
 Table = tuple[tuple[str, ...], list[tuple[str | int, ...]]]

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
-from .guard import guard
-from .options import (
-    Debug,
-    File,
-    Force,
-    Json,
-    ModelArgs,
-    ModelName,
-    Quiet,
-    Seed,
-    resolve_device,
-)
+from ..errors import ArgumentError
+from ..settings import ProgramSettings, Shown
+from .options import File, Force, Json, ModelArgs, ModelName, Quiet, resolve_device
 from .outputs import check_outputs
 
 if TYPE_CHECKING:
@@ -30,51 +20,26 @@ SUFFIX = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 
 def export(
     file: File,
+    *,
     format: Annotated[
         Literal["safetensors", "torch", "onnx"],
-        typer.Option(
-            "--format",
-            help="safetensors: the means, for the original model. torch: a program (.pt2) that "
+        Shown(
+            text="safetensors: the means, for the original model. torch: a program (.pt2) that "
             "needs no model code. onnx: the same for other runtimes.",
         ),
     ] = "safetensors",
-    ensemble: Annotated[
-        int | None,
-        typer.Option(
-            "--ensemble",
-            "-k",
-            metavar="K",
-            help="K draws in one program, which gives mean probabilities. Default: the means.",
-        ),
-    ] = None,
-    per_draw: Annotated[
-        bool, typer.Option("--per-draw", help="With --ensemble: the probabilities of each draw.")
-    ] = False,
-    shrink: Annotated[
-        bool,
-        typer.Option(
-            "--shrink",
-            help="Leave out of a program the channels that bayesify prune has pruned as a whole.",
-        ),
-    ] = False,
+    settings: ProgramSettings,
     measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure",
-            help="With --shrink: multiply-adds and latency here, with and without it.",
-        ),
+        bool, Shown(text="With --shrink: multiply-adds and latency here, with and without it.")
     ] = False,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Default: ./NAME by the format."),
+        Path | None, Shown(letter="-o", metavar="FILE", text="Default: ./NAME by the format.")
     ] = None,
     model: ModelName = None,
     model_args: ModelArgs = None,
-    seed: Seed = 0,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Write the model in FILE for use without bayesify: its means, or K draws as one program.
 
@@ -83,63 +48,59 @@ def export(
     Programs take float images (batch, channels, height, width), normalised as FILE says; batches
     of any size. The file tells mean, standard deviation and classes in its metadata.
     """  # fmt: skip
-    with guard(debug, json=json):
-        import torch
+    import torch
 
-        from ..errors import ArgumentError
-        from ..export import export_onnx, export_safetensors, export_torch
-        from . import render
-        from .checkpoint import open_model
+    from ..export import export_onnx, export_safetensors, export_torch
+    from . import render
+    from .checkpoint import open_model
 
-        if ensemble is not None and format == "safetensors":
-            raise ArgumentError(
-                "safetensors holds one set of weights: for --ensemble take --format torch or onnx."
+    draws = settings.num_samples
+    if draws is not None and format == "safetensors":
+        raise ArgumentError(
+            "safetensors holds one set of weights: for --ensemble take --format torch or onnx."
+        )
+    if settings.shrink and format == "safetensors":
+        raise ArgumentError(
+            "--shrink changes shapes, which the original model has none for: take --format "
+            "torch or onnx."
+        )
+    if measure and not settings.shrink:
+        raise ArgumentError("--measure compares with and without --shrink: give --shrink too.")
+    target = out or Path(default_name(file, format, draws))
+    check_outputs({"--out": target}, {"FILE": file}, force=force)
+    opened = open_model(file, model, model_args, resolve_device("cpu"))
+    measured: dict[str, Any] = {}
+    if format == "safetensors":
+        export_safetensors(opened.model, target, overwrite=force)
+    else:
+        write = export_torch if format == "torch" else export_onnx
+        with render.status(f"Exporting to {target}..."):
+            write(
+                opened.model, target, torch.zeros(2, *opened.input.size), **vars(settings),
+                info=described(opened, settings), overwrite=force,
+            )  # fmt: skip
+        if measure:
+            with render.status("Measuring..."):
+                measured = _measured(opened, settings)
+    size, seed = target.stat().st_size, None if draws is None else settings.seed
+    if json:
+        about = {"file": str(target), "format": format, "bytes": size, **measured}
+        render.as_json({**about, "draws": draws, "seed": seed})
+    elif not quiet:
+        what = "the posterior means" if draws is None else f"{draws} draws (seed {seed})"
+        render.text(f"Wrote {target}: {what}, {size / 2**20:.2f} MiB.")
+        if measured:
+            before, after = measured["whole"], measured["shrunk"]
+            render.text(
+                f"Multiply-adds of an image {after['multiply_adds']:,} instead of "
+                f"{before['multiply_adds']:,}; a batch of {_BATCH} takes "
+                f"{after['milliseconds']:.3g} ms here instead of {before['milliseconds']:.3g} "
+                "(torch, CPU, median)."
             )
-        if per_draw and ensemble is None:
-            raise ArgumentError("--per-draw belongs to --ensemble K.")
-        if shrink and format == "safetensors":
-            raise ArgumentError(
-                "--shrink changes shapes, which the original model has none for: take --format "
-                "torch or onnx."
-            )
-        if measure and not shrink:
-            raise ArgumentError("--measure compares with and without --shrink: give --shrink too.")
-        target = out or Path(default_name(file, format, ensemble))
-        check_outputs({"--out": target}, {"FILE": file}, force=force)
-        opened = open_model(file, model, model_args, resolve_device("cpu"))
-        measured: dict[str, Any] = {}
-        if format == "safetensors":
-            export_safetensors(opened.model, target, overwrite=force)
-        else:
-            write = export_torch if format == "torch" else export_onnx
-            asked: dict[str, Any] = {"num_samples": ensemble, "seed": seed, "per_draw": per_draw}
-            with render.status(f"Exporting to {target}..."):
-                write(
-                    opened.model, target, torch.zeros(2, *opened.input.size), **asked,
-                    shrink=shrink, info=described(opened, ensemble, seed), overwrite=force,
-                )  # fmt: skip
-            if measure:
-                with render.status("Measuring..."):
-                    measured = _measured(opened, asked)
-        size = target.stat().st_size
-        if json:
-            about = {"file": str(target), "format": format, "bytes": size, **measured}
-            render.as_json({**about, "draws": ensemble, "seed": None if ensemble is None else seed})
-        elif not quiet:
-            what = "the posterior means" if ensemble is None else f"{ensemble} draws (seed {seed})"
-            render.text(f"Wrote {target}: {what}, {size / 2**20:.2f} MiB.")
-            if measured:
-                before, after = measured["whole"], measured["shrunk"]
-                render.text(
-                    f"Multiply-adds of an image {after['multiply_adds']:,} instead of "
-                    f"{before['multiply_adds']:,}; a batch of {_BATCH} takes "
-                    f"{after['milliseconds']:.3g} ms here instead of {before['milliseconds']:.3g} "
-                    "(torch, CPU, median)."
-                )
-            render.text("\n".join(usage(opened, target, format)))
+        render.text("\n".join(usage(opened, target, format)))
 
 
-def _measured(opened: Opened, asked: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _measured(opened: Opened, settings: ProgramSettings) -> dict[str, dict[str, float]]:
     """Multiply-adds of an image and latency of a batch, of the whole program and the shrunk one."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -150,7 +111,7 @@ def _measured(opened: Opened, asked: dict[str, Any]) -> dict[str, dict[str, floa
     images = torch.randn(_BATCH, *opened.input.size)
     found = {}
     for name, shrink in (("whole", False), ("shrunk", True)):
-        run = to_program(opened.model, images, **asked, shrink=shrink).module()
+        run = to_program(opened.model, images, **vars(replace(settings, shrink=shrink))).module()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             run(images)
         operations = counter.get_total_flops() // (2 * _BATCH)
@@ -158,27 +119,25 @@ def _measured(opened: Opened, asked: dict[str, Any]) -> dict[str, dict[str, floa
     return found
 
 
-def default_name(file: Path, format: str, ensemble: int | None) -> str:
+def default_name(file: Path, format: str, draws: int | None) -> str:
     """``net.bbb.safetensors`` becomes ``net.safetensors``, ``net.pt2`` or ``net.k10.onnx``."""
     stem = file.name.removesuffix(".safetensors").removesuffix(".bbb")
     if file.name == stem + SUFFIX[format]:
         stem += ".means"
-    return f"{stem}{'' if ensemble is None else f'.k{ensemble}'}{SUFFIX[format]}"
+    return f"{stem}{'' if draws is None else f'.k{draws}'}{SUFFIX[format]}"
 
 
-def described(opened: Opened, ensemble: int | None, seed: int) -> dict[str, Any]:
+def described(opened: Opened, settings: ProgramSettings) -> dict[str, Any]:
     """What a program's file says of its input and output."""
-    from dataclasses import asdict
-
     from ..storage import classes_in
 
-    draws = {"draws": ensemble, "seed": seed} if ensemble is not None else {}
+    draws = settings.num_samples
     return {
         "model": opened.spec.name,
         "input": asdict(opened.input),
-        "output": "logits" if ensemble is None else "probabilities",
+        "output": "logits" if draws is None else "probabilities",
         "classes": list(classes_in(opened.header)),
-        **draws,
+        **({} if draws is None else {"draws": draws, "seed": settings.seed}),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,12 +76,12 @@ def _wanted_files(paths: list[str]) -> Wanted:
 
 def _is_data_set(given: str) -> bool:
     """Whether an input is the name of a data set rather than of images."""
-    path = Path(given).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(given))
+    if os.path.isdir(path):
         return not any(map(_is_image, path.iterdir())) and any(
             p.is_dir() and not p.name.startswith(".") for p in path.iterdir()
         )
-    if path.is_file():
+    if os.path.isfile(path):
         return path.suffix == ".safetensors"
     return given != STDIN and not _is_image(path) and not glob.has_magic(given)
 
@@ -88,15 +89,15 @@ def _is_data_set(given: str) -> bool:
 def _files(given: str) -> Iterator[str]:
     from ..errors import DataError
 
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if given == STDIN:
         yield from _lines(sys.stdin.read())
-    elif path.is_dir():
+    elif os.path.isdir(path):
         found = sorted(str(p) for p in path.rglob("*") if _is_image(p) and p.is_file())
         if not found:
             raise DataError(f"There is no image in the folder {given!r}.")
         yield from found
-    elif path.is_file():
+    elif os.path.isfile(path):
         yield from _listed(path) if path.suffix == ".txt" else [str(path)]
     elif glob.has_magic(given):
         found = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())

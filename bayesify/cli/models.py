@@ -7,24 +7,25 @@ import difflib
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-import typer
-
-from .guard import guard
-from .options import Debug, Json
+from ..settings import Shown
+from .options import Json
 
 
 def models(
     pattern: Annotated[
-        str, typer.Argument(help="A glob such as 'resnet*'; it also matches torchvision's names.")
+        str,
+        Shown(
+            argument=True,
+            text="A glob such as 'resnet*'; it also matches torchvision's names.",
+        ),
     ] = "*",
     source: Annotated[
-        Literal["all", "timm", "torchvision"], typer.Option(help="Whose models to list.")
+        Literal["all", "timm", "torchvision"], Shown(text="Whose models to list.")
     ] = "all",
     failed: Annotated[
-        bool, typer.Option("--failed", help="Only models of which a check failed or was not run.")
+        bool, Shown(text="Only models of which a check failed or was not run.")
     ] = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """List the models of timm and torchvision, and what was verified of each.
 
@@ -32,44 +33,43 @@ def models(
     gradients are those of the plain model with the drawn weights, bit for bit ("as X": not
     compared itself, but X, which has the same modules, was).
     """
-    with guard(debug, json=json):
-        from ..errors import ArgumentError
-        from ..zoo import verified
-        from . import render
+    from ..errors import ArgumentError
+    from ..zoo import verified
+    from . import render
 
-        names = []
-        with render.status("Asking timm and torchvision..."):
-            if source in ("all", "timm"):
-                import timm
+    names = []
+    with render.status("Asking timm and torchvision..."):
+        if source in ("all", "timm"):
+            import timm
 
-                names += timm.list_models()
-            if source in ("all", "torchvision"):
-                from torchvision.models import list_models
+            names += timm.list_models()
+        if source in ("all", "torchvision"):
+            from torchvision.models import list_models
 
-                names += [f"torchvision:{name}" for name in list_models()]
-        found = [n for n in names if fnmatchcase(n.removeprefix("torchvision:"), pattern)]
-        if not found:
-            close = difflib.get_close_matches(pattern.strip("*?"), names, n=3, cutoff=0.0)
-            raise ArgumentError(f"No model matches {pattern!r}. Closest: {', '.join(close)}.")
-        rows = [_row(name, verified().get(name)) for name in found]
-        if failed:
-            rows = [r for r in rows if not _passed(r["structural"]) or not _passed(r["numeric"])]
-        if json:
-            render.as_json(rows)
-            return
-        if rows:
-            render.table(
-                ("model", "parameters", "structural", "numeric", *(["why"] if failed else [])),
-                [_cells(row, why=failed) for row in rows],
-            )
-        passed = sum(_passed(r["structural"]) and _passed(r["numeric"]) for r in rows)
-        versions = sorted({r["versions"] for r in rows if r["versions"]})
-        checked = f" Checked with {'; '.join(versions)}." if versions else ""
-        render.note(
-            f"{len(rows)} of {len(names)} models"
-            + ("" if failed else f", {passed} of them verified")
-            + f".{checked} docs/zoo.md says what the checks are."
+            names += [f"torchvision:{name}" for name in list_models()]
+    found = [n for n in names if fnmatchcase(n.removeprefix("torchvision:"), pattern)]
+    if not found:
+        close = difflib.get_close_matches(pattern.strip("*?"), names, n=3, cutoff=0.0)
+        raise ArgumentError(f"No model matches {pattern!r}. Closest: {', '.join(close)}.")
+    rows = [_row(name, verified().get(name)) for name in found]
+    if failed:
+        rows = [r for r in rows if not _passed(r["structural"]) or not _passed(r["numeric"])]
+    if json:
+        render.as_json(rows)
+        return
+    if rows:
+        render.table(
+            ("model", "parameters", "structural", "numeric", *(["why"] if failed else [])),
+            [_cells(row, why=failed) for row in rows],
         )
+    passed = sum(_passed(r["structural"]) and _passed(r["numeric"]) for r in rows)
+    versions = sorted({r["versions"] for r in rows if r["versions"]})
+    checked = f" Checked with {'; '.join(versions)}." if versions else ""
+    render.note(
+        f"{len(rows)} of {len(names)} models"
+        + ("" if failed else f", {passed} of them verified")
+        + f".{checked} docs/zoo.md says what the checks are."
+    )
 
 
 def _row(name: str, verified: Any) -> dict[str, Any]:

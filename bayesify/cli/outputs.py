@@ -13,7 +13,7 @@ def check_outputs(
     *,
     force: bool,
     state: Mapping[str, Path] | None = None,
-    in_place: str | None = None,
+    in_place: Mapping[str, str] | None = None,
 ) -> None:
     """Whether each output can be written without the loss of another file of the command.
 
@@ -23,8 +23,8 @@ def check_outputs(
             several. What is not there as a file or folder is passed over.
         force: Outputs may overwrite a file that exists.
         state: Further outputs, which have rules of their own on files that exist.
-        in_place: The input that an output may replace under ``force``, where the output is a
-            newer state of it. It does so as a whole, in the end.
+        in_place: By output, the input that it may replace under ``force``, being a newer state of
+            it. It does so as a whole, in the end.
 
     Raises:
         ArgumentError: Two outputs are one file, or an output is an input.
@@ -44,8 +44,8 @@ def check_outputs(
                     f"{other} and {name} are the same file, {path}: give two names."
                 )
         for read, found in _paths(inputs):
-            renews = read == in_place and name in written
-            if found.exists() and _same(path, found) and not (renews and force):
+            renews = (in_place or {}).get(name) == read
+            if os.path.exists(found) and _same(path, found) and not (renews and force):
                 advice = ", or --force to replace it in the end" if renews else ""
                 raise ArgumentError(
                     f"{name} is {read}, {path}, which would be lost: give another name{advice}."
@@ -63,11 +63,17 @@ def check_folder(option: str, folder: Path, inputs: Mapping[str, str | Path | No
     """
     from ..errors import ArgumentError, CheckpointError
 
-    real = Path(os.path.realpath(folder))
+    try:
+        real = Path(os.path.realpath(folder))
+        real.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{option}: {folder} is no name of a folder ({error}).") from error
     for read, found in _paths(inputs):
-        if found.exists() and _same(real, found):
+        if os.path.exists(found) and _same(real, found):
             raise ArgumentError(f"{option} is {read}, {folder}: give a folder of its own.")
-    there = next(place for place in (real, *real.parents) if place.exists())
+    there = next(place for place in (real, *real.parents) if os.path.lexists(place))
     if not there.is_dir():
         raise ArgumentError(f"{option} needs a folder, and {there} is a file: give another name.")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -80,7 +86,7 @@ def _paths(
     """Each file or folder that is read, with its name on the command line."""
     for name, given in inputs.items():
         several = [given] if isinstance(given, str | Path) else given or ()
-        yield from ((name, Path(each).expanduser()) for each in several)
+        yield from ((name, Path(os.path.expanduser(each))) for each in several)
 
 
 def _same(first: Path, second: Path) -> bool:

@@ -9,21 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .guard import PARTIAL, guard
+from ..settings import PredictSettings, Shown
+from .guard import PARTIAL
 from .options import (
-    Amp,
-    BatchSize,
-    Debug,
     Device,
     File,
     Force,
     Json,
     ModelArgs,
     ModelName,
-    NumSamples,
-    Seed,
     Split,
-    Workers,
     resolve_device,
 )
 from .outputs import check_outputs
@@ -45,27 +40,18 @@ def predict(
             "- for such lines on stdin; or one data set.",
         ),
     ],
-    num_samples: NumSamples = 20,
+    settings: PredictSettings,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write a .csv or .json file instead."),
+        Path | None, Shown(letter="-o", metavar="FILE", text="Write a .csv or .json file instead.")
     ] = None,
-    probabilities: Annotated[
-        bool,
-        typer.Option("--probabilities", help="Of all classes; with --out or --json."),
-    ] = False,
+    probabilities: Annotated[bool, Shown(text="Of all classes; with --out or --json.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="The first images only.")] = None,
     split: Split = "test",
-    batch_size: BatchSize = 64,
     model: ModelName = None,
     model_args: ModelArgs = None,
-    workers: Workers = 0,
-    seed: Seed = 0,
     device: Device = "auto",
-    amp: Amp = False,
     force: Force = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Classify images by the mean of K draws, and say how sure the model is.
 
@@ -73,60 +59,54 @@ def predict(
     weights, which more training data would remove. An image that cannot be read has the reason in
     its row, and the exit code is 3.
     """
-    with guard(debug, json=json):
-        from ..errors import ArgumentError
-        from . import render
-        from .checkpoint import open_model
-        from .images import wanted_images
-        from .rows import written_rows
+    from ..errors import ArgumentError
+    from . import render
+    from .checkpoint import open_model
+    from .images import wanted_images
+    from .rows import written_rows
 
-        if out is not None:
-            _check_format(out)
-        if probabilities and out is None and not json:
-            raise ArgumentError("--probabilities needs --out or --json: a table has no room.")
-        check_outputs({"--out": out}, {"FILE": file, "INPUT": inputs}, force=force)
-        target_device = resolve_device(device)
-        images = wanted_images(inputs, split)
-        opened = open_model(file, model, model_args, target_device)
-        total = min(limit or len(images.names), len(images.names))
-        kept: list[dict[str, Any]] = []
-        failed = done = 0
-        with (
-            nullcontext() if out is None else written_rows(out, overwrite=force) as write,
-            render.progress("Predicting", total) as bar,
-        ):
-            for row in _rows(opened, images, total, num_samples, batch_size, workers, seed,
-                             target_device, amp, probabilities):  # fmt: skip
-                failed += row["error"] is not None
-                done += 1
-                if write is not None:
-                    write(row)
-                if json or out is None:
-                    kept.append(row)
-                bar.to(done)
-        if json:
-            render.as_json(kept)
-        elif out is not None:
-            render.text(f"Wrote {out} ({total:,} images).")
-        else:
-            columns = [name for name in kept[0] if name != "error" or failed]
-            render.table(columns, [[row[name] for name in columns] for row in kept])
-        if failed:
-            if not json:
-                render.note(f"{failed:,} of {total:,} images could not be read.")
-            raise typer.Exit(PARTIAL)
+    if out is not None:
+        _check_format(out)
+    if probabilities and out is None and not json:
+        raise ArgumentError("--probabilities needs --out or --json: a table has no room.")
+    check_outputs({"--out": out}, {"FILE": file, "INPUT": inputs}, force=force)
+    target_device = resolve_device(device)
+    images = wanted_images(inputs, split)
+    opened = open_model(file, model, model_args, target_device)
+    total = min(limit or len(images.names), len(images.names))
+    kept: list[dict[str, Any]] = []
+    failed = done = 0
+    with (
+        nullcontext() if out is None else written_rows(out, overwrite=force) as write,
+        render.progress("Predicting", total) as bar,
+    ):
+        for row in _rows(opened, images, total, settings, target_device, probabilities):
+            failed += row["error"] is not None
+            done += 1
+            if write is not None:
+                write(row)
+            if json or out is None:
+                kept.append(row)
+            bar.to(done)
+    if json:
+        render.as_json(kept)
+    elif out is not None:
+        render.text(f"Wrote {out} ({total:,} images).")
+    else:
+        columns = [name for name in kept[0] if name != "error" or failed]
+        render.table(columns, [[row[name] for name in columns] for row in kept])
+    if failed:
+        if not json:
+            render.note(f"{failed:,} of {total:,} images could not be read.")
+        raise typer.Exit(PARTIAL)
 
 
 def _rows(
     opened: Opened,
     images: Wanted,
     total: int,
-    num_samples: int,
-    batch_size: int,
-    workers: int,
-    seed: int,
+    settings: PredictSettings,
     device: torch.device,
-    amp: bool,
     probabilities: bool,
 ) -> Iterator[dict[str, Any]]:
     """One row for each image, in order."""
@@ -135,25 +115,26 @@ def _rows(
 
     from ..inference import Predictor
     from ..loading import Loader
-    from ..numeric import count
     from ..storage import classes_in
     from ..training.readable import Tried
 
     known = classes_in(opened.header)
-    predictor = Predictor(opened.model, num_samples=num_samples, seed=seed, reduce="probabilities")
+    predictor = Predictor(
+        opened.model, num_samples=settings.num_samples, seed=settings.seed, reduce="probabilities"
+    )
     batches: Loader[Any] = Loader(
         Subset(Tried(images.data, opened.input), range(total)),
-        count("batch_size", batch_size),
+        settings.batch_size,
         collate_fn=list,
         generator=torch.Generator(),
-        num_workers=count("workers", workers, least=0),
+        num_workers=settings.workers,
     )
     names = iter(images.names)
     for batch in batches:
         found: Iterator[dict[str, Any]] = iter(())
         read = [image for image, _, _ in batch if image is not None]
         if read:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
                 summary = predictor(torch.stack(read).to(device))
             found = _described(summary, known, probabilities)
         for image, label, error in batch:

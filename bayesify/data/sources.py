@@ -1,6 +1,7 @@
 """A data set by its name: bayesify's own sample, a folder, a file, or one of timm's."""
 
 import hashlib
+import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -78,14 +79,14 @@ def load_dataset(name: str, *, split: Split) -> ImageData:
     """
     if split not in ("train", "test"):
         raise DataError(f"split must be 'train' or 'test', not {split!r}.")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name == "fashion-sample":
         data = ImageData(name, split, _FASHION_CLASSES, _fashion(split))
     elif name.startswith("timm:"):
         data = _open_timm(name, split)
     elif path.suffix == ".safetensors":
         data = _open_safetensors(name, path, split)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         data = _open_folder(name, path, split)
     else:
         raise DataError(f"There is no data set or folder {name!r}. A data set is {KINDS}.")
@@ -141,7 +142,7 @@ def _fashion(split: Split) -> InMemory:
 
 
 def _open_safetensors(name: str, path: Path, split: Split) -> ImageData:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"There is no file {name!r}. A data set is {KINDS}.")
     try:
         with safe_open(path, framework="pt") as file:
@@ -254,7 +255,7 @@ def _open_timm(name: str, split: Split) -> ImageData:
     failures: list[Exception] = []
     for word in words:
         try:
-            items = create(kind, root=str(Path(root).expanduser()) if root else None, split=word)
+            items = create(kind, root=os.path.expanduser(root) if root else None, split=word)
             break
         except Exception as error:  # data sets of many libraries
             failures.append(error)

@@ -52,7 +52,7 @@ def calibrate_(
         UnsupportedModuleError: ``model`` has no posterior.
 
     >>> import torch, bayesify
-    >>> model = bayesify.to_bbb(torch.nn.Linear(3, 2), logvar=0.0)
+    >>> model = bayesify.to_bbb(torch.nn.Linear(3, 2), initial_std=1.0)
     >>> calibrate_(model, torch.randn(64, 3)) < 1.0
     True
     """

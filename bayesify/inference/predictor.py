@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from ..likelihoods import Likelihood, as_likelihood, likelihood_of
+from ..likelihoods import Likelihood, as_likelihood, likelihood_of, temperature_of
 from ..scope import as_seed
 from ..unconverted import warn_of_unconverted
 from .running import Draws, check_batch, check_samples, evaluating
 from .summaries import Collector, Mixed, Probabilities, RunningMoments, Stack
 
 Reduce = Literal["probabilities", "moments", "predictive"]
-_COLLECTORS: dict[str | None, Callable[[int], Collector]] = {
-    None: Stack, "probabilities": Probabilities, "moments": RunningMoments
-}  # fmt: skip
 
 
 def predict(
@@ -49,7 +46,8 @@ def predict(
         seed: The K draws are a function of it: calls with one seed use the same K weights for
             every batch, those of an estimator by the place in the batch. None takes a new one
             from torch's global generator.
-        reduce: None stacks the outputs. ``"probabilities"`` takes them for logits and gives a
+        reduce: None stacks the outputs. ``"probabilities"`` takes them for logits, divided by the
+            temperature of the model's likelihood if it has one, and gives a
             :class:`ProbabilitySummary`, ``"moments"`` gives :class:`Moments`; both in the memory
             of a few outputs, however many draws. ``"predictive"`` gives what the likelihood of the
             model makes of them, a :class:`bayesify.likelihoods.Predictive`: mean, the parts of the
@@ -120,7 +118,7 @@ class Predictor:
         likelihood: Likelihood | Mapping[Any, Likelihood] | None = None,
         keep: bool = True,
     ) -> None:
-        if reduce not in _COLLECTORS and reduce != "predictive":
+        if reduce is not None and reduce not in get_args(Reduce):
             raise ArgumentError(
                 "predict: reduce must be None, 'probabilities', 'moments' or 'predictive', got "
                 f"{reduce!r}."
@@ -128,10 +126,13 @@ class Predictor:
         num_samples = check_samples("predict", num_samples)
         warn_of_unconverted(model, once=True)
         self.model = model
-        self.collector = (
-            partial(Mixed, likelihood=_known(model, likelihood)) if reduce == "predictive"
-            else _COLLECTORS[reduce]
-        )  # fmt: skip
+        self.collector: Callable[[int], Collector]
+        if reduce == "predictive":
+            self.collector = partial(Mixed, likelihood=_known(model, likelihood))
+        elif reduce == "probabilities":
+            self.collector = partial(Probabilities, temperature=temperature_of(model))
+        else:
+            self.collector = RunningMoments if reduce == "moments" else Stack
         self.draws = Draws(model, num_samples, int(as_seed(seed)), keep)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:

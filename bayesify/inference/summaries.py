@@ -143,13 +143,19 @@ class RunningMoments(_Structured):
 
 
 class Probabilities(Collector):
+    """Class probabilities of logits, divided by a temperature in every draw."""
+
+    def __init__(self, num_samples: int, temperature: float = 1.0) -> None:
+        super().__init__(num_samples)
+        self.temperature = temperature
+
     def add(self, output: Any) -> None:
         logits = class_logits(
             output, "predict: reduce='probabilities'", "Take reduce='moments' or None."
         )
         if self.count == 0:
             warn_of_probabilities(logits, "predict: reduce='probabilities'")
-        log_probs = logits.to(_wide_dtype(logits)).log_softmax(-1)
+        log_probs = (logits.to(_wide_dtype(logits)) / self.temperature).log_softmax(-1)
         probs = log_probs.exp()
         entropy = torch.special.entr(probs).sum(-1)
         if self.count == 0:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError
+from .categorical import Categorical
 from .heads import Heads
 from .likelihood import Likelihood
 
@@ -58,6 +59,12 @@ def likelihood_of(model: nn.Module) -> Likelihood | None:
     """What the outputs of a model mean; None where nothing says it."""
     found: Likelihood | None = _inside(model).__dict__.get(KEPT)
     return found
+
+
+def temperature_of(model: nn.Module) -> float:
+    """What a model's logits of classes are divided by; 1 where nothing says it."""
+    found = likelihood_of(model)
+    return found.temperature if isinstance(found, Categorical) else 1.0
 
 
 def as_likelihood(value: Any) -> Likelihood:

@@ -142,6 +142,10 @@ class Bernoulli(Likelihood):
     def distribution(self, output: Any) -> Distribution:
         return Coin(logits=self.logits(output), validate_args=False)
 
+    @property
+    def scale_name(self) -> str:
+        return "temperature"
+
     def gather(self) -> Gathered:
         return Gathered(self, YesNo)
 

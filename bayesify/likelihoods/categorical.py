@@ -186,6 +186,10 @@ class Categorical(Likelihood):
         probs = probs.movedim(-1, axis_of(self.dim, probs.dim(), "Categorical"))
         return probs, probs * (1 - probs)
 
+    @property
+    def scale_name(self) -> str:
+        return "temperature"
+
     def gather(self) -> Gathered:
         return Gathered(self, Classes)
 

@@ -28,6 +28,13 @@ class Likelihood(nn.Module, ABC):
     CPU. On another device its density is NaN.
     """
 
+    scores: Tensor | None
+    """Of held-out targets, sorted: what :meth:`Predictive.conformal` stands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scores", None)
+
     # -- densities -------------------------------------------------------------------------------
 
     def log_prob(self, output: Any, target: Target) -> Tensor:
@@ -145,6 +152,36 @@ class Likelihood(nn.Module, ABC):
         for output in outputs:
             gathered.add(output)
         return gathered.result()
+
+    # -- recalibration ---------------------------------------------------------------------------
+
+    @property
+    def scale_name(self) -> str:
+        """The attribute that :func:`bayesify.recalibrate_` fits.
+
+        Raises:
+            ArgumentError: There is none.
+        """
+        raise ArgumentError(
+            f"recalibrate_: {type(self).__name__} has no temperature and no scale of its noise."
+        )
+
+    def scores_of(self, predictive: Any, target: Target) -> Tensor:
+        """How far each target that counts is from what was predicted, (targets,): by default one
+        less the probability of what was observed.
+        """
+        plain, _ = split(target)
+        mask = self.mask(target)
+        scores: Tensor = 1 - predictive.log_prob(target).exp()
+        if mask is None:
+            return scores.flatten()
+        return scores[mask.to(scores.device).view(plain.shape)]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        scores = state_dict.get(prefix + "scores")
+        if isinstance(scores, Tensor):
+            self.scores = torch.empty_like(scores)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())

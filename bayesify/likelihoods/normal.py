@@ -243,6 +243,16 @@ class Gaussian(Likelihood):
     def distribution(self, output: Any) -> Distribution:
         return Normal(*self._mean_and_std(output), validate_args=False)
 
+    @property
+    def scale_name(self) -> str:
+        return "noise_scale"
+
+    def scores_of(self, predictive: Any, target: Target) -> Tensor:
+        """Distances of the targets from the predicted mean, in predicted standard deviations."""
+        values, mask = placed(*self._values(target, predictive.mean), predictive.mean)
+        scores: Tensor = (values - predictive.mean).abs() / predictive.std
+        return scores.flatten() if mask is None else scores[mask]
+
     def gather(self) -> Gathered:
         return Gathered(self, Normals)
 

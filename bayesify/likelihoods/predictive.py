@@ -30,6 +30,11 @@ _SAMPLES = 8192
 class Densities(Protocol):
     """What a mixture asks of a :class:`Likelihood`."""
 
+    scores: Tensor | None
+
+    def mask(self, target: Target) -> Tensor | None:
+        """Which targets count; None if all do."""
+
     def distribution(self, output: Any) -> Distribution:
         """That of the targets, given one draw's output."""
 
@@ -166,6 +171,39 @@ class Predictive:
             rounds = -(-number // len(used))
             drawn = torch.stack([c.sample((rounds,)) for c in used], 1)
         return drawn.flatten(0, 1)[:number]
+
+    def conformal(self, level: float = 0.9) -> Any:
+        r"""Intervals or sets that hold a new target with probability ``level`` at least.
+
+        From the n scores that :func:`bayesify.recalibrate_` has kept of held-out data it takes the
+        :math:`\lceil (n + 1) \mathrm{level} \rceil`-th smallest, q. That holds for each target by
+        itself, on average over examples like those, whatever the model.
+
+        Args:
+            level: Between 0 and 1.
+
+        Returns:
+            Of real numbers the :class:`Bounds` ``mean -+ q std``; of classes which are in the set,
+            those of probability ``1 - q`` at least, bool and of the shape of ``mean``; of yes or no
+            the same for (no, yes), (..., 2). With fewer than ``level / (1 - level)`` scores q is
+            infinite.
+
+        Raises:
+            ArgumentError: ``level`` is out of range, or there are no scores.
+        """
+        expected = "between 0 and 1"
+        level = real("conformal: level", level, expected, lambda value: 0.0 < value < 1.0)
+        scores = self.likelihood.scores
+        if scores is None:
+            raise ArgumentError(
+                "conformal needs the scores of held-out data: bayesify.recalibrate_(model, data)."
+            )
+        rank = math.ceil((len(scores) + 1) * level * (1 - 1e-12))
+        quantile = math.inf if rank > len(scores) else float(scores[rank - 1])
+        return self._held(quantile)
+
+    def _held(self, quantile: float) -> Any:
+        return Bounds(self.mean - quantile * self.std, self.mean + quantile * self.std)
 
     def entropy(self) -> Tensor:
         """Entropy of each target's mixture in nats, for densities the differential one.

@@ -61,23 +61,35 @@ def _built(data: Any, left: dict[str, Tensor], depth: int) -> Likelihood:
             heads[name] = _built(head, own, depth + 1)
             left |= {prefix + key: value for key, value in own.items()}
         return Heads(heads)
+    scores = _optional(left, "scores")
+    found: Likelihood
     if kind == "Gaussian":
-        noise = left.pop("log_noise", None)
-        gaussian = Gaussian(
-            **arguments, location=_real(left.pop("location")), scale=_real(left.pop("scale"))
-        )
-        if noise is not None:
-            if gaussian.noise != "learned" or noise.dim() != 1 or noise.numel() == 0:
-                raise ValueError("log_noise is not that of a learned noise")
-            if not bool(torch.isfinite(_real(noise)).all()):
-                raise ValueError("log_noise is not finite")
-            gaussian.log_noise = nn.Parameter(_real(noise).float().clone())
-        return gaussian
-    if kind == "Bernoulli":
-        return Bernoulli(**arguments, pos_weight=_optional(left, "pos_weight"))
-    if kind == "Categorical":
-        return Categorical(**arguments, weight=_optional(left, "weight"))
-    raise ValueError(f"{kind!r:.60} is no likelihood")
+        found = _gaussian(arguments, left)
+    elif kind == "Bernoulli":
+        found = Bernoulli(**arguments, pos_weight=_optional(left, "pos_weight"))
+    elif kind == "Categorical":
+        found = Categorical(**arguments, weight=_optional(left, "weight"))
+    else:
+        raise ValueError(f"{kind!r:.60} is no likelihood")
+    if scores is not None:
+        if scores.dim() != 1 or not len(scores) or not bool((scores.diff() >= 0).all()):
+            raise ValueError("scores are no sorted numbers")
+        found.scores = scores.float().clone()
+    return found
+
+
+def _gaussian(arguments: dict[str, Any], left: dict[str, Tensor]) -> Gaussian:
+    noise = left.pop("log_noise", None)
+    gaussian = Gaussian(
+        **arguments, location=_real(left.pop("location")), scale=_real(left.pop("scale"))
+    )
+    if noise is not None:
+        if gaussian.noise != "learned" or noise.dim() != 1 or noise.numel() == 0:
+            raise ValueError("log_noise is not that of a learned noise")
+        if not bool(torch.isfinite(_real(noise)).all()):
+            raise ValueError("log_noise is not finite")
+        gaussian.log_noise = nn.Parameter(_real(noise).float().clone())
+    return gaussian
 
 
 def _optional(left: dict[str, Tensor], name: str) -> Tensor | None:

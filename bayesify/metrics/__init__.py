@@ -1,4 +1,5 @@
-"""Quality of predictions: accuracy, calibration, selective prediction, OOD detection. And of
+"""Quality of predictions: accuracy, calibration, selective prediction, OOD detection; of real
+numbers errors, CRPS and coverage. And of
 frozen features: nearest neighbours, a linear probe.
 
 Every number is computed in float64 where the device has it, whatever the input's dtype: a bfloat16
@@ -25,6 +26,13 @@ from .classification import ClassificationMetrics, Examples, classification_metr
 from .detection import ood_metrics
 from .linear_probe import ProbeResult, linear_probe
 from .nearest_neighbours import knn_accuracy, knn_scores
+from .regression import (
+    RegressionMetrics,
+    calibration_curve,
+    calibration_error,
+    crps_normal_mixture,
+    regression_metrics,
+)
 from .resampling import Interval, bootstrap_interval
 from .selective import (
     RiskCoverage,
@@ -43,6 +51,7 @@ __all__ = [
     "Examples",
     "Interval",
     "ProbeResult",
+    "RegressionMetrics",
     "ReliabilityBins",
     "RiskCoverage",
     "TopLabelParts",
@@ -51,9 +60,12 @@ __all__ = [
     "bootstrap_interval",
     "brier_decomposition",
     "brier_score",
+    "calibration_curve",
+    "calibration_error",
     "classification_metrics",
     "classwise_calibration_error",
     "cross_fitted_temperature",
+    "crps_normal_mixture",
     "entropy",
     "expected_calibration_error",
     "fit_temperature",
@@ -63,6 +75,7 @@ __all__ = [
     "maximum_calibration_error",
     "mutual_information",
     "ood_metrics",
+    "regression_metrics",
     "reliability_bins",
     "risk_coverage",
     "selective_accuracy",

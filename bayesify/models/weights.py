@@ -1,5 +1,6 @@
 """The weights of a file, of which every key and shape must be the model's own."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def _broken(value: Tensor, own: Tensor) -> bool:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Read the state_dict in a file, without unpickling anything but tensors."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"There is no weights file {path}.")
     if path.suffix == ".safetensors":
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +17,29 @@ from ..posterior import Site, bayesian_sites, fixed_elements, pruned_elements
 from ..rewriter import caches
 from ..scope import as_seed
 from ..seeds import fold
-from ..selection import Pattern, select
+from ..selection import Pattern, parse_patterns, select
+from ..settings.fields import documented, taken
+from ..settings.pruning import SCORE, NofMSettings, PruneSettings, ScoreName
+from ..settings.pruning import Scope as Scope
 from .masks import prune_site
 
-Score = Literal["snr", "magnitude", "variance", "random"] | Callable[[Site], Tensor]
-Scope = Literal["tensor", "global"]
+Score = ScoreName | Callable[[Site], Tensor]
 
 _SCORES = ("snr", "magnitude", "variance", "random")
 _RANDOM = 1 << 40  # the scores of a seed are not the noise of the draw of that seed
 
 
-def prune_(
+@documented(PruneSettings)
+def prune_(  # noqa: D417 - the others are fields of PruneSettings
     model: nn.Module,
     sparsity: float,
     *,
-    score: Score = "snr",
-    scope: Scope = "tensor",
-    only: Pattern | Sequence[Pattern] = (),
-    skip: Pattern | Sequence[Pattern] = (),
-    min_dim: int = 2,
-    seed: int = 0,
+    score: Score = SCORE,
+    scope: Scope = PruneSettings.scope,
+    only: Pattern | Sequence[Pattern] = PruneSettings.only,
+    skip: Pattern | Sequence[Pattern] = PruneSettings.skip,
+    min_dim: int = PruneSettings.min_dim,
+    seed: int = PruneSettings.seed,
 ) -> nn.Module:
     r"""Prune the weights of the lowest score: mean and sigma become exactly 0 and stay it.
 
@@ -53,11 +55,6 @@ def prune_(
             :math:`-\sigma`, the widest go first; ``"random"``; or a function of a
             :class:`bayesify.posterior.Site` (``name``, ``mean``, ``std``) that gives a tensor of
             the mean's shape.
-        scope: ``"tensor"``: the share of each tensor; ``"global"``: of all chosen together.
-        only: Patterns of what is pruned, as in :func:`bayesify.to_bbb`; all if empty.
-        skip: Patterns of what is not; skip beats only.
-        min_dim: Tensors of fewer dimensions are not pruned; 1 takes biases and norms too.
-        seed: Of ``"random"``.
 
     Returns:
         ``model``.
@@ -77,28 +74,29 @@ def prune_(
     >>> int((model.weight == 0).sum())
     32
     """
+    settings = taken(PruneSettings, locals())
     sparsity = check_share(sparsity)
-    check_scope(scope)
-    found = chosen(model, only, skip, min_dim)
+    found = chosen(model, settings, settings.min_dim)
     with torch.no_grad():
-        scores = [scores_of(site, score, seed).flatten() for site in found]
+        scores = [scores_of(site, score, settings.seed).flatten() for site in found]
         masks = [
             mask.view_as(site.mean)
-            for site, mask in zip(found, lowest(scores, sparsity, scope), strict=True)
+            for site, mask in zip(found, lowest(scores, sparsity, settings.scope), strict=True)
         ]
         apply_masks(model, found, masks)
     return model
 
 
-def prune_n_of_m_(
+@documented(NofMSettings)
+def prune_n_of_m_(  # noqa: D417 - the others are fields of NofMSettings
     model: nn.Module,
     n: int = 2,
     m: int = 4,
     *,
-    score: Score = "snr",
-    only: Pattern | Sequence[Pattern] = (),
-    skip: Pattern | Sequence[Pattern] = (),
-    seed: int = 0,
+    score: Score = SCORE,
+    only: Pattern | Sequence[Pattern] = NofMSettings.only,
+    skip: Pattern | Sequence[Pattern] = NofMSettings.skip,
+    seed: int = NofMSettings.seed,
 ) -> nn.Module:
     """Keep the n weights of the highest score in every m neighbours along the input dimension.
 
@@ -111,9 +109,6 @@ def prune_n_of_m_(
         n: Weights that are kept, at least 1.
         m: Neighbours, above n.
         score: As in :func:`prune_`.
-        only: As in :func:`prune_`.
-        skip: As in :func:`prune_`.
-        seed: As in :func:`prune_`.
 
     Returns:
         ``model``.
@@ -131,11 +126,12 @@ def prune_n_of_m_(
     >>> (model.weight.view(-1, 4) == 0).sum(1).tolist()
     [2, 2]
     """
+    settings = taken(NofMSettings, locals())
     m = whole("prune_n_of_m_: m", m, "an integer above 1", least=2)
     n = whole("prune_n_of_m_: n", n, "an integer with 1 <= n < m", below=m)
     layers = [
         site
-        for site in chosen(model, only, skip, 2)
+        for site in chosen(model, settings)
         if isinstance(site.module, LAYERS) and site.attribute == "weight"
     ]
     found = [site for site in layers if site.mean.shape[1] % m == 0]
@@ -148,7 +144,7 @@ def prune_n_of_m_(
     with torch.no_grad():
         masks = []
         for site in found:
-            scores = scores_of(site, score, seed).movedim(1, -1)
+            scores = scores_of(site, score, settings.seed).movedim(1, -1)
             groups = scores.reshape(*scores.shape[:-1], -1, m)
             order = groups.argsort(dim=-1, stable=True)[..., : m - n]
             mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
@@ -202,28 +198,19 @@ def check_share(sparsity: float) -> float:
     return real("sparsity", sparsity, "a number in [0, 1)", lambda value: 0.0 <= value < 1.0)
 
 
-def check_scope(scope: str) -> None:
-    """Refuse what is no scope."""
-    if scope not in ("tensor", "global"):
-        raise ArgumentError(f"scope must be 'tensor' or 'global', got {scope!r}.")
-
-
 def chosen(
-    model: nn.Module,
-    only: Pattern | Sequence[Pattern],
-    skip: Pattern | Sequence[Pattern],
-    min_dim: int,
+    model: nn.Module, settings: NofMSettings, min_dim: int = 2, further: Sequence[Pattern] = ()
 ) -> list[Site]:
-    """The Bayesian tensors that the patterns take; there is at least one."""
+    """The Bayesian tensors that the patterns take, ``further`` ones skipped; at least one."""
     found = bayesian_sites(model)
-    min_dim = whole("min_dim", min_dim, "an integer of at least 0", least=0)
-    skipped = select(model, only=only, skip=skip, strict=True).skipped
-    taken = [site for site in found if site.name not in skipped]
-    result = [site for site in taken if site.mean.dim() >= min_dim]
+    skip = (*parse_patterns(settings.skip), *further)
+    skipped = select(model, only=settings.only, skip=skip, strict=True).skipped
+    left = [site for site in found if site.name not in skipped]
+    result = [site for site in left if site.mean.dim() >= min_dim]
     if not result:
         raise ArgumentError(
             f"No tensor of {type(model).__name__} is chosen for pruning: of {len(found)} Bayesian "
-            f"ones, {len(found) - len(taken)} are left out by only and skip, and {len(taken)} "
+            f"ones, {len(found) - len(left)} are left out by only and skip, and {len(left)} "
             f"have fewer than {min_dim} dimensions."
         )
     return result

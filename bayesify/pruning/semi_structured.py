@@ -1,4 +1,4 @@
-"""Weights with two zeros in every four, packed for the sparse tensor cores of a card."""
+"""Weights with two zeros in every four, packed for the sparse tensor cores of a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SemiStructured:
     """What :func:`to_semi_structured` gives.
 
     Attributes:
-        model: The deterministic model, on the card and in ``eval()``, for inference alone.
+        model: The deterministic model, on the GPU and in ``eval()``, for inference alone.
         packed: Names of the weights that are packed.
         dense: Names of the weights of ``Linear`` and convolutions that are not, and why.
     """
@@ -93,7 +93,7 @@ def to_semi_structured(
             f"({first or 'there is no Linear'}). Prune it with bayesify.prune_n_of_m_(model), or "
             "bayesify prune --unit 2:4, first."
         )
-    copied.to(_card(device, f"{len(packed)} of {len(obstacles)} weights could be packed on one."))
+    copied.to(_gpu(device, f"{len(packed)} of {len(obstacles)} weights could be packed on one."))
     for name in packed:
         layer = copied.get_submodule(name.rpartition(".")[0])
         weight = copied.get_parameter(name).contiguous()
@@ -155,7 +155,7 @@ def _backend() -> type[SparseSemiStructuredTensor]:
     return SparseSemiStructuredTensorCUSPARSELT
 
 
-def _card(device: torch.device | str, could: str) -> torch.device:
+def _gpu(device: torch.device | str, could: str) -> torch.device:
     """The device, if it has sparse tensor cores that torch can use."""
     try:
         found = torch.device(device)
@@ -172,7 +172,7 @@ def _card(device: torch.device | str, could: str) -> torch.device:
     capability = torch.cuda.get_device_capability(found)
     if capability < _CAPABILITY:
         raise ArgumentError(
-            "to_semi_structured needs a card of compute capability 8.0 (Ampere) or above, whose "
+            "to_semi_structured needs a GPU of compute capability 8.0 (Ampere) or above, whose "
             f"tensor cores are sparse; {torch.cuda.get_device_name(found)} has "
             f"{'.'.join(map(str, capability))}. {could}"
         )

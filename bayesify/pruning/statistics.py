@@ -179,7 +179,7 @@ def latency(call: Callable[..., object], *inputs: Tensor, seconds: float = 1.0) 
         ArgumentError: ``seconds`` is not above 0.
     """
     seconds = real("latency: seconds", seconds, "above 0 and finite", positive)
-    # it warns when it is imported, where a CUDA toolkit is but no card
+    # it warns when it is imported, where a CUDA toolkit is but no GPU
     from torch.utils.benchmark import Timer
 
     timer = Timer(

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..posterior import Site, sites
-from ..selection import Pattern, parse_patterns
+from ..selection import Pattern
+from ..settings.fields import documented, taken
+from ..settings.pruning import SCORE, UnitSettings
 from .elements import (
     LAYERS,
     Scope,
     Score,
     apply_masks,
-    check_scope,
     check_share,
     chosen,
     lowest,
@@ -65,16 +66,17 @@ class Layer:
         return self.parts[0].split[self.parts[0].dim]
 
 
-def prune_units_(
+@documented(UnitSettings)
+def prune_units_(  # noqa: D417 - the others are fields of UnitSettings
     model: nn.Module,
     sparsity: float,
     *,
     unit: Unit = "channels",
-    score: Score = "snr",
-    scope: Scope = "tensor",
-    only: Pattern | Sequence[Pattern] = (),
-    skip: Pattern | Sequence[Pattern] = (),
-    seed: int = 0,
+    score: Score = SCORE,
+    scope: Scope = UnitSettings.scope,
+    only: Pattern | Sequence[Pattern] = UnitSettings.only,
+    skip: Pattern | Sequence[Pattern] = UnitSettings.skip,
+    seed: int = UnitSettings.seed,
 ) -> nn.Module:
     """Prune whole units: those whose weights have the lowest mean score.
 
@@ -89,10 +91,6 @@ def prune_units_(
             ``Attention``, that is their queries, keys and values and the columns of the output
             projection that read them.
         score: As in :func:`prune_`; of a unit it is the mean over its weights that are not pruned.
-        scope: ``"tensor"``: the share of each layer; ``"global"``: of all units together.
-        only: As in :func:`prune_`.
-        skip: As in :func:`prune_`.
-        seed: As in :func:`prune_`.
 
     Returns:
         ``model``.
@@ -111,23 +109,23 @@ def prune_units_(
     >>> int((model[0].weight == 0).all(dim=1).sum()), int((model[2].weight == 0).sum())
     (4, 0)
     """
+    settings = taken(UnitSettings, locals())
     sparsity = check_share(sparsity)
-    check_scope(scope)
     if unit not in ("channels", "heads"):
         raise ArgumentError(f"unit must be 'channels' or 'heads', got {unit!r}.")
-    patterns = parse_patterns(skip)
-    taken = chosen(model, only, patterns, 2)
+    tensors = chosen(model, settings)
     if unit == "channels":
-        layers = list(channels(model, chosen(model, only, (*patterns, "@last-layer"), 2)))
+        layers = list(channels(model, chosen(model, settings, further=("@last-layer",))))
     else:
-        layers = list(heads(model, {site.slot.uid for site in taken}))
+        layers = list(heads(model, {site.slot.uid for site in tensors}))
     if not layers:
         raise ArgumentError(
-            f"{type(model).__name__} has no {unit} to prune among its {len(taken)} chosen tensors."
+            f"{type(model).__name__} has no {unit} to prune among its {len(tensors)} chosen "
+            "tensors."
         )
     with torch.no_grad():
-        scores = [_unit_scores(layer, score, seed) for layer in layers]
-        units = lowest(scores, sparsity, scope)
+        scores = [_unit_scores(layer, score, settings.seed) for layer in layers]
+        units = lowest(scores, sparsity, settings.scope)
         # several layers may write the same tensor: no tensor has two units of different layers
         found, masks = [], []
         for layer, pruned, values in zip(layers, units, scores, strict=True):

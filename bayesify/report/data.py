@@ -28,10 +28,11 @@ from ..metrics import (
     reliability_bins,
 )
 from ..models import InputConfig, input_config
-from ..numeric import count, seed_number, whole
 from ..posterior import bayesian_sites
 from ..pruning import prune_
 from ..scope import at_mean
+from ..settings.evaluation import ReportSettings
+from ..settings.fields import documented, taken
 from ..training.matching import images_by_name
 from ..training.readable import readable
 from .content import Bin, Detection, Example, OodScores, Report, Row
@@ -46,21 +47,22 @@ CURVE_IMAGES, CURVE_DRAWS = 1000, 5
 Step = Callable[[str, int, int], None]
 
 
-def gather(
+@documented(ReportSettings)
+def gather(  # noqa: D417 - the others are fields of ReportSettings
     model: nn.Module,
     images: ImageData,
     *,
     ood: ImageData | None = None,
-    num_samples: int = 20,
-    seed: int = 0,
-    batch_size: int = 256,
-    resamples: int = 1000,
-    pruning: bool = True,
+    num_samples: int = ReportSettings.num_samples,
+    seed: int = ReportSettings.seed,
+    batch_size: int = ReportSettings.batch_size,
+    resamples: int = ReportSettings.resamples,
+    pruning: bool = ReportSettings.pruning,
     model_config: InputConfig | None = None,
     device: torch.device | str | None = None,
-    amp: bool = False,
-    workers: int = 0,
-    skip_unreadable: bool = False,
+    amp: bool = ReportSettings.amp,
+    workers: int = ReportSettings.workers,
+    skip_unreadable: bool = ReportSettings.skip_unreadable,
     title: str | None = None,
     facts: Iterable[tuple[str, str]] = (),
     on_step: Step | None = None,
@@ -72,16 +74,8 @@ def gather(
         images: Labelled images that it was not trained on; classes as :func:`bayesify.evaluate`
             finds them.
         ood: Images of another kind, whose labels are not looked at.
-        num_samples: Draws K of the average, at least 1.
-        seed: Of draws, folds and resamples.
-        batch_size: Images in a batch, at least 1.
-        resamples: Of the bootstrap intervals (95 %), at least 2.
-        pruning: Also measure a pruning curve, on at most 1,000 images.
         model_config: How images are prepared; None asks the model.
         device: Where the model is moved to; None leaves it where it is.
-        amp: Autocast to bfloat16.
-        workers: Processes that read images.
-        skip_unreadable: As in :func:`bayesify.evaluate`.
         title: Name of the model; None takes its class.
         facts: Further (name, value) lines for the run's settings.
         on_step: Gets what is done, and the number of steps done and of all.
@@ -95,26 +89,27 @@ def gather(
         DataError: An image cannot be read, or classes are not the model's.
         UnsupportedModuleError: ``model`` has no posterior.
     """
-    resamples = whole("resamples", resamples, "a whole number above 1", least=2)
-    num_samples, batch_size = count("num_samples", num_samples), count("batch_size", batch_size)
-    seed = seed_number(seed)
+    settings = taken(ReportSettings, locals())
     bayesian_sites(model)
-    images = images_by_name(readable(images, workers=workers, skip=skip_unreadable)[0], model)
-    ood = None if ood is None else readable(ood, workers=workers, skip=skip_unreadable)[0]
+    looking: dict[str, Any] = {"workers": settings.workers, "skip": settings.skip_unreadable}
+    images = images_by_name(readable(images, **looking)[0], model)
+    ood = None if ood is None else readable(ood, **looking)[0]
     config = model_config or input_config(model)
-    run = _Run(model.eval(), config, num_samples, seed, batch_size, device, amp, workers, on_step)
+    run = _Run(model.eval(), config, settings, device, on_step)
     found = run.over(images, "Measuring", labelled=True)
     outside = None if ood is None else run.over(ood, "Measuring OOD images")
-    rows = _rows(found, num_samples, resamples, seed)
+    rows = _rows(found, settings.num_samples, settings.resamples, settings.seed)
     curve: list[dict[str, Any]] = []
     part = _spread(len(images), CURVE_IMAGES)
-    if pruning:
+    curve_draws = min(CURVE_DRAWS, settings.num_samples)
+    if settings.pruning:
         curve = pruning_curve(
             model, Subset(images.dataset(config), part),
-            lambda pruned, share, score: prune_(pruned, share, score=score, seed=seed),
-            SHARES, ("snr", "magnitude", "random"), num_samples=min(CURVE_DRAWS, num_samples),
-            seed=seed, batch_size=batch_size, device=run.device, amp=amp, workers=workers,
-            on_step=lambda done: run.told("Pruning", done, 3 * len(SHARES)),
+            lambda pruned, share, score: prune_(pruned, share, score=score, seed=settings.seed),
+            SHARES, ("snr", "magnitude", "random"), num_samples=curve_draws, seed=settings.seed,
+            batch_size=settings.batch_size, device=run.device, amp=settings.amp,
+            workers=settings.workers,
+            on_step=lambda done: run.progress("Pruning", done, 3 * len(SHARES)),
         )  # fmt: skip
     order = found.entropy.argsort(stable=True).tolist()
     wrong = [i for i in order if int(found.probs[i].argmax()) != int(found.labels[i])]
@@ -128,8 +123,8 @@ def gather(
         split=images.split,
         images=len(images),
         classes=found.probs.shape[1],
-        num_samples=num_samples,
-        resamples=resamples,
+        num_samples=settings.num_samples,
+        resamples=settings.resamples,
         rows=rows,
         information=found.information,
         ood=None if ood is None or outside is None else _ood_scores(ood, found, outside),
@@ -140,8 +135,8 @@ def gather(
         sure_and_wrong=chosen[2],
         curve=tuple(curve),
         curve_images=len(part),
-        curve_draws=min(CURVE_DRAWS, num_samples),
-        facts=(*facts, *_settings(run, images, ood, resamples)),
+        curve_draws=curve_draws,
+        facts=(*facts, *_facts(run, images, ood)),
     )
 
 
@@ -166,29 +161,25 @@ class _Run:
         self,
         model: nn.Module,
         config: InputConfig,
-        num_samples: int,
-        seed: int,
-        batch_size: int,
+        settings: ReportSettings,
         device: torch.device | str | None,
-        amp: bool,
-        workers: int,
         on_step: Step | None,
     ) -> None:
         self.device = bayesian_sites(model)[0].mean.device if device is None else device
         self.model = model.to(self.device)
-        self.config, self.workers, self.batch_size = config, workers, batch_size
-        self.drawn: dict[str, Any] = {"num_samples": num_samples, "seed": seed}
-        self.predictor = Predictor(model, **self.drawn, reduce="probabilities")
-        self.amp, self.on_step = amp, on_step
+        self.config, self.settings, self.on_step = config, settings, on_step
+        self.predictor = Predictor(
+            model, num_samples=settings.num_samples, seed=settings.seed, reduce="probabilities"
+        )
 
-    def told(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int) -> None:
         if self.on_step is not None:
             self.on_step(what, done, total)
 
     def over(self, data: ImageData, what: str, labelled: bool = False) -> _Found:
         batches = loader(
-            data, self.batch_size, model_config=self.config, workers=self.workers
-        )  # fmt: skip
+            data, self.settings.batch_size, model_config=self.config, workers=self.settings.workers
+        )
         columns: list[tuple[Tensor, ...]] = []
         for done, (inputs, labels) in enumerate(batches, 1):
             logits, summary = self.predicted(inputs)
@@ -198,14 +189,14 @@ class _Run:
                 (labels, logits, summary.mean, summary.predictive_entropy,
                  summary.mutual_information)
             )  # fmt: skip
-            self.told(what, done, len(batches))
+            self.progress(what, done, len(batches))
         return _Found(*(torch.cat(column).cpu() for column in zip(*columns, strict=True)))
 
     @torch.no_grad()
     def predicted(self, inputs: Tensor) -> tuple[Tensor, Any]:
         inputs = inputs.to(self.device)
         kind = torch.device(self.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.amp):
+        with torch.autocast(kind, torch.bfloat16, enabled=self.settings.amp):
             with at_mean(self.model):
                 logits = class_logits(Given((inputs,)).call(self.model), "report")
             return logits, self.predictor(inputs)
@@ -322,11 +313,9 @@ def _short(name: str) -> str:
     return name if name.startswith("timm:") else Path(name).name or name
 
 
-def _settings(
-    run: _Run, images: ImageData, ood: ImageData | None, resamples: int
-) -> list[tuple[str, str]]:
+def _facts(run: _Run, images: ImageData, ood: ImageData | None) -> list[tuple[str, str]]:
     """How the run was made, for those who want to repeat it."""
-    drawn = run.drawn
+    settings, seed = run.settings, f"seed {run.settings.seed}"
     size = " x ".join(map(str, run.config.size))
     versions = [f"Python {platform.python_version()}"]
     for package in ("torch", "timm", "torchvision"):
@@ -340,9 +329,9 @@ def _settings(
     return [
         ("measured on", f"{images.name} ({images.split}), {len(images):,} images, as {size}"),
         *ood_rows,
-        ("draws", f"K = {drawn['num_samples']}, seed {drawn['seed']}, batches of {run.batch_size}"),
-        ("intervals", f"95%, percentile bootstrap, {resamples:,} resamples, seed {drawn['seed']}"),
-        ("computed on", f"{run.device}{', autocast to bfloat16' if run.amp else ''}"),
+        ("draws", f"K = {settings.num_samples}, {seed}, batches of {settings.batch_size}"),
+        ("intervals", f"95%, percentile bootstrap, {settings.resamples:,} resamples, {seed}"),
+        ("computed on", f"{run.device}{', autocast to bfloat16' if settings.amp else ''}"),
         ("with", ", ".join((f"bayesify {__version__}", *versions))),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,7 @@ def left_out(model: nn.Module) -> tuple[tuple[str, int, int], ...]:
     state = owner_state(model)
     if state is None or state.spec is None:
         return ()
-    lenient = replace(state.spec.config, strict=False)
-    planned, _ = make_plan(to_deterministic(model), replace(state.spec, config=lenient))
+    planned = make_plan(to_deterministic(model), state.spec, strict=False).plan
     bayesian = {site.name for site in bayesian_sites(model)}
     found: dict[str, tuple[int, int]] = {}
     for row in planned.rows:

@@ -8,23 +8,21 @@ import dis
 import functools
 import threading
 import types
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx, nn, no_grad
+from torch import fx, nn
 
 from .. import scope as scopes
-from .. import torch_private
 from ..errors import UnsupportedModuleError
 from ..posterior import STATE, owner_state, raw_name
 from ..scope import LOCAL
 from .active import ACTIVE
-from .caches import below
 from .dispatch import adopt, call, listed
 from .hooks import DrawnHook, drawn_hook
 from .memos import uncached_methods
+from .methods import QCONFIG, describing_methods, listing_methods, moving_methods
 from .surroundings import mentions
 
 _NOT_WRAPPED = (
@@ -135,7 +133,19 @@ def regenerate(module: nn.Module, hooked: bool = False) -> None:
 
 
 def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
-    base: Any = original
+    """A subclass that draws where ``original`` reads, and is ``original`` in all else.
+
+    Its ``forward*`` ask :func:`.dispatch.call` what to run. The rest keeps what torch and users do
+    with a module in step with the log variances beside the means: moves and casts, copies and
+    pickles, state dicts, hooks, representations. Inside of a forward none of it shows: code that
+    lists parameters finds those of before the conversion.
+
+    Args:
+        original: The class before the conversion.
+        attributes: The parameters with a posterior in the module itself; they decide which methods
+            beside ``forward*`` read one and draw.
+        hooked: Whether ``__call__`` opens the scope, so that hooks read the draws of their call.
+    """
     namespace: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -145,32 +155,30 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
     # forward also where the class has none: an instance may hold its own
     for name in {*methods_to_wrap(original, attributes), "forward"}:
         namespace[name] = _wrapper(name, getattr(original, name), original)
+    namespace.update(moving_methods(original))
+    namespace.update(_copying_methods(original, attributes, hooked))
+    namespace.update(describing_methods(original))
+    namespace.update(listing_methods(original))
+    namespace.update(_hook_methods(original))
+    namespace.update(uncached_methods(original))
+    if attributes and not hasattr(original, "qconfig"):
+        namespace["qconfig"] = QCONFIG
+    if issubclass(original, fx.GraphModule):
+        namespace.update(_graph_module_methods(original, hooked))
+    if hooked and "__call__" not in namespace:
+        namespace["__call__"] = _scoped_call(original)
+    return type(original)(original.__name__, (original,), namespace)
 
-    def _apply(self: Any, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        state = self.__dict__.get(STATE)
-        if state is None:
-            return base._apply(self, fn, recurse)
-        state.variants.clear()  # they hold for one dtype and device
-        for slot in state.slots.values():
-            slot.buffers.clear()
-        names = [raw_name(a, s) for a, s in state.slots.items()]
-        raws = [self._parameters[n] for n in names]
-        kept = {id(t) for r in raws for t in (r, r.grad)}
 
-        def keep_float32(tensor: Tensor) -> Any:
-            result = fn(tensor)
-            if id(tensor) in kept and result.dtype != tensor.dtype:
-                return tensor.to(result.device)
-            return result
-
-        return base._apply(self, keep_float32, recurse)
+def _copying_methods(base: Any, attributes: frozenset[str], hooked: bool) -> dict[str, Any]:
+    """A pickle names the original class; what is read or copied generates its own again."""
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         if isinstance(self, fx.GraphModule):
             return self.__reduce__()
         reduced = base.__reduce_ex__(self, protocol)
         if isinstance(reduced, tuple) and reduced[0] in _RECONSTRUCTORS:
-            return (_rebuild, (original, attributes, hooked), *reduced[2:])
+            return (_rebuild, (base, attributes, hooked), *reduced[2:])
         return reduced
 
     def __setstate__(self: Any, state: Any) -> None:
@@ -184,165 +192,23 @@ def _generate(original: type, attributes: frozenset[str], hooked: bool) -> type:
             "for each device, or one device: nn.DataParallel(model, device_ids=[0])."
         )
 
-    def no_weight_decay(self: Any) -> set[str]:
-        inherited = getattr(base, "no_weight_decay", None)
-        names = set(inherited(self)) if inherited is not None else set()
-        for prefix, module in self.named_modules():
-            state = owner_state(module)
-            if state is not None:
-                for attribute, slot in state.slots.items():
-                    raw = raw_name(attribute, slot)
-                    names.add(f"{prefix}.{raw}" if prefix else raw)
-        return names
-
-    def extra_repr(self: Any) -> str:
-        text = str(base.extra_repr(self))
-        state = self.__dict__.get(STATE)
-        if state is None or not state.slots:
-            return text
-        priors = ", ".join(dict.fromkeys(str(s.prior) for s in state.slots.values()))
-        kinds = dict.fromkeys(s.estimator for s in state.slots.values() if s.estimator != "weight")
-        posterior = f"posterior of {', '.join(state.slots)}, prior {priors}"
-        return ", ".join(filter(None, [text, posterior, *kinds]))
-
-    reset = getattr(original, "reset_classifier", None)
-    if reset is not None:
-
-        @functools.wraps(reset)
-        def reset_classifier(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = reset(self, *args, **kwargs)
-            state = self.__dict__.get(STATE)
-            if state is not None and state.extend is not None:
-                state.extend(self)  # the new head is Bayesian as the old one was
-            return result
-
-        namespace["reset_classifier"] = reset_classifier
-
-    def _named_members(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = base._named_members(self, *args, **kwargs)
-        if LOCAL.scope is None or ACTIVE.tracer is not None:
-            return found
-        # a forward knows the parameters of before the conversion
-        raws = {id(raw) for module in below(self) for raw in _spreads(module).values()}
-        return (entry for entry in found if id(entry[1]) not in raws)
-
-    namespace.update(
-        _apply=_apply,
-        _named_members=_named_members,
-        __reduce_ex__=__reduce_ex__,
-        __setstate__=__setstate__,
-        _replicate_for_data_parallel=_replicate_for_data_parallel,
-        no_weight_decay=no_weight_decay,
-        extra_repr=extra_repr,
-    )
-    if attributes and not hasattr(original, "qconfig"):
-        namespace["qconfig"] = property(_qconfig, _set_qconfig, _delete_qconfig)
-    namespace.update(_listing_methods(original))
-    namespace.update(_hook_methods(original))
-    namespace.update(uncached_methods(original))
-    if issubclass(original, fx.GraphModule):
-        namespace.update(_graph_module_methods(base, hooked))
-    if hooked and "__call__" not in namespace:
-
-        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            run = functools.partial(base.__call__, self)
-            if (
-                ACTIVE.tracer is not None
-                or LOCAL.scope is not None
-                or self.__dict__.get(STATE) is None
-            ):
-                return run(*args, **kwargs)
-            return scopes.enter(self, "__call__", run, args, kwargs, run)
-
-        namespace["__call__"] = __call__
-    return type(original)(original.__name__, (original,), namespace)
+    return {
+        "__reduce_ex__": __reduce_ex__,
+        "__setstate__": __setstate__,
+        "_replicate_for_data_parallel": _replicate_for_data_parallel,
+    }
 
 
-def _qconfig(self: Any) -> Any:
-    try:
-        return self.__dict__["qconfig"]
-    except KeyError:
-        raise AttributeError("qconfig") from None
+def _scoped_call(base: Any) -> Callable[..., Any]:
+    """A ``__call__`` that opens the scope before the hooks run, not only around the forward."""
 
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(base.__call__, self)
+        if ACTIVE.tracer is not None or LOCAL.scope is not None or self.__dict__.get(STATE) is None:
+            return run(*args, **kwargs)
+        return scopes.enter(self, "__call__", run, args, kwargs, run)
 
-def _set_qconfig(self: Any, value: Any) -> None:
-    """What torch.ao.quantization sets on each module before it asks for the modules' classes.
-
-    It takes it off again, and nothing else of its call can be seen.
-    """
-    self.__dict__["qconfig"] = value
-    if value is None or type(value).__name__ in ("QConfig", "QConfigDynamic"):
-        kind = type(self).__name__
-        warnings.warn(
-            f"torch.ao.quantization leaves this {kind} as it is: it goes by exact classes, and a "
-            f"converted {kind} has one of its own. Quantise the means: "
-            "bayesify.to_deterministic(model).",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _delete_qconfig(self: Any) -> None:
-    del self.__dict__["qconfig"]
-
-
-def _listing_methods(base: Any) -> dict[str, Any]:
-    """Where a class lists its own state, the trained spreads are saved and loaded beside it.
-
-    Inside of a forward there are none, as before the conversion.
-    """
-
-    def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
-        base._save_to_state_dict(self, destination, prefix, keep_vars)
-        for name, raw in _spreads(self).items():
-            if LOCAL.scope is not None:  # a forward knows what there was before the conversion
-                destination.pop(prefix + name, None)
-            else:
-                destination.setdefault(prefix + name, raw if keep_vars else raw.detach())
-
-    def _load_from_state_dict(
-        self: Any, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        raws = _spreads(self)
-        lists = missing_keys, unexpected_keys, error_msgs
-        if LOCAL.scope is not None or not lists_itself:
-            base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
-            if LOCAL.scope is not None:
-                unknown = {prefix + name for name in raws}
-                missing_keys[:] = [key for key in missing_keys if key not in unknown]
-            return
-        # the class's own code sees what it knows: the module and the keys of before the conversion
-        given = {prefix + n: state_dict.pop(prefix + n) for n in raws if prefix + n in state_dict}
-        held = self._parameters
-        self.__dict__["_parameters"] = {n: p for n, p in held.items() if n not in raws}
-        try:
-            base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
-        finally:
-            held.update(self._parameters)
-            self.__dict__["_parameters"] = held
-        state_dict.update(given)
-        spreads = nn.Module()
-        spreads._parameters.update(raws)
-        torch_private.load_from_state_dict(spreads, given, prefix, local_metadata, strict, *lists)
-        held.update(spreads._parameters)  # assign=True puts the given tensors in place
-
-    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(state_dict)
-        result = base.load_state_dict(self, state_dict, *args, **kwargs)
-        for prefix, module in self.named_modules(prefix="", remove_duplicate=False):
-            for name, raw in _spreads(module).items():
-                value = given.get(f"{prefix}.{name}" if prefix else name)
-                if isinstance(value, Tensor) and value.shape == raw.shape:
-                    with no_grad():
-                        raw.copy_(value)
-        return result
-
-    lists_itself = base._load_from_state_dict is not torch_private.load_from_state_dict
-    methods: tuple[Any, ...] = (_save_to_state_dict, _load_from_state_dict)
-    if base.load_state_dict is not nn.Module.load_state_dict:
-        methods += (load_state_dict,)
-    return {method.__name__: method for method in methods}
+    return __call__
 
 
 def _hook_methods(base: Any) -> dict[str, Any]:
@@ -368,14 +234,6 @@ def _hook_methods(base: Any) -> dict[str, Any]:
         "register_forward_hook": register_forward_hook,
         "register_forward_pre_hook": register_forward_pre_hook,
     }
-
-
-def _spreads(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained spreads that a module holds, by their names in it."""
-    state = owner_state(module)
-    names = [raw_name(a, s) for a, s in state.slots.items()] if state is not None else []
-    held = {name: module._parameters.get(name) for name in names}
-    return {name: raw for name, raw in held.items() if raw is not None}
 
 
 def _graph_module_methods(base: Any, hooked: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import fx
 from torch.nn import functional as F
 
 from .. import scope
+from ..estimators.registry import estimate, estimate_embedding
 from .context_variables import in_context
-from .estimators import LINEAR, RUNTIME
+from .estimators import LINEAR
 from .tracer import Trace
 from .writer import Expression, access, call_of, call_of_torch
 
@@ -152,9 +153,15 @@ _ENTER = re.compile(r"^\s*\w+ = .*enter_context\((?P<managers>.*)\);?.*$")
 _EXIT = re.compile(r"^\s*\w+ = .*exit_context\(\).*$")
 
 
+_CALLED: tuple[Callable[..., Any], ...] = (
+    draw, estimate, estimate_embedding, in_context, call_of_torch,
+)  # fmt: skip
+"""What generated code calls by its bare name."""
+
+
 def source_of(trace: Trace, name: str) -> tuple[str, dict[str, Any]]:
     """Python source of the rewritten method ``name`` and the globals that it needs."""
-    own = {function.__name__: function for function in (draw, in_context, call_of_torch, *RUNTIME)}
+    own = {function.__name__: function for function in _CALLED}
     for node in trace.graph.nodes:
         if node.name == "self" or node.name in own:  # names that the generated code uses itself
             node._rename(f"{node.name}_value")

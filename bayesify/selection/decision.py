@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import nn
 
 from ..errors import ArgumentError, NoMatchError
 from .matching import View, match_of, union
 from .notes import match_notes, no_match_note
-from .patterns import PRESETS, Pattern, Preset, Recorded, parse_patterns, shown, text_of
+from .patterns import (
+    PRESETS,
+    ParsedPattern,
+    Pattern,
+    Preset,
+    Recorded,
+    parse_patterns,
+    shown,
+    text_of,
+)
+
+Value = TypeVar("Value", bound=str)
 
 
 @dataclass(frozen=True)
@@ -23,11 +35,15 @@ class Selection:
         notes: what the user should see: patterns that matched nothing, near misses, patterns with
             two meanings, class globs that took a container's other layers too.
         unmatched: the patterns that matched no floating-point parameter.
+        skip: the patterns given, those that are functions with what they have chosen.
+        only: likewise.
     """
 
     skipped: dict[str, str]
     notes: tuple[str, ...]
     unmatched: tuple[str, ...]
+    skip: tuple[ParsedPattern, ...] = ()
+    only: tuple[ParsedPattern, ...] = ()
 
 
 def select(
@@ -84,7 +100,7 @@ def select(
 
     missed: list[str] = []
     notes: list[str] = []
-    unmatched: list[Pattern] = []
+    unmatched: list[ParsedPattern] = []
     base_group = base_matches["skip"] + base_matches["only"]
     if base_group and not union(base_group):
         patterns = base.skip + base.only
@@ -104,12 +120,33 @@ def select(
     if strict and missed:
         remedy = "Correct or drop these patterns, or select without strict."
         raise NoMatchError("\n".join([*missed, remedy]))
-    return Selection(skipped, (*missed, *notes), tuple(text_of(p) for p in unmatched))
+    asked = {side: tuple(match.pattern for match in group) for side, group in matches.items()}
+    unmatched_texts = tuple(text_of(p) for p in unmatched)
+    return Selection(skipped, (*missed, *notes), unmatched_texts, asked["skip"], asked["only"])
+
+
+@dataclass(frozen=True)
+class Assignment(Generic[Value]):
+    """What ``assign`` decided.
+
+    Attributes:
+        values: by parameter name, all names of a tied one.
+        notes: on patterns that match nothing.
+        choices: those given, patterns that are functions with what they have chosen.
+    """
+
+    values: dict[str, Value]
+    notes: tuple[str, ...]
+    choices: tuple[tuple[ParsedPattern, Value], ...]
 
 
 def assign(
-    model: nn.Module, choices: Sequence[tuple[Pattern, str]], *, what: str, strict: bool = False
-) -> tuple[dict[str, str], tuple[str, ...]]:
+    model: nn.Module,
+    choices: Sequence[tuple[ParsedPattern, Value]],
+    *,
+    what: str,
+    strict: bool = False,
+) -> Assignment[Value]:
     """Give each floating-point parameter the value of the first pattern that matches it.
 
     Args:
@@ -118,18 +155,15 @@ def assign(
         what: the argument that they were given as, for messages.
         strict: raise, rather than note, patterns that match nothing.
 
-    Returns:
-        The values by parameter name, all names of a tied one, and notes on patterns that match
-        nothing.
-
     Raises:
         NoMatchError: under ``strict``, a pattern matches nothing.
     """
     view = View(model)
-    values: dict[int, str] = {}
-    missed = []
+    values: dict[int, Value] = {}
+    missed, asked = [], []
     for pattern, value in choices:
         match = match_of(view, pattern)
+        asked.append((match.pattern, value))
         if not match.parameters:
             missed.append(no_match_note(view, f"{what}={{{shown(pattern)}: {value!r}}}", match))
         for parameter in match.parameters:
@@ -137,7 +171,7 @@ def assign(
     if strict and missed:
         raise NoMatchError("\n".join([*missed, "Correct or drop these patterns."]))
     found = {name: values[p] for name, p in view.parameters.items() if p in values}
-    return found, tuple(missed)
+    return Assignment(found, tuple(missed), tuple(asked))
 
 
 def _preset(name: str | None) -> Preset:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 
 from torch import nn
 
 from ..absorbed_biases import before_batchnorm
-from .patterns import BEFORE_BATCHNORM, LAST_LAYER, Pattern, Recorded
+from .patterns import BEFORE_BATCHNORM, LAST_LAYER, Filter, ParsedPattern, Recorded
 
 
 class View:
@@ -55,13 +55,15 @@ class View:
 
 @dataclass(frozen=True)
 class Match:
-    pattern: Pattern
+    pattern: ParsedPattern  # of a function with what it has chosen
     as_class: list[str]  # paths of the modules whose class matches
     as_name: list[str]  # qualified names of modules and parameters that match
     parameters: set[int]
 
 
-def match_of(view: View, pattern: Pattern) -> Match:
+def match_of(view: View, pattern: ParsedPattern) -> Match:
+    if isinstance(pattern, Filter):
+        return _asked(view, pattern)
     as_class: list[str] = []
     as_name: list[str] = []
     if isinstance(pattern, type):
@@ -81,6 +83,15 @@ def match_of(view: View, pattern: Pattern) -> Match:
         as_class = [path for path, module in view.modules.items() if type(module) in kinds]
         as_name = [name for name in view.inside if name and fits(name)]
     return Match(pattern, as_class, as_name, view.below([*as_class, *as_name]))
+
+
+def _asked(view: View, pattern: Filter) -> Match:
+    """What a function chooses: of the modules that it is true of the parameters held there."""
+    paths = [path for path, module in view.modules.items() if pattern(module, path)]
+    chosen = set().union(*map(view.own, paths))
+    names = frozenset(name for name, parameter in view.parameters.items() if parameter in chosen)
+    asked = replace(pattern, names=names, known=frozenset(view.parameters))
+    return Match(asked, [], paths, chosen)
 
 
 def _class_names(kind: type) -> frozenset[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .matching import Match, View, is_glob
-from .patterns import BEFORE_BATCHNORM, LAST_LAYER, text_of
+from .patterns import BEFORE_BATCHNORM, LAST_LAYER, Filter, Recorded, text_of
 
 _MAX_LISTED = 6
 
@@ -60,6 +60,8 @@ def no_match_note(view: View, label: str, match: Match) -> str:
     kind = type(view.model).__name__
     if not view.all:
         return f"{label} matches nothing: this model ({kind}) has no floating-point parameters."
+    if isinstance(match.pattern, Filter):
+        return _true_of_none(view, label, match)
     if match.as_class or match.as_name:
         paths = [*match.as_class, *(name for name in match.as_name if name in view.modules)]
         return (
@@ -69,9 +71,22 @@ def no_match_note(view: View, label: str, match: Match) -> str:
     return " ".join([f"{label} matches nothing in this model ({kind}).", *_nearest(view, match)])
 
 
+def _true_of_none(view: View, label: str, match: Match) -> str:
+    kind = type(view.model).__name__
+    if not match.as_name:
+        return f"{label} is true of no module of this model ({kind})."
+    return (
+        f"{label} is true only of modules that hold no floating-point parameter themselves, in "
+        f"this model ({kind}): {_listing(view.count(match.as_name))}. A function is asked of every "
+        "module for itself: let it be true of the layers inside as well."
+    )
+
+
 def _nearest(view: View, match: Match) -> list[str]:
     """Sentences that name what the model has instead."""
     pattern = match.pattern
+    if isinstance(pattern, Recorded):
+        return ["What it had chosen is not there."]
     if pattern == LAST_LAYER:
         return ["It has no layer with a tensor of two or more dimensions."]
     if pattern == BEFORE_BATCHNORM:

@@ -14,6 +14,8 @@ A pattern is one of:
                             dimensions
 ``@before-batchnorm``       the biases that a BatchNorm takes off again, see
                             :func:`.absorbed_biases.before_batchnorm`
+a function                  ``(module, name) -> bool``, asked of every module with its qualified
+                            name: the parameters that a module holds itself, not those inside it
 ==========================  =======================================================================
 
 Matching is case-sensitive. ``skip`` beats ``only``. A tied parameter counts under all its names.
@@ -21,15 +23,17 @@ Matching is case-sensitive. ``skip`` beats ``only``. A tied parameter counts und
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from ..errors import ArgumentError
 
-Pattern = str | type[nn.Module]
+Pattern = str | type[nn.Module] | Callable[[nn.Module, str], bool]
 
 LAST_LAYER = "@last-layer"
 BEFORE_BATCHNORM = "@before-batchnorm"
@@ -61,12 +65,13 @@ PRESETS: dict[str, Preset] = {
 
 
 class Recorded(str):
-    """A regular expression out of a file, which is not run: it could take for ever.
+    """What cannot be asked again: a regular expression or a function out of a file or a pickle.
 
-    It stands for the parameters that it had chosen when the file was written.
+    A regular expression of a file is not run, since it could take for ever; a function is not in
+    it. It stands for the parameters that it had chosen.
 
     Args:
-        text: The pattern, ``re:`` and all.
+        text: The pattern, ``re:`` and all, or the name of the function.
         names: Of the parameters that it stands for.
         known: Of all parameters that it was asked about.
     """
@@ -82,7 +87,72 @@ class Recorded(str):
         return self
 
 
-def parse_patterns(value: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
+@dataclass(frozen=True)
+class Filter:
+    """A function ``(module, name) -> bool`` as a pattern; a pickle of it is a :class:`Recorded`.
+
+    Args:
+        function: Is true of the modules whose own parameters it chooses.
+        names: Of the parameters that it has chosen, where it has been asked.
+        known: Of all parameters that it was asked about.
+
+    Raises:
+        ArgumentError: It cannot be called with a module and a name.
+    """
+
+    function: Callable[[nn.Module, str], bool] = field(hash=False)
+    names: frozenset[str] = frozenset()
+    known: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        try:
+            inspect.signature(self.function).bind(None, "")
+        except ValueError:  # written in C, it shows no signature
+            pass
+        except TypeError as error:
+            raise ArgumentError(
+                f"Bad pattern: {self} cannot be called with a module and its name ({error}). A "
+                "function as a pattern is (module, name) -> bool."
+            ) from None
+
+    def __call__(self, module: nn.Module, name: str) -> bool:
+        """What the function says of one module."""
+        of = f"{name!r} ({type(module).__name__})" if name else f"the {type(module).__name__}"
+        try:
+            answer: object = self.function(module, name)
+        except Exception as error:
+            raise ArgumentError(
+                f"The pattern {self} failed on {of}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(answer, bool):
+            raise ArgumentError(
+                f"The pattern {self} gave a {type(answer).__name__} for {of}. A function as a "
+                "pattern is (module, name) -> bool: let it give True or False."
+            )
+        return answer
+
+    @property
+    def recorded(self) -> Recorded:
+        """What stands for it where code does not go."""
+        return Recorded(str(self), self.names, self.known)
+
+    def __str__(self) -> str:
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return f"{name.rpartition('<locals>.')[2]}()"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Filter:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recorded, (str(self), self.names, self.known)
+
+
+ParsedPattern = str | type[nn.Module] | Filter
+
+
+def parse_patterns(
+    value: Pattern | Sequence[Pattern],
+) -> tuple[ParsedPattern, ...]:
     """Turn what a user gave as ``skip`` or ``only`` into a tuple of distinct patterns.
 
     The command line and the Python functions share this parser. A string is split at commas
@@ -90,34 +160,39 @@ def parse_patterns(value: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
     and so a regular expression cannot be one of several in the same string.
 
     Args:
-        value: a string, a subclass of ``nn.Module``, or a sequence of these.
+        value: a string, a subclass of ``nn.Module``, a function ``(module, name) -> bool``, or a
+            sequence of these.
 
     Returns:
         The patterns in the order given, each once.
 
     Raises:
         ArgumentError: a pattern is empty, of a wrong type, a regular expression that does not
-            compile, or a token that does not exist.
+            compile, a token that does not exist, or a function of other arguments.
     """
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     patterns = (pattern for item in items for pattern in _parse_item(item))
     return tuple(dict.fromkeys(patterns))
 
 
-def _parse_item(item: object) -> list[Pattern]:
-    if isinstance(item, Recorded) or (isinstance(item, type) and issubclass(item, nn.Module)):
+def _parse_item(item: object) -> list[ParsedPattern]:
+    if isinstance(item, type) and issubclass(item, nn.Module):
         return [item]
+    if isinstance(item, Recorded | Filter):
+        return [item]
+    if callable(item) and not isinstance(item, type | nn.Module):
+        return [Filter(item)]
     if not isinstance(item, str):
         shown = f"a {type(item).__name__} module" if isinstance(item, nn.Module) else repr(item)
         raise ArgumentError(
-            f"Bad pattern: {shown}. A pattern is a string or a subclass of torch.nn.Module; "
-            f"skip and only take one or a sequence of them."
+            f"Bad pattern: {shown}. A pattern is a string, a subclass of torch.nn.Module, or a "
+            "function (module, name) -> bool; skip and only take one or a sequence of them."
         )
     text = item.strip()
     if text.startswith("re:"):
         _check_regex(text)
         return [text]
-    parts: list[Pattern] = []
+    parts: list[ParsedPattern] = []
     for part in (piece.strip() for piece in text.split(",")):
         if not part:
             raise ArgumentError(f"Empty pattern in {item!r}: give a class name or a module's name.")
@@ -143,9 +218,9 @@ def _check_regex(pattern: str) -> None:
         ) from error
 
 
-def text_of(pattern: Pattern) -> str:
-    return pattern if isinstance(pattern, str) else pattern.__name__
+def text_of(pattern: ParsedPattern) -> str:
+    return pattern.__name__ if isinstance(pattern, type) else str(pattern)
 
 
-def shown(pattern: Pattern) -> str:
-    return repr(pattern) if isinstance(pattern, str) else pattern.__name__
+def shown(pattern: ParsedPattern) -> str:
+    return repr(pattern) if isinstance(pattern, str) else text_of(pattern)

@@ -40,7 +40,7 @@ class Within:
         most: The largest.
         below: What it is below.
         finite: Infinity is none.
-        words: The range in words, where the numbers do not make them.
+        words: The range in words, for messages alone: a limit that nobody needs to know of.
     """
 
     least: float | None = None
@@ -80,15 +80,21 @@ class Shown:
 
     Args:
         panel: The heading that it stands under.
+        option: Its name on the command line, where that is another one.
         letter: A short name, such as ``-b``.
         metavar: What stands for the value.
         argument: It is given by its place, not by its name.
+        hidden: ``--help`` leaves it out.
+        text: What it is, where several classes have it; else its docstring says so.
     """
 
     panel: str | None = None
+    option: str | None = None
     letter: str | None = None
     metavar: str | None = None
     argument: bool = False
+    hidden: bool = False
+    text: str = ""
 
 
 Count = Annotated[int, Within(least=1)]
@@ -98,6 +104,18 @@ Positive = Annotated[float, Within(above=0)]
 NotNegative = Annotated[float, Within(least=0)]
 Share = Annotated[float, Within(least=0, most=1)]
 PartShare = Annotated[float, Within(least=0, below=1)]
+SkipUnreadable = Annotated[
+    bool,
+    Shown(
+        text="Leave out images that cannot be read, with a warning; else they are an error.\n\n"
+        "It is for an ``ImageData``, whose images are all read once before the work."
+    ),
+]
+
+_KINDS: dict[Any, str] = {
+    Any: "anything", bool: "True or False", str: "a text", Path: "a path",
+    Callable: "a callable", Mapping: "a mapping that JSON can hold",
+}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -110,23 +128,34 @@ class Setting(NamedTuple):
     text: str
 
 
-@cache
 def settings_of(cls: type) -> dict[str, Setting]:
     """The fields of a dataclass by name."""
+    return _settings_of(cls)
+
+
+@cache
+def _settings_of(cls: Any) -> dict[str, Setting]:
     hints, texts = _hints(cls, include_extras=True), described(cls)
     found = {}
     for field in dataclasses.fields(cls):
-        said = _parts(hints[field.name])[1]
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
-        shown = next((s for s in said if isinstance(s, Shown)), Shown())
-        text, rest = texts[field.name].partition("\n\n")[::2]
-        if limits := _limits(hints[field.name]):
-            text = f"{text.rstrip('.')}. {limits[0].upper()}{limits[1:]}."
-        text = "\n\n".join(filter(None, (text, rest)))
-        found[field.name] = Setting(field.name, hints[field.name], default, shown, text)
+        found[field.name] = setting(
+            field.name, hints[field.name], default, texts.get(field.name, "")
+        )
     return found
+
+
+def setting(name: str, hint: Any, default: Any, text: str = "") -> Setting:
+    """One setting: its text is the one given, or that of :class:`Shown`."""
+    shown = next((s for s in parts_of(hint)[1] if isinstance(s, Shown)), Shown())
+    first, rest = (text or shown.text).partition("\n\n")[::2]
+    if limits := _limits(hint):
+        sentence, stop, more = first.partition(". ")
+        end = "." if not stop and sentence.endswith(".") else ""
+        first = f"{sentence.removesuffix('.')} ({limits}){stop or end}{more}"
+    return Setting(name, hint, default, shown, "\n\n".join(filter(None, (first, rest))))
 
 
 def described(cls: type) -> dict[str, str]:
@@ -175,8 +204,7 @@ def _entry(name: str, text: str) -> str:
 
 def taken(cls: type[Kind], given: Mapping[str, Any]) -> Kind:
     """The dataclass of what a function was given: of all its arguments, those that are fields."""
-    known: Any = cls
-    return cls(**{name: given[name] for name in settings_of(known)})
+    return cls(**{name: given[name] for name in settings_of(cls)})
 
 
 def checked(settings: Any) -> list[str]:
@@ -186,8 +214,7 @@ def checked(settings: Any) -> list[str]:
         What is wrong, one text for each field.
     """
     problems = []
-    cls: Any = type(settings)
-    for name, setting in settings_of(cls).items():
+    for name, setting in settings_of(type(settings)).items():
         try:
             value = accept(name, setting.hint, getattr(settings, name))
         except ArgumentError as error:
@@ -210,8 +237,7 @@ def refuse(what: str, problems: Iterable[str]) -> None:
 
 def plain(settings: Any) -> dict[str, Any]:
     """The values of the fields, as JSON and TOML can hold them; a function is ``"callable"``."""
-    cls: Any = type(settings)
-    return {name: _plain(getattr(settings, name)) for name in settings_of(cls)}
+    return {name: _plain(getattr(settings, name)) for name in settings_of(type(settings))}
 
 
 def _plain(value: Any) -> Any:
@@ -242,7 +268,7 @@ def accept(what: str, hint: Any, value: Any, wanted: str = "") -> Any:
         ArgumentError: It is not such a value.
     """
     wanted = wanted or expected(hint)
-    hint, said = _parts(hint)
+    hint, said = parts_of(hint)
     within = next((s for s in said if isinstance(s, Within)), Within())
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
@@ -255,6 +281,8 @@ def accept(what: str, hint: Any, value: Any, wanted: str = "") -> Any:
             except ArgumentError:
                 continue
         return accept(what, last, value, wanted)
+    if hint is Any:
+        return value
     if hint is int:
         least = 0 if within.least is None else int(within.least)
         return whole(what, value, wanted, least=least, below=within.below or math.inf)
@@ -282,7 +310,7 @@ def accept(what: str, hint: Any, value: Any, wanted: str = "") -> Any:
 
 def expected(hint: Any) -> str:
     """What a value must be, in words."""
-    hint, said = _parts(hint)
+    hint, said = parts_of(hint)
     within = next((s for s in said if isinstance(s, Within)), None)
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
@@ -303,9 +331,7 @@ def expected(hint: Any) -> str:
             return "a finite number"
         open_above = within.most is None and within.below is None and within.finite
         return f"{within} and finite" if open_above else str(within)
-    kinds = {bool: "True or False", str: "a text", Path: "a path", Callable: "a callable",
-             Mapping: "a mapping that JSON can hold"}  # fmt: skip
-    return kinds[kind or hint]
+    return _KINDS[kind or hint]
 
 
 def _of(within: Within | None) -> str:
@@ -313,14 +339,15 @@ def _of(within: Within | None) -> str:
 
 
 def _limits(hint: Any) -> str:
-    """The range of a number in an annotation, for the text of the field."""
-    hint, said = _parts(hint)
-    own = [str(s) for s in said if isinstance(s, Within)]
+    """The range of a number in an annotation, if it is worth saying."""
+    hint, said = parts_of(hint)
+    own = [str(s) for s in said if isinstance(s, Within) and not s.words]
     inside = [_limits(part) for part in get_args(hint) if get_origin(hint) is not Literal]
-    return next(filter(None, (*own, *inside)), "")
+    limits = next(filter(None, (*own, *inside)), "")
+    return "" if hint is int and limits == "at least 0" else limits
 
 
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+def parts_of(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """The type in an annotation, and what is said of it."""
     if get_origin(hint) is Annotated:
         first, *said = get_args(hint)

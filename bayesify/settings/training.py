@@ -14,6 +14,7 @@ from .fields import (
     Seed,
     Share,
     Shown,
+    SkipUnreadable,
     Whole,
     Within,
     checked,
@@ -36,14 +37,10 @@ class Reading:
 
     Args:
         workers: Processes that read the data.
-        skip_unreadable: Leave out images that cannot be read, with a warning; else they are an
-            error.
-
-            It is for an ``ImageData``, whose images are all read once before the first step.
     """
 
     workers: Whole = 0
-    skip_unreadable: Annotated[bool, _DATA] = False
+    skip_unreadable: SkipUnreadable = False
 
     def __post_init__(self) -> None:
         refuse("fit", checked(self))
@@ -60,7 +57,7 @@ class _Common:
             They are those of an ``ImageData``: ``"none"``, ``"flip-crop"``, ``"resized-crop"``,
             ``"rand-augment"``, or a callable from a stored image to another, uint8 (C, H, W), such
             as any composition of torchvision's v2 transforms.
-        seed: Of all that is random: batches, draws, augmentation and dropout.
+        seed: Seed of all that is random: batches, draws, augmentation and dropout.
     """
 
     batch_size: Annotated[Count, Shown(letter="-b")] = 128
@@ -75,21 +72,21 @@ class FitSettings(_Common):
     Args:
         epochs: Passes over the data.
         lr: Highest learning rate of means and deterministic parameters.
-        logvar_lr: Highest learning rate of the log variances; by default ``10 * lr``.
+        logvar_lr: Highest learning rate of the log variances. By default ``10 * lr``.
 
             Adam moves a log variance by no more than about its rate in a step; the result's
             ``logvars`` says how far they came.
-        kl_weight: The factor beta before the KL; below 1 the posterior is tempered.
+        kl_weight: The factor beta before the KL. Below 1 the posterior is tempered.
         kl_reduction: What the KL is divided by (the factor s): training examples, weights, or
             nothing.
 
             See :func:`bayesify.elbo_loss`.
         kl_warmup: Share of the run in which beta rises from 0.
         kl_shape: How beta rises.
-        warmup: Share of the run in which the learning rates rise linearly; then they fall to 0 as a
+        warmup: Share of the run in which the learning rates rise linearly. Then they fall to 0 as a
             cosine.
         weight_decay: Of AdamW, on means alone. The prior pulls them too: leave it at 0 with a KL.
-        max_grad_norm: Gradients are scaled down to this norm; inf: never.
+        max_grad_norm: Gradients are scaled down to this norm. With inf they never are.
         average: Share of the run, at its end, over whose steps the weights are averaged.
 
             Of T steps the model gets :math:`\\frac1n \\sum_{t=T-n+1}^T \\theta_t`, n being that
@@ -99,9 +96,9 @@ class FitSettings(_Common):
         accumulate: Batches whose losses a step averages, each with draws of its own.
 
             A step takes ``accumulate * batch_size`` examples in the memory of one batch.
-        holdout: Share of the training examples that is held out; the weights of the epoch with the
+        holdout: Share of the training examples that is held out. The weights of the epoch with the
             least loss there are kept. Examples that the given weights have seen test nothing.
-        patience: Stop after so many epochs without a lower held-out loss; by default never.
+        patience: Stop after so many epochs without a lower held-out loss. By default never.
         freeze_batchnorm: BatchNorm keeps and uses the running statistics that it has.
 
             It normalises as in ``eval()``: for the fine-tuning of a pretrained network.
@@ -157,13 +154,13 @@ class LaplaceSettings(_Common):
 
             ``"mc"`` is unbiased, ``"exact"`` the generalised Gauss-Newton matrix, see
             :mod:`bayesify.training.fisher`.
-        prior_precision: Factor on the prior's precision: a number, holdout (by the NLL of draws on
+        prior_precision: Factor on the prior's precision. A number, holdout (by the NLL of draws on
             held-out training examples, changed by ``augment``) or marglik (marginal likelihood).
 
             ``"marglik"`` suits small networks: large ones have so many weights that the data say
             nothing of that their noise destroys the network. The model's prior changes accordingly.
-        temperature: Factor on every variance; below 1 the posterior is cold.
-        max_examples: Examples, chosen at random, that stand for all of them; by default all.
+        temperature: Factor on every variance. Below 1 the posterior is cold.
+        max_examples: Examples, chosen at random, that stand for all of them. By default all.
         holdout: Share of the training examples that is held out where they choose the prior.
 
             A network knows the images that it was trained on by heart, and no uncertainty would

@@ -9,7 +9,8 @@ format        version of this layout, an integer
 model         ``class``, and ``spec``: the :class:`bayesify.models.ModelSpec`, or null
 input         the :class:`bayesify.models.InputConfig`, or null
 elements      ``total`` and ``bayesian``: parameters of the model, those with a posterior
-conversions   ``root`` and the arguments of each conversion, for layers that are added later
+conversions   ``root`` and the arguments of each conversion, for layers that are added later; of a
+              function among the patterns its name and the parameters that it chose
 posterior     one row for each Bayesian parameter: ``name``, ``aliases``, ``slot`` (the name that
               its noise is keyed by), ``parameterization``, ``prior``, ``prior_scale``
 likelihood    ``kind`` and ``args`` of the likelihood, or null; its tensors are

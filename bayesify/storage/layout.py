@@ -6,173 +6,31 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..conversion import Conversion
 from ..errors import BayesifyError, CheckpointError
-from ..gaussian import Parameterization
+from ..estimators import UnknownEstimatorError
 from ..likelihoods import Likelihood, from_json, unstored
 from ..models import InputConfig
-from ..numeric import real
-from ..planning import BBBConfig, Conversion
-from ..posterior import PRIOR_MEAN_SUFFIX, RAW_SUFFIX, Estimator
-from ..priors import STD_RANGE, GaussianPrior, LivePrior, Prior, ScaleMixturePrior, may_be_std
-from ..selection import Pattern, Recorded, parse_patterns
+from ..posterior import PRIOR_MEAN_SUFFIX
+from ..priors import GaussianPrior
 from .json_text import parse_json
+from .posterior_json import Row, conversions_of, recorded, rows_of, text_in
 
-FORMAT = 1
+FORMAT = 2
 _KINDS: dict[str, tuple[type, ...]] = {
     "aliases": (dict,), "conversions": (list,), "elements": (dict,), "info": (dict,),
     "input": (dict, type(None)), "model": (dict,), "posterior": (list,), "versions": (dict,),
 }  # fmt: skip
 KEY = "bayesify"
-_MAX_PATTERNS, _MAX_PATTERN = 1000, 1000
-"""Of one conversion, and characters of one: each is compared with every name of a model."""
 LIKELIHOOD = "__likelihood__."
 """Before the names of the likelihood's tensors, which are no part of the model's state."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One Bayesian parameter; ``slot`` is the name that its noise is keyed by."""
-
-    name: str
-    aliases: tuple[str, ...]
-    slot: str
-    parameterization: Parameterization
-    prior: Prior
-    prior_scale: float
-    estimator: Estimator
-
-    @property
-    def names(self) -> frozenset[str]:
-        """All names of the parameter, more than one if it is tied."""
-        return frozenset((self.name, *self.aliases))
-
-    def raw(self, name: str | None = None) -> str:
-        """Key of the trained spread beside ``name``, by default the first."""
-        return (name or self.name) + RAW_SUFFIX[self.parameterization]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values that :meth:`from_json` reads."""
-        return {
-            "name": self.name,
-            "aliases": list(self.aliases),
-            "slot": self.slot,
-            "parameterization": self.parameterization,
-            "prior": _prior_to_json(self.prior, self.name),
-            "prior_scale": self.prior_scale,
-            "estimator": self.estimator,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """The row that :meth:`to_json` gave; anything else raises."""
-        prior = _prior_from_json(data["prior"])
-        std = prior.std if isinstance(prior, GaussianPrior) else 1.0
-        return cls(
-            name=_text(data["name"]),
-            aliases=tuple(map(_text, _list(data["aliases"]))),
-            slot=_text(data["slot"]),
-            parameterization=BBBConfig(parameterization=data["parameterization"]).parameterization,
-            prior=prior,
-            prior_scale=real(
-                "prior_scale",
-                data["prior_scale"],
-                f"such that std is {STD_RANGE}",
-                lambda scale: may_be_std(std * scale),
-            ),
-            estimator=Conversion(estimators=(("*", data.get("estimator", "weight")),)).estimators[
-                0
-            ][1],
-        )
-
-
-def _prior_to_json(prior: Prior, name: str) -> dict[str, Any]:
-    if isinstance(prior, LivePrior):
-        raise CheckpointError(
-            f"The prior of {name!r} is live: it calls a function, which a file cannot hold. Set "
-            "another one before saving, set_prior_(model, GaussianPrior()), and the live one again "
-            "after loading."
-        )
-    return {"kind": type(prior).__name__, **asdict(prior)}
-
-
-def _prior_from_json(data: Mapping[str, Any]) -> Prior:
-    kinds: dict[Any, type[GaussianPrior | ScaleMixturePrior]] = {
-        kind.__name__: kind for kind in (GaussianPrior, ScaleMixturePrior)
-    }
-    return kinds[data["kind"]](**{k: v for k, v in data.items() if k != "kind"})
-
-
-def conversion_to_json(conversion: Conversion) -> dict[str, Any]:
-    """Plain values that :func:`conversion_from_json` reads."""
-    # A file does not choose which class is imported: a class pattern becomes its name.
-    skip, only = (
-        [p if isinstance(p, str) else p.__name__ for p in patterns]
-        for patterns in (conversion.skip, conversion.only)
-    )
-    return {
-        "skip": skip,
-        "only": only,
-        "preset": conversion.preset,
-        "prior": _prior_to_json(conversion.prior, "the conversion"),
-        "logvar": conversion.logvar,
-        "estimators": [
-            [p if isinstance(p, str) else p.__name__, e] for p, e in conversion.estimators
-        ],
-        "config": asdict(conversion.config),
-    }
-
-
-def conversion_from_json(data: Mapping[str, Any]) -> Conversion:
-    """The conversion that :func:`conversion_to_json` gave; anything else raises."""
-    skip, only = (tuple(map(_text, _list(data[key]))) for key in ("skip", "only"))
-    estimators = tuple((_text(p), e) for p, e in _list(data.get("estimators", [])))
-    patterns = (*skip, *only, *(pattern for pattern, _ in estimators))
-    globs = [pattern for pattern in patterns if set(pattern) & set("*?[")]
-    if len(globs) > _MAX_PATTERNS or any(len(pattern) > _MAX_PATTERN for pattern in patterns):
-        raise ValueError(
-            f"more than {_MAX_PATTERNS:,} patterns, or one of more than {_MAX_PATTERN:,} characters"
-        )
-    parse_patterns([pattern for pattern in patterns if not pattern.startswith("re:")])
-    return Conversion(
-        skip=skip,
-        only=only,
-        preset=None if data["preset"] is None else _text(data["preset"]),
-        prior=_prior_from_json(data["prior"]),
-        logvar=data["logvar"],
-        estimators=estimators,
-        config=BBBConfig(**data["config"]),
-    )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is no list")
-    return value
-
-
-def rows_of(header: Mapping[str, Any]) -> tuple[Row, ...]:
-    """The Bayesian parameters that a header names."""
-    return tuple(map(Row.from_json, header["posterior"]))
-
-
-def conversions_of(header: Mapping[str, Any]) -> tuple[tuple[str, Conversion], ...]:
-    """(path of the converted module, arguments) of each conversion that a header names."""
-    return tuple(
-        (_text(c["root"]), conversion_from_json(c["arguments"])) for c in header["conversions"]
-    )
 
 
 def input_of(header: Mapping[str, Any]) -> InputConfig:
@@ -188,38 +46,6 @@ def classes_in(header: Mapping[str, Any]) -> tuple[str, ...]:
     named = header["info"].get("classes")
     known = isinstance(named, list) and all(isinstance(name, str) for name in named)
     return tuple(named) if known else ()
-
-
-def _recorded(
-    root: str, conversion: Conversion, rows: tuple[Row, ...], state: Mapping[str, Tensor]
-) -> Conversion:
-    """The conversion with what its regular expressions had chosen in their place.
-
-    A file of a stranger could hold one that takes for ever, so they are not even compiled.
-    """
-    prefix = f"{root}." if root else ""
-    estimators = {
-        name.removeprefix(prefix): row.estimator
-        for row in rows
-        for name in row.names
-        if name.startswith(prefix)
-    }
-    below = frozenset(key.removeprefix(prefix) for key in state if key.startswith(prefix))
-    bayesian = frozenset(estimators)
-
-    def record(pattern: Pattern, names: frozenset[str]) -> Pattern:
-        regex = isinstance(pattern, str) and pattern.startswith("re:")
-        return Recorded(str(pattern), names, below) if regex else pattern
-
-    return replace(
-        conversion,
-        skip=tuple(record(pattern, below - bayesian) for pattern in conversion.skip),
-        only=tuple(record(pattern, bayesian) for pattern in conversion.only),
-        estimators=tuple(
-            (record(p, frozenset(n for n, own in estimators.items() if own == e)), e)
-            for p, e in conversion.estimators
-        ),
-    )
 
 
 @dataclass(frozen=True)
@@ -277,7 +103,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         }
         for name, prior_mean in prior_means.items():
             _check_spread(name, state[name], name + PRIOR_MEAN_SUFFIX, prior_mean)
-        conversions = tuple((root, _recorded(root, c, rows, state)) for root, c in conversions)
+        conversions = tuple((root, recorded(root, c, rows, state)) for root, c in conversions)
     except (KeyError, TypeError, ValueError, AttributeError, BayesifyError) as error:
         raise _damaged(path, error) from error
     kind, spec = header["model"]["class"], header["model"]["spec"]
@@ -394,9 +220,9 @@ def _check_header(header: Mapping[str, Any]) -> None:
         if not isinstance(header[key], kinds):
             raise TypeError(f"{key} is {header[key]!r:.60}")
     model, elements = header["model"], header["elements"]
-    _text(model["class"])
+    text_in(model["class"])
     if model["spec"] is not None:
-        _text(model["spec"]["name"])
+        text_in(model["spec"]["name"])
     total, bayesian = elements["total"], elements["bayesian"]
     if not (type(total) is type(bayesian) is int and 0 <= bayesian <= total > 0):
         raise ValueError(f"elements is {elements!r:.60}")
@@ -404,7 +230,7 @@ def _check_header(header: Mapping[str, Any]) -> None:
         unstored(header["likelihood"])
         _shown(header["likelihood"])
     for value in (*header["aliases"].values(), *header["versions"].values()):
-        _text(value)
+        text_in(value)
     if header["input"] is not None:
         input_of(header)
     rows = rows_of(header)
@@ -435,6 +261,8 @@ def _above(name: str) -> list[str]:
 
 
 def _damaged(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    if isinstance(error, UnknownEstimatorError):
+        return CheckpointError(f"{path} needs an estimator that is not there. {error}")
     return CheckpointError(
         f"The header of {path} is damaged ({type(error).__name__}: {error}). Fetch or write the "
         "file anew."

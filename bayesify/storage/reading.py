@@ -20,12 +20,12 @@ from torch.nn.modules.module import (
 )
 
 from ..classes import name_classes_
-from ..convert import apply_
+from ..conversion import BBBConfig, Conversion
+from ..convert import apply_, plan_something
 from ..errors import ArgumentError, CheckpointError, ModelError
 from ..gaussian import Parameterization
 from ..likelihoods import likelihood_of, set_likelihood_
 from ..models import ModelSpec
-from ..planning import BBBConfig, Conversion
 from ..posterior import (
     PRIOR_MEAN_SUFFIX,
     Site,
@@ -38,7 +38,8 @@ from ..posterior import (
 from ..pruning import keep_pruned_
 from ..rewriter import caches
 from ..seeds import key_of
-from .layout import Contents, Row, read_contents
+from .layout import Contents, read_contents
+from .posterior_json import Row
 from .undoing import left_as_it_was
 
 _LISTED = 5
@@ -311,7 +312,8 @@ def _convert(model: nn.Module, file: Contents) -> None:
         for parameterization, names in groups.items():
             config = BBBConfig(parameterization=parameterization, include_frozen=True)
             exactly = f"re:^(?:{'|'.join(names)})$"
-            apply_(model.get_submodule(root), Conversion(only=(exactly,), config=config))
+            converted = model.get_submodule(root)
+            apply_(converted, plan_something(converted, Conversion(only=(exactly,), config=config)))
 
 
 def _restore(model: nn.Module, file: Contents) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,32 @@ def mismatched(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[s
         for name in {*own, *saved}
         if name not in own or name not in saved or own[name].shape != saved[name].shape
     )
+
+
+ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
+"""What Adam and AdamW keep of a parameter."""
+
+
+def check_moments(own: Tensor, saved: Mapping[str, Tensor], names: Set[str]) -> None:
+    """Refuse what an optimizer cannot keep of a parameter.
+
+    Its fused kernels take the size of the parameter for that of each moment, and would write
+    beyond a smaller one.
+
+    Args:
+        own: The parameter.
+        saved: What a file says that the optimizer keeps of it.
+        names: What it does keep: ``step``, one number, and moments of the parameter's shape.
+
+    Raises:
+        ValueError: Something is missing, superfluous, or of another shape.
+    """
+    if saved.keys() != names:
+        raise ValueError(f"the optimizer keeps {', '.join(sorted(names))}, not {[*saved]}")
+    for name, value in saved.items():
+        shape = () if name == "step" else own.shape
+        if value.shape != shape:
+            raise ValueError(f"{name} is {tuple(value.shape)} in place of {tuple(shape)}")
 
 
 def _flatten(value: Any, key: str, tensors: dict[str, Tensor], memories: set[int]) -> Any:

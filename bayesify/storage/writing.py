@@ -16,15 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..classes import classes_of
+from ..conversion import Conversion
 from ..errors import ArgumentError, CheckpointError, ModelError
 from ..likelihoods import likelihood_of, to_json, unstored
 from ..models import SPEC, ModelSpec, input_config
-from ..planning import Conversion
 from ..posterior import PRIOR_MEAN_SUFFIX, bayesian_sites, owner_state, posterior_tensors, sites
 from ..priors import LivePrior
 from ..unconverted import warn_of_unconverted
 from .files import replacing
-from .layout import FORMAT, KEY, LIKELIHOOD, Row, conversion_to_json
+from .layout import FORMAT, KEY, LIKELIHOOD
+from .posterior_json import Row, conversion_to_json
 
 _PACKAGES = ("bayesify", "numpy", "safetensors", "timm", "torch", "torchvision")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..classes import check_count, classes_of
 from ..data import ImageData
 from ..errors import ArgumentError
 from ..inference import Given, Predictor, class_logits
+from ..likelihoods import Categorical, Likelihood, likelihood_of, temperature_of
 from ..metrics import (
     BrierDecomposition,
     BrierParts,
@@ -26,22 +27,16 @@ from ..metrics import (
     ood_metrics,
 )
 from ..models import InputConfig
-from ..numeric import count, seed_number, whole
 from ..posterior import is_bayesian
 from ..scope import at_mean
+from ..settings.evaluation import EvaluateSettings
+from ..settings.fields import documented, taken
 from .autocast import check_amp
-from .batches import (
-    Data,
-    batches_in_order,
-    check_data,
-    config_for,
-    device_of,
-    pair,
-)
+from .batches import Data, batches_in_order, check_data, config_for, device_of
+from .examples import Batch, Inputs, inputs_of, read_batch
 from .matching import by_name
+from .measures import Measured, Prediction
 from .readable import readable
-
-Prediction = Literal["deterministic", "at the means", "temperature scaled", "MC average"]
 
 MAX_PROBABILITY = "max probability"
 ENTROPY = "entropy"
@@ -84,45 +79,46 @@ class Evaluation:
     ood: dict[str, dict[str, float]] | None = None
 
 
-def evaluate(
+@documented(EvaluateSettings)
+def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     model: nn.Module,
-    data: Data,
+    data: Data | DataLoader[Any],
     *,
+    inputs: Inputs | None = None,
     ood: Data | None = None,
-    num_samples: int = 20,
-    seed: int = 0,
-    batch_size: int = 256,
+    num_samples: int = EvaluateSettings.num_samples,
+    seed: int = EvaluateSettings.seed,
+    batch_size: int = EvaluateSettings.batch_size,
     device: torch.device | str | None = None,
-    amp: bool = False,
+    amp: bool = EvaluateSettings.amp,
     model_config: InputConfig | None = None,
-    workers: int = 0,
+    workers: int = EvaluateSettings.workers,
     control: bool = False,
-    resamples: int = 0,
-    skip_unreadable: bool = False,
+    resamples: int = EvaluateSettings.resamples,
+    skip_unreadable: bool = EvaluateSettings.skip_unreadable,
     on_step: Callable[[int, int], None] | None = None,
-) -> list[Evaluation]:
-    """Measure the predicted class probabilities of ``model``, in ``eval()``, batch by batch.
+) -> list[Any]:
+    """Measure the predictions of ``model``, in ``eval()``, batch by batch.
+
+    What is measured depends on the likelihood of the model (:func:`bayesify.set_likelihood_`): of
+    one class for each example, which is also taken where there is no likelihood, an
+    :class:`Evaluation`; of :class:`Gaussian` a :class:`RegressionEvaluation`; of yes or no and of
+    classes for each pixel or token a :class:`ClassEvaluation`; of any other a
+    :class:`DensityEvaluation`. Several heads have rows each.
 
     Args:
-        model: A classifier, converted or not.
-        data: As in :func:`fit`. The classes of an ``ImageData`` are found among the model's by name
-            where the model knows them, from a fit or a file; a part of them in any order will do.
+        model: A model, converted or not.
+        data: As in :func:`fit`, or a DataLoader. The classes of an ``ImageData`` are found among
+            the model's by name where the model knows them, from a fit or a file; a part of them in
+            any order will do.
+        inputs: As in :func:`fit`.
         ood: Images of none of the classes, as ``data``; their labels are not used. Each row then
             says how well its uncertainty tells them from those of ``data``.
-        num_samples: Draws K of the MC average, the same K weights for every batch. The memory
-            needed does not depend on it.
-        seed: Of the draws.
-        batch_size: Images in a batch, at least 1; no result depends on it beyond rounding.
         device: Where the model is moved to; None leaves it where it is.
-        amp: Autocast to bfloat16.
         model_config: As in :func:`fit`.
-        workers: Processes that read the data.
         control: Also give a row ``temperature scaled``: the logits at the means divided by a
             temperature that was fitted on other images of ``data``, five-fold. A posterior is not
             worth its price where it does no better. All logits are kept until the end.
-        resamples: Of the bootstrap intervals, 0 or at least 2; 0 gives none.
-        skip_unreadable: Leave out the images of an ``ImageData`` that cannot be read, with a
-            warning. All are looked at before the first is measured.
         on_step: Gets the number of batches done and of all, after every batch.
 
     Returns:
@@ -142,37 +138,55 @@ def evaluate(
     >>> [(row.prediction, row.num_samples) for row in rows]
     [('at the means', 1), ('MC average', 5)]
     """
-    check_data(data)
-    batch_size, seed = count("batch_size", batch_size), seed_number(seed)
-    num_samples = count("num_samples", num_samples)
-    resamples = whole("resamples", resamples, "0 or a whole number above 1", least=0)
-    if resamples == 1:
-        raise ArgumentError("resamples must be 0 or a whole number above 1, got 1.")
-    workers = count("workers", workers, least=0)
-    data, _ = readable(data, workers=workers, skip=skip_unreadable)
+    settings = taken(EvaluateSettings, locals())
+    looking: dict[str, Any] = {"workers": settings.workers, "skip": settings.skip_unreadable}
+    if not isinstance(data, DataLoader):
+        check_data(data)
+        whole_data, _ = readable(data, **looking)
+        data = by_name(whole_data, model)
     if ood is not None:
         check_data(ood)
-        ood, _ = readable(ood, workers=workers, skip=skip_unreadable)
-    if control and check_data(data) < 2:
+        ood, _ = readable(ood, **looking)
+    examples: Any = data.dataset if isinstance(data, DataLoader) else data
+    if control and check_data(examples) < 2:
         raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
-    data = by_name(data, model)
     target = device_of(model) if device is None else torch.device(device)
-    check_amp(target, amp)
+    check_amp(target, settings.amp)
     model.to(target)
 
-    def batches_of(wanted: Data) -> DataLoader[Any]:
+    def batches_of(wanted: Data | DataLoader[Any]) -> DataLoader[Any]:
+        if isinstance(wanted, DataLoader):
+            return wanted
         config = config_for(wanted, model, model_config)
-        return batches_in_order(wanted, batch_size=batch_size, model_config=config, workers=workers)
+        return batches_in_order(
+            wanted, batch_size=settings.batch_size, model_config=config, workers=settings.workers
+        )
 
     inside = batches_of(data)
+    likelihood = likelihood_of(model)
+    if likelihood is not None and not _one_class_each(likelihood, inside, inputs):
+        if ood is not None or control or resamples:
+            raise ArgumentError(
+                "evaluate: ood, control and resamples are for one class an example; the model has "
+                f"the likelihood {likelihood!r}."
+            )
+        measured = Measured(
+            model, likelihood, target, settings.amp, settings.num_samples, settings.seed
+        )
+        for done, batch in enumerate(inside, 1):
+            measured.add(read_batch(batch, inputs))
+            if on_step is not None:
+                on_step(done, len(inside))
+        return measured.rows()
     outside = None if ood is None else batches_of(ood)
     total = len(inside) + (0 if outside is None else len(outside))
     bayesian = is_bayesian(model)
-    run = _Runner(model, bayesian, target, amp, num_samples, seed)
+    run = _Runner(model, bayesian, target, settings)
     at_means, averaged = _Row(ood is not None), _Row(ood is not None)
     kept: list[tuple[Tensor, Tensor]] = []
-    for done, (inputs, targets) in enumerate(map(pair, inside), 1):
-        logits, summary = run(inputs)
+    for done, read in enumerate((read_batch(b, inputs) for b in inside), 1):
+        targets = read.targets
+        logits, summary = run(read)
         if done == 1 and isinstance(data, ImageData) and classes_of(model) is None:
             check_count(data.classes, logits.shape[1], data.name)
         at_means.add(logits.double().softmax(-1), targets)
@@ -185,7 +199,7 @@ def evaluate(
     ood_logits: list[Tensor] = []
     if outside is not None:
         for done, batch in enumerate(outside, len(inside) + 1):
-            logits, summary = run(_inputs(batch))
+            logits, summary = run(inputs_of(batch, inputs))
             at_means.add_outside(logits.double().softmax(-1))
             if control:
                 ood_logits.append(logits)
@@ -193,11 +207,11 @@ def evaluate(
                 averaged.add_outside(summary.mean, summary.mutual_information)
             if on_step is not None:
                 on_step(done, total)
-    rows = [at_means.row("at the means" if bayesian else "deterministic", 1, resamples, seed)]
+    rows = [at_means.row("at the means" if bayesian else "deterministic", 1, settings)]
     if control:
-        rows.append(_scaled(kept, ood_logits, batch_size, resamples, seed))
+        rows.append(_scaled(kept, ood_logits, settings))
     if bayesian:
-        rows.append(averaged.row("MC average", num_samples, resamples, seed))
+        rows.append(averaged.row("MC average", settings.num_samples, settings))
     return rows
 
 
@@ -209,20 +223,18 @@ class _Runner:
         model: nn.Module,
         bayesian: bool,
         device: torch.device,
-        amp: bool,
-        num_samples: int,
-        seed: int,
+        settings: EvaluateSettings,
     ) -> None:
-        self.model, self.device, self.amp = model, device, amp
+        self.model, self.device, self.amp = model, device, settings.amp
         self.predictor: Predictor | None = None
         if bayesian:
             self.predictor = Predictor(
-                model, num_samples=num_samples, seed=seed, reduce="probabilities"
+                model, num_samples=settings.num_samples, seed=settings.seed, reduce="probabilities"
             )
 
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, Any]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, Any]:
         model = self.model
-        inputs = inputs.to(self.device)
+        args, kwargs = batch.arguments(self.device)
         was_training = model.training
         model.eval()
         try:
@@ -231,11 +243,12 @@ class _Runner:
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp),
             ):
                 with at_mean(model) if self.predictor else contextlib.nullcontext():
-                    logits = class_logits(Given((inputs,)).call(model), "evaluate")
-                summary = self.predictor(inputs) if self.predictor else None
+                    logits = class_logits(Given(args, kwargs).call(model), "evaluate")
+                summary = self.predictor(*args, **kwargs) if self.predictor else None
         finally:
             model.train(was_training)
-        return logits, summary
+        temperature = temperature_of(model)
+        return logits if temperature == 1.0 else logits / temperature, summary
 
 
 class _Row:
@@ -266,7 +279,7 @@ class _Row:
         _gather(self.outside, probs, information)
 
     def row(
-        self, prediction: Prediction, num_samples: int, resamples: int, seed: int
+        self, prediction: Prediction, num_samples: int, settings: EvaluateSettings
     ) -> Evaluation:
         ood = {
             score: ood_metrics(torch.cat(found), torch.cat(self.outside[score]))
@@ -279,7 +292,11 @@ class _Row:
             parts=None if self.parts is None else self.parts.compute(),
             top_label=self.metrics.top_label(),
             mutual_information=self.information / self.drawn if self.drawn else None,
-            intervals=self.metrics.intervals(resamples, seed=seed) if resamples else None,
+            intervals=(
+                self.metrics.intervals(settings.resamples, seed=settings.seed)
+                if settings.resamples
+                else None
+            ),
             ood=ood if self.ood else None,
         )
 
@@ -297,30 +314,28 @@ def _gather(into: dict[str, list[Tensor]], probs: Tensor, information: Tensor | 
 def _scaled(
     kept: list[tuple[Tensor, Tensor]],
     ood_logits: list[Tensor],
-    batch_size: int,
-    resamples: int,
-    seed: int,
+    settings: EvaluateSettings,
 ) -> Evaluation:
     """The control: each image with a temperature fitted on others, OOD images with their mean."""
     logits, targets = (torch.cat(column) for column in zip(*kept, strict=True))
-    scaled = cross_fitted_temperature(logits, targets, min(5, len(targets)), seed)
+    scaled = cross_fitted_temperature(logits, targets, min(5, len(targets)), settings.seed)
     temperature = float(scaled.temperatures.mean())
     measured = _Row(bool(ood_logits))
     for probs, labels in zip(
-        scaled.probs.split(batch_size), targets.split(batch_size), strict=True
+        scaled.probs.split(settings.batch_size), targets.split(settings.batch_size), strict=True
     ):
         measured.add(probs, labels)
     for outside in ood_logits:
         measured.add_outside((outside.double() / temperature).softmax(-1))
-    row = measured.row("temperature scaled", 1, resamples, seed)
+    row = measured.row("temperature scaled", 1, settings)
     return replace(row, temperature=temperature)
 
 
-def _inputs(batch: Any) -> Tensor:
-    """The images of a batch, with or without labels."""
-    found = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if not isinstance(found, Tensor):
-        raise ArgumentError(
-            f"Each example of ood must be an image or begin with one, got {type(batch).__name__}."
-        )
-    return found
+def _one_class_each(
+    likelihood: Likelihood, batches: DataLoader[Any], inputs: Inputs | None
+) -> bool:
+    """Whether there is one class for each example."""
+    if type(likelihood) is not Categorical:
+        return False
+    targets = read_batch(next(iter(batches)), inputs).targets
+    return isinstance(targets, Tensor) and targets.dim() == 1

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ..errors import ArgumentError
-from ..inference import Given, class_logits
+from ..inference import Given
+from ..likelihoods import Categorical, Likelihood, likelihood_of, main_output
 from ..posterior import bayesian_sites
 from ..scope import at_mean
 from ..settings.training import FisherKind
-from .batches import pair
+from ..torch_private import pytree
+from .examples import Inputs, moved, read_batch
 from .labels import LabelCheck
 
 _GRADIENTS = 1 << 27
@@ -32,18 +34,21 @@ def fisher_diagonal(
     *,
     device: torch.device,
     seed: int = 0,
+    likelihood: Likelihood | None = None,
+    inputs: Inputs | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    r"""Mean over examples of the squared derivatives of a class's log probability.
+    r"""Mean over examples of the squared derivatives of a target's log density.
 
     .. math:: F_{ii} = \frac1n \sum_x \mathbb{E}_{y} \Big[
               \Big(\frac{\partial \log p(y|x, \mu)}{\partial \mu_i}\Big)^2 \Big]
 
-    ``exact``: the expectation over the classes by the model's own probabilities, with as many
-    backward passes as there are classes. For logits and cross entropy this is the diagonal of the
-    generalised Gauss-Newton matrix too. ``mc``: one class drawn from them, without bias.
-    ``empirical``: the true label, which is not the Fisher information but its usual stand-in; it
-    goes to 0 where the examples were learnt by heart.
+    ``exact``: the expectation over the targets by the model's own distribution, by the likelihood's
+    :meth:`curvature <bayesify.likelihoods.Likelihood.curvature>`, with as many backward passes as
+    it has vectors, such as one for each class. It is the diagonal of the generalised Gauss-Newton
+    matrix. ``mc``: one target drawn from that distribution, without bias. ``empirical``: the true
+    target, which is not the Fisher information but its usual stand-in; it goes to 0 where the
+    examples were learnt by heart. Masked targets count for nothing.
 
     Each example has a gradient of its own, by ``torch.func.vmap`` of ``grad`` over a functional
     call of the whole model: right for any layer, also convolutions and shared weights, as long as
@@ -64,37 +69,36 @@ def fisher_diagonal(
     wide = torch.float32 if device.type == "mps" else torch.float64
     total = {k: torch.zeros(v.shape, dtype=wide, device=v.device) for k, v in means.items()}
     generator = torch.Generator().manual_seed(seed)
-    labels_checked = LabelCheck(True, "fit_laplace_", "It is for classifiers alone.")
-    squares = _Squares(model)
+    known = likelihood_of(model) if likelihood is None else likelihood
+    guess = LabelCheck(known is None, "fit_laplace_", "Without a likelihood it is for classifiers.")
+    meaning = Categorical() if known is None else known
+    meaning.to(device)
+    squares = _Squares(model, meaning)
     together = max(1, _GRADIENTS // sum(mean.numel() for mean in means.values()))
     count = 0
     with _at_means_in_eval(model):
-        for inputs, labels in map(pair, batches):
-            inputs = inputs.to(device)
+        for batch in batches:
+            read = read_batch(batch, inputs)
+            given = read.arguments(device)
             with torch.no_grad():
-                output = Given((inputs,)).call(model)
-            labels_checked.look(output, labels)  # the loss must be theirs, also where none is read
-            weighted: list[tuple[Tensor, Tensor | None]]
-            if kind == "empirical":
-                weighted = [(labels.to(device), None)]
-            else:
-                probs = class_logits(output, "fit_laplace_").to(wide).softmax(-1)
+                output = Given(*given).call(model)
+                guess.look(output, read.targets)  # also where no label is read
+                meaning.check(output, read.targets)
+                targets = moved(read.targets, device)
+                what: Iterable[Any] = [targets]
                 if kind == "mc":
-                    drawn = torch.multinomial(probs.cpu(), 1, generator=generator)[:, 0]
-                    weighted = [(drawn.to(device), None)]
-                else:
-                    weighted = [
-                        (torch.full_like(probs[:, c], c, dtype=torch.int64), probs[:, c])
-                        for c in range(probs.shape[1])
-                    ]
-            for classes, weights in weighted:
-                for start in range(0, len(inputs), together):
-                    part = slice(start, start + together)
-                    factors = None if weights is None else weights[part]
-                    found = squares(means, inputs[part].clone(), classes[part], factors)
-                    for name, value in found.items():
-                        total[name] += value
-            count += len(inputs)
+                    what = [meaning.sample(output, targets, generator)]
+                elif kind == "exact":
+                    what = meaning.curvature(output, targets)
+                for each in what:
+                    for start in range(0, read.size, together):
+                        part = slice(start, start + together)
+                        chosen = pytree.tree_map(
+                            lambda t, part=part: t[part].clone(), (given, each)
+                        )
+                        for name, value in squares(means, *chosen, along=kind == "exact").items():
+                            total[name] += value
+            count += read.size
             if on_batch is not None:
                 on_batch(count)
     if count == 0:
@@ -105,42 +109,47 @@ def fisher_diagonal(
 class _Squares:
     """Squared gradients summed over a batch, one gradient an example."""
 
-    def __init__(self, model: nn.Module) -> None:
-        def log_prob(means: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
-            logits = class_logits(functional_call(model, means, (x[None],)), "fit_laplace_")
-            return logits.log_softmax(-1).gather(1, label.view(1, 1)).sum()
+    def __init__(self, model: nn.Module, likelihood: Likelihood) -> None:
+        def output(means: dict[str, Tensor], given: Any) -> Any:
+            args, kwargs = pytree.tree_map(lambda t: t[None], given)
+            return functional_call(model, means, args, kwargs)
 
-        self.each = grad(log_prob)
-        self.together = vmap(self.each, in_dims=(None, 0, 0))
+        def score(means: dict[str, Tensor], given: Any, target: Any) -> Tensor:
+            one = pytree.tree_map(lambda t: t[None], target)
+            return likelihood.log_densities(output(means, given), one).sum()
+
+        def along(means: dict[str, Tensor], given: Any, vector: Tensor) -> Tensor:
+            return (main_output(output(means, given))[0] * vector).sum()
+
+        self.each = {False: grad(score), True: grad(along)}
         self.can_batch = True
 
     def __call__(
-        self, means: dict[str, Tensor], inputs: Tensor, labels: Tensor, weights: Tensor | None
+        self, means: dict[str, Tensor], given: Any, what: Any, *, along: bool
     ) -> dict[str, Tensor]:
+        each = self.each[along]
         if self.can_batch:
             try:
-                found = self.together(means, inputs, labels)
-                return {name: _sum(value, weights) for name, value in found.items()}
+                found = vmap(each, in_dims=(None, 0, 0))(means, given, what)
+                return {name: _sum(value) for name, value in found.items()}
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 logger.info("vmap cannot batch this forward (%s): one example at a time.", error)
                 self.can_batch = False
         total: dict[str, Tensor] = {}
-        for i in range(len(inputs)):
-            weight = None if weights is None else weights[i : i + 1]
-            for name, value in self.each(means, inputs[i], labels[i]).items():
-                square = _sum(value[None], weight)
+        size = len(next(t for t in pytree.tree_leaves(what) if isinstance(t, Tensor)))
+        for i in range(size):
+            one = pytree.tree_map(lambda t, i=i: t[i], (given, what))
+            for name, value in each(means, *one).items():
+                square = value.square()
                 total[name] = total[name] + square if name in total else square
         return total
 
 
-def _sum(gradients: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum over the examples of their squared gradients, by their weights."""
-    squares = gradients.square()
-    if weights is not None:
-        squares *= weights.to(squares.dtype).view(-1, *(1,) * (squares.dim() - 1))
-    return squares.sum(0)
+def _sum(gradients: Tensor) -> Tensor:
+    """Sum over the examples of their squared gradients."""
+    return gradients.square().sum(0)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from .. import gaussian
 from ..classes import classes_of, name_classes_
 from ..data import ImageData
 from ..errors import ArgumentError
-from ..likelihoods import Categorical
+from ..likelihoods import Categorical, Likelihood, set_likelihood_
 from ..models import InputConfig
 from ..posterior import Site, bayesian_sites, gaussian_prior
 from ..priors import GaussianPrior
@@ -29,10 +29,12 @@ from .batches import (
     device_of,
     split,
 )
+from .examples import Inputs
 from .fisher import fisher_diagonal
 from .holdout import held_out_loss
 from .matching import by_name
 from .readable import readable
+from .task import likelihood_for
 
 _EXPONENTS = tuple(0.5 * i for i in range(14, -1, -1))
 """Exponents of ten of the prior precisions that held-out examples are asked for, times 1/RMS**2."""
@@ -69,6 +71,8 @@ def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and R
     model: nn.Module,
     train: Data,
     *,
+    likelihood: Likelihood | Mapping[Any, Likelihood] | None = None,
+    inputs: Inputs | None = None,
     fisher: FisherKind = LaplaceSettings.fisher,
     prior_precision: float | Literal["holdout", "marglik"] = LaplaceSettings.prior_precision,
     temperature: float = LaplaceSettings.temperature,
@@ -89,11 +93,15 @@ def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and R
     .. math:: \sigma_i^2 = T \, / \, (N F_{ii} + \lambda / v_i)
 
     with N training examples, the prior's variance :math:`v_i`, one factor :math:`\lambda` for all
-    weights and a temperature T. It takes a classifier at (or near) a minimum of its loss.
+    weights and a temperature T. It takes a model at (or near) a minimum of the negative log
+    likelihood with the prior.
 
     Args:
-        model: A converted classifier whose priors are Gaussian.
-        train: As in :func:`fit`, with class numbers for targets.
+        model: A converted model whose priors are Gaussian.
+        train: As in :func:`fit`, a data set.
+        likelihood: What the outputs mean; None takes that of the model, or else
+            :class:`Categorical` for class numbers (batch,). The model keeps it.
+        inputs: As in :func:`fit`.
         device: Where the model is moved to; None leaves it where it is.
         model_config: As in :func:`fit`.
         on_look: As in :func:`fit`.
@@ -104,8 +112,8 @@ def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and R
 
     Raises:
         ArgumentError: An argument has a value that cannot work, a prior is not Gaussian, or the
-            model gives no logits (batch, classes), or a label is no class number. Upon any error
-            the log variances are as they were.
+            outputs or targets do not fit the likelihood, or it has no closed form of the curvature
+            that ``"exact"`` needs. Upon any error the log variances are as they were.
         UnsupportedModuleError: ``model`` has no posterior.
 
     Reference:
@@ -121,6 +129,7 @@ def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and R
     started = time.perf_counter()
     settings, reading = taken(LaplaceSettings, locals()), taken(Reading, locals())
     check_data(train)
+    meaning, _ = likelihood_for(model, likelihood, None)
     found = bayesian_sites(model)
     for site in found:
         if not isinstance(site.slot.prior, GaussianPrior):
@@ -156,7 +165,14 @@ def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and R
             told(done, len(indices))
 
     information, examples = fisher_diagonal(
-        model, batches, settings.fisher, device=target, seed=seed, on_batch=on_batch
+        model,
+        batches,
+        settings.fisher,
+        device=target,
+        seed=seed,
+        likelihood=meaning,
+        inputs=inputs,
+        on_batch=on_batch,
     )
     terms = [_Term.of(site, num_data * information[site.name]) for site in found]
     kept = [site.raw.detach().clone() for site in found]
@@ -173,7 +189,9 @@ def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and R
 
             def measure(precision: float) -> float:
                 _set(terms, precision, settings.temperature)
-                return held_out_loss(model, check, Categorical(), target, False, seed)
+                return held_out_loss(
+                    model, check, meaning or Categorical(), target, False, seed, inputs
+                )
 
             tried = _search(measure, terms)
             scale = min(tried, key=lambda pair: pair[1])[0]
@@ -190,7 +208,9 @@ def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and R
         prior = site.slot.prior
         assert isinstance(prior, GaussianPrior)
         site.slot.prior = replace(prior, std=prior.std / math.sqrt(scale))
-    if isinstance(train, ImageData) and classes_of(model) is None:
+    set_likelihood_(model, meaning or Categorical())
+    classifies = meaning is None or isinstance(meaning, Categorical)
+    if classifies and isinstance(train, ImageData) and classes_of(model) is None:
         name_classes_(model, train.classes)
     model.eval()
     with torch.no_grad():

@@ -57,7 +57,7 @@ def read_fit(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: There is no such file, or it is no state of a fit.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(
             f"There is nothing to resume: {path} does not exist. Start without resume."
         )
@@ -155,7 +155,7 @@ def held_checkpoint(path: str | os.PathLike[str] | None, resume: bool) -> Iterat
         return
     target = check_target(path, overwrite=True)
     with locked(target.with_name(f".{target.name}.lock"), f"{path}, the state of a fit,"):
-        if target.exists() and not resume:
+        if os.path.exists(target) and not resume:
             raise CheckpointError(
                 f"{path} holds the state of an earlier fit: go on with it (resume=True, --resume; "
                 "one that has ended takes no further step), or remove it."

@@ -26,7 +26,7 @@ from ..settings.training import FitSettings, Reading
 from ..signals import Signals
 from ..storage import left_as_it_was
 from ..storage.layout import LIKELIHOOD
-from ..storage.state import write_state
+from ..storage.state import ADAM, check_moments, write_state
 from .averaging import TailAverage
 from .batches import Data, config_for
 from .diagnosis import not_finite_in
@@ -413,12 +413,10 @@ class Run:
         averaged = zip(self.average.parameters, saved["average"], strict=bool(saved["average"]))
         self.average.mean = [like(own, v).to(self.device) for own, v in averaged]
         stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state = {
-            index: {k: like(stepped[index], v) if v.ndim else v for k, v in moments.items()}
-            for index, moments in saved["optimizer"].items()
-        }
+        for index, moments in saved["optimizer"].items():
+            check_moments(stepped[index], moments, ADAM)
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
         self.step, self.bound, self.epoch_loss = saved["step"], saved["bound"], saved["epoch_loss"]
         self.task.labels.first_epoch = self.step == 0
         self.losses, self.kls = saved["losses"], saved["kl"]

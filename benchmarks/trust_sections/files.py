@@ -120,7 +120,7 @@ def _bayesian_files(folder: Path) -> dict[str, Kind]:
         "mixture": (_net, {"prior": mixture}),
         "softplus": (_net, {"config": BBBConfig(parameterization="softplus")}),
         "estimators": (_net, {"estimator": {"0": "flipout", "3": "local"}}),
-        "partial": (_net, {"skip": ["BatchNorm2d", "re:bias$"], "logvar": -5.0}),
+        "partial": (_net, {"skip": ["BatchNorm2d", "re:bias$"], "initial_std": 0.1}),
     }
     models = {name: (build, bayesify.to_bbb(build(), **a)) for name, (build, a) in plain.items()}
     models["pruned"] = _net, bayesify.prune_(bayesify.to_bbb(_net()), 0.5)

@@ -32,6 +32,9 @@ class Section:
         full: Trials of the whole.
         prepare: Given an empty folder, makes what the trials need, and gives the trial.
         seconds: After this a trial counts as hanging, and its process is killed.
+        slow: Seconds of a processor above which a trial counts as a fault.
+        large: MiB of a trial above which it counts as a fault.
+        kept: Each trial's outcome and measures are shown, not only their counts.
     """
 
     name: str
@@ -40,6 +43,9 @@ class Section:
     full: int
     prepare: Callable[[Path], Trial]
     seconds: float = 60.0
+    slow: float = 5.0
+    large: float = 1024.0
+    kept: bool = False
 
 
 def judged(call: Callable[[], object]) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayesify.cli.guard import INTERRUPTED, guard
+from bayesify import ArgumentError
+from bayesify.cli.guard import INTERRUPTED
+from bayesify.cli.options import Given, command
 from bayesify.cli.outputs import check_folder
 
 from .commands import mount
-from .config import BYOVConfig, RunConfig, described
-from .presets import PRESETS, Preset
-from .trust import read_arguments
+from .config import RUN_FILE, BYOVConfig, RunConfig
+from .presets import PRESETS
+from .trust import check_config
 
 if TYPE_CHECKING:
     from .train import Outcome
@@ -34,104 +35,51 @@ def _main() -> None:
     pass
 
 
-def train(preset: str, resume: bool, debug: bool, **given: Any) -> None:
+def train(
+    *,
+    preset: Annotated[
+        str, typer.Option("--preset", "-p", help=f"One of {', '.join(PRESETS)}.")
+    ] = "demo",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
+    ] = False,
+    given: Given,
+    run: RunConfig,
+    byov: BYOVConfig,
+) -> None:
     """Train an encoder without labels; without any option, the demo.
 
-    Writes into the folder of --out: log.jsonl, checkpoints, encoder.safetensors for the other
-    commands of bayesify, student.safetensors and teacher.safetensors for timm. Ctrl-C saves and
-    ends; --resume goes on. Every default is that of the preset.
+    Writes into the folder of --out: log.jsonl, checkpoints, run.toml for --config,
+    encoder.safetensors for the other commands of bayesify, student.safetensors and
+    teacher.safetensors for timm. Ctrl-C saves and ends; --resume goes on. Every default is that of
+    the preset.
     """
-    with guard(debug):
-        chosen = settings(preset, given)
-        check_folder("--out", chosen.run.out, {"--data": chosen.run.data.removeprefix("wds:")})
-        outcome = _train(chosen, resume)
+    if given.file is not None:
+        check_config(given.file, byov, run, given.by_file)
+        if not resume and given.file.resolve() == (run.out / RUN_FILE).resolve():
+            raise ArgumentError(
+                f"--config {given.file} is in --out, where a new run writes its own: give another "
+                "folder, or --resume."
+            )
+    check_folder("--out", run.out, {"--data": run.data.removeprefix("wds:")})
+    outcome = _train(byov, run, resume)
     if outcome.results is None:
         raise typer.Exit(INTERRUPTED)
 
 
-def settings(preset: str, given: dict[str, Any]) -> Preset:
-    """A preset with the options that were given in place of its own.
+def of_preset(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the options change.
 
     Raises:
-        ArgumentError: There is no such preset, or a value cannot work.
+        ArgumentError: There is no such preset.
     """
-    from bayesify import ArgumentError
-
-    if preset not in PRESETS:
-        raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
-    base = PRESETS[preset]
-    changed = {name: value for name, value in given.items() if value is not None}
-    if "encoder_args" in changed:
-        changed["encoder_args"] = read_arguments(changed["encoder_args"])
-    own = {f.name for f in fields(BYOVConfig)}
-    return replace(
-        base,
-        config=replace(base.config, **{k: v for k, v in changed.items() if k in own}),
-        run=replace(base.run, **{k: v for k, v in changed.items() if k not in own}),
-    )
+    name = arguments["preset"]
+    if name not in PRESETS:
+        raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}.")
+    return {"byov": PRESETS[name].config, "run": PRESETS[name].run}
 
 
-def _options(cls: type) -> list[inspect.Parameter]:
-    """One option for each field of a dataclass, whose text is that of the docstring."""
-    texts, hints = described(cls), get_type_hints(cls)
-    made = []
-    for each in fields(cls):
-        hint = hints[each.name]
-        if each.name == "encoder_args":
-            hint = str
-        elif hint == tuple[str, ...]:
-            hint = list[str]  # may be given several times
-        names = [f"--{each.name.replace('_', '-')}"]
-        if hint is bool:
-            names = [f"{names[0]}/--no-{each.name.replace('_', '-')}"]
-        option = typer.Option(*names, help=texts[each.name], show_default=False)
-        kind: Any = Annotated[hint | None, option]
-        made.append(
-            inspect.Parameter(
-                each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind
-            )
-        )
-    return made
-
-
-def _with_options(function: Any) -> Any:
-    """``train`` with the fields of both configs as its options: one list, that of the fields."""
-    first = [
-        inspect.Parameter(
-            "preset",
-            inspect.Parameter.KEYWORD_ONLY,
-            default="demo",
-            annotation=Annotated[
-                str, typer.Option("--preset", "-p", help=f"One of {', '.join(PRESETS)}.")
-            ],
-        ),
-        inspect.Parameter(
-            "resume",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[
-                bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")
-            ],
-        ),
-    ]
-    last = inspect.Parameter(
-        "debug",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
-        annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
-    )
-
-    def command(**arguments: Any) -> None:
-        function(**arguments)
-
-    command.__doc__ = function.__doc__
-    parameters = [*first, *_options(RunConfig), *_options(BYOVConfig), last]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
-
-
-app.command("train")(_with_options(train))
+app.command("train")(command(train, base=of_preset))
 mount(app)
 
 
@@ -144,7 +92,7 @@ def presets() -> None:
         render.text(f"{name}: {preset.doc}")
 
 
-def _train(chosen: Preset, resume: bool) -> Outcome:
+def _train(byov: BYOVConfig, run: RunConfig, resume: bool) -> Outcome:
     from bayesify.cli import render
 
     from .train import train as run_training
@@ -153,9 +101,9 @@ def _train(chosen: Preset, resume: bool) -> Outcome:
     with render.progress("Training") as bar:
         reporter = Reporter(bar)
         watcher = Watcher(log=reporter.log, on_step=reporter.step, on_epoch=reporter.epoch)
-        outcome = run_training(chosen.config, chosen.run, resume=resume, watcher=watcher)
+        outcome = run_training(byov, run, resume=resume, watcher=watcher)
     if outcome.results is not None and not reporter.quiet:
-        _show_results(chosen, outcome)
+        _show_results(byov, run, outcome)
     return outcome
 
 
@@ -200,7 +148,7 @@ _ROWS = {
 }
 
 
-def _show_results(chosen: Preset, outcome: Outcome) -> None:
+def _show_results(byov: BYOVConfig, run: RunConfig, outcome: Outcome) -> None:
     from bayesify.cli import render
 
     from .export import timm_call
@@ -221,17 +169,18 @@ def _show_results(chosen: Preset, outcome: Outcome) -> None:
         "Bayesian encoder": results.encoder,
         "its means, for timm": results.student,
         "teacher, for timm": results.teacher,
-        "log": chosen.run.out / "log.jsonl",
+        "log": run.out / "log.jsonl",
+        "settings, for --config": run.out / RUN_FILE,
     }
     for what, path in files.items():
         if path is not None:
-            render.text(f"{what + ':':21}{path}")
+            render.text(f"{what + ':':24}{path}")
     render.text("\nNext:")
     if results.encoder is not None:
-        data, fitted = shlex.quote(chosen.run.data), chosen.run.out / "fitted.bbb.safetensors"
+        data, fitted = shlex.quote(run.data), run.out / "fitted.bbb.safetensors"
         file = shlex.quote(str(results.encoder))
         render.text(f"  bayesify eval {file} {data}")
         render.text(f"  bayesify fit {file} {data} --out {shlex.quote(str(fitted))}")
         render.text(f"  bayesify prune {file} --sparsity 0.5")
-    if ":" not in chosen.config.encoder:
-        render.text(f"  python -c 'import timm; {timm_call(chosen.config, results.student)}'")
+    if ":" not in byov.encoder:
+        render.text(f"  python -c 'import timm; {timm_call(byov, results.student)}'")

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 from bayesify import ArgumentError
+from bayesify.settings import Shown, Within
+from bayesify.settings.fields import (
+    Count,
+    NotNegative,
+    PartShare,
+    Positive,
+    Seed,
+    Share,
+    Whole,
+    checked,
+    nearest,
+    plain,
+    refuse,
+    settings_of,
+)
+from bayesify.settings.files import config_text
 
 Objective = Literal["byol", "supervised"]
 Conversion = Literal["full", "no-conv", "linear-only", "no-layernorm", "none"]
@@ -29,6 +42,9 @@ UNSEEN_SHIFTS = ("encoder.*norm.bias", "projector.3.bias")
 """Patterns for ``skip``: the biases of a ViT's last norm and of the projector's last layer. The
 BatchNorm behind the next layer subtracts what they add, so that no loss depends on them and their
 posterior becomes their prior."""
+
+RUN_FILE = "run.toml"
+"""Name of the file, in the folder of a run, that says all of its settings."""
 
 _PATCH = re.compile(r"_patch(\d+)")
 
@@ -59,8 +75,8 @@ class BYOVConfig:
         relative_std: Standard deviation of every weight at the start, in units of its tensor's root
             mean square, in place of logvar_init; 0 is logvar_init. Assumed: 0
         kl_reduction: What the summed KL is divided by: number of weights, of images, or 1. Assumed
-        beta_start: KL weight at the first step, at least 0. [BYOV] table 1: 0
-        beta_end: KL weight at the last step, at least 0. [BYOV] table 1: 1
+        beta_start: KL weight at the first step. [BYOV] table 1: 0
+        beta_end: KL weight at the last step. [BYOV] table 1: 1
         beta_shape: Way from the one to the other over the whole run. [BYOV] figure 6: cosine
         estimator: How bayesify draws; one draw a step for both views. [BYOV] appendix B: weight
         encoder: A model of timm, or package.module:factory. [BYOV] says ViT; size assumed
@@ -82,8 +98,8 @@ class BYOVConfig:
         augmentation_strength: Factor on colour jitter and on the probabilities of grayscale, blur
             and solarise; smallest crops are raised to this power. [BYOL]: 1
         min_crop: Least area of a crop, share of the image. [BYOL]: 0.08
-        negatives_weight: Weight of a term that pushes a prediction off the other images' targets,
-            at least 0. [BYOL] figure 5: 0
+        negatives_weight: Weight of a term that pushes a prediction off the other images' targets.
+            [BYOL] figure 5: 0
         batch_size: Images of one optimizer step over all processes. [BYOV] appendix B: 8192
         epochs: Passes over the training images. Assumed
         seed: Of everything random.
@@ -97,63 +113,60 @@ class BYOVConfig:
         trust_coefficient: Of LARS. [BYOL]: 1e-3
         warmup_epochs: Epochs in which the rate rises linearly from 0. [BYOL]: 10
         clip_norm: Gradients are scaled down to this norm; 0 is never. DINO: 3; [BYOL]: never
-        tau_base: EMA factor of the teacher at the first step, in [0, 1]. [BYOL]: 0.996 for 1000
-            epochs, 0.99 for 300
+        tau_base: EMA factor of the teacher at the first step. [BYOL]: 0.996 for 1000 epochs,
+            0.99 for 300
         tau_end: The same at the last step, reached as a cosine. [BYOL]: 1
         tau_batch: Batch size that tau_base was chosen for, images: at another one tau becomes
             tau ** (batch_size / tau_batch); 0 leaves it. [EMA]
     """
 
     objective: Objective = "byol"
-    init_std: float = 0.02
+    init_std: Positive = 0.02
     conversion: Conversion = "full"
     skip: tuple[str, ...] = ()
     prior: PriorName = "zero"
-    prior_var_floor: float = 1e-6
+    prior_var_floor: Positive = 1e-6
     parameterization: Parameterization = "exp"
     logvar_init: float = -10.0
-    relative_std: float = 0.0
+    relative_std: NotNegative = 0.0
     kl_reduction: Reduction = "num_weights"
-    beta_start: float = 0.0
-    beta_end: float = 1.0
+    beta_start: NotNegative = 0.0
+    beta_end: NotNegative = 1.0
     beta_shape: BetaShape = "cosine"
     estimator: str = "weight"
     encoder: str = "vit_base_patch16_224"
-    encoder_args: Mapping[str, Any] = field(default_factory=dict)
-    image_size: int = 224
+    encoder_args: Annotated[Mapping[str, Any], Shown(metavar="JSON")] = field(default_factory=dict)
+    image_size: Count = 224
     channels: int = 3
-    projector_hidden: int = 4096
-    projector_out: int = 256
+    projector_hidden: Count = 4096
+    projector_out: Count = 256
     predictor: PredictorName = "mlp"
-    predictor_lr_ratio: float = 1.0
+    predictor_lr_ratio: NotNegative = 1.0
     head_norm: HeadNorm = "batch"
     head_init: HeadInit = "default"
     freeze_patch_embed: bool = False
     augmentation: Augmentation = "imagenet"
-    augmentation_strength: float = 1.0
-    min_crop: float = 0.08
-    negatives_weight: float = 0.0
-    batch_size: int = 4096
-    epochs: int = 300
-    seed: int = 0
+    augmentation_strength: NotNegative = 1.0
+    min_crop: Annotated[float, Within(above=0, most=1)] = 0.08
+    negatives_weight: NotNegative = 0.0
+    batch_size: Count = 4096
+    epochs: Count = 300
+    seed: Seed = 0
     optimizer: OptimizerName = "adamw"
-    lr: float = 1.5e-4
-    logvar_lr_ratio: float = 1.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    momentum: float = 0.9
-    trust_coefficient: float = 1e-3
-    warmup_epochs: float = 10.0
-    clip_norm: float = 0.0
-    tau_base: float = 0.99
-    tau_end: float = 1.0
-    tau_batch: int = 0
+    lr: Positive = 1.5e-4
+    logvar_lr_ratio: NotNegative = 1.0
+    weight_decay: NotNegative = 0.0
+    betas: tuple[PartShare, PartShare] = (0.9, 0.95)
+    momentum: Share = 0.9
+    trust_coefficient: Positive = 1e-3
+    warmup_epochs: NotNegative = 10.0
+    clip_norm: NotNegative = 0.0
+    tau_base: Share = 0.99
+    tau_end: Share = 1.0
+    tau_batch: Whole = 0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        problems = _problems(self)
-        if problems:
-            raise ArgumentError("This configuration cannot work:\n  " + "\n  ".join(problems))
+        refuse("This configuration cannot work", checked(self) or _problems(self))
 
     @property
     def bayesian(self) -> bool:
@@ -187,15 +200,14 @@ class BYOVConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that :meth:`from_json` reads."""
-        return {**asdict(self), "skip": [*self.skip], "betas": [*self.betas]}
+        return plain(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BYOVConfig:
         """The config that :meth:`to_json` gave."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise ArgumentError(f"BYOVConfig has no field {', '.join(unknown)}.")
+        for name in sorted({*data} - {*settings_of(cls)}):
+            near = nearest(name, settings_of(cls))
+            raise ArgumentError(f"BYOVConfig has no field {name}; the nearest is {near}.")
         return cls(**data)
 
 
@@ -234,53 +246,35 @@ class RunConfig:
     data: str = "fashion-sample"
     out: Path = Path("byov-run")
     device: str = "auto"
-    workers: int = 0
+    workers: Whole = 0
     amp: bool = False
-    accumulate: int = 1
+    accumulate: Count = 1
     compile: bool = False
     checkpoint_activations: bool = False
     shard: bool = False
     sync_batchnorm: bool = True
     skip_broken: bool = False
-    log_every: int = 10
+    log_every: Count = 10
     tensorboard: bool = False
-    eval_every: int = 1
-    monitor_images: int = 1000
-    checkpoint_every: int = 1
-    keep_last: int = 2
+    eval_every: Whole = 1
+    monitor_images: Count = 1000
+    checkpoint_every: Count = 1
+    keep_last: Count = 2
     stop_on_collapse: bool = True
     baselines: bool = False
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        low = {
-            "workers": 0, "accumulate": 1, "log_every": 1, "eval_every": 0, "monitor_images": 1,
-            "checkpoint_every": 1, "keep_last": 1,
-        }  # fmt: skip
-        problems = [
-            f"{name} must be at least {least}, not {getattr(self, name)}."
-            for name, least in low.items()
-            if getattr(self, name) < least
-        ]
-        if self.shard and self.compile:
-            problems.append("shard cannot be combined with compile: leave one of them out.")
-        if problems:
-            raise ArgumentError("This run cannot work:\n  " + "\n  ".join(problems))
+        both = "shard cannot be combined with compile: leave one of them out."
+        found = checked(self)
+        refuse("This run cannot work", [*found, *([both] if self.shard and self.compile else [])])
 
 
-def described(cls: type) -> dict[str, str]:
-    """The text of every field in the ``Args`` of a dataclass: what the command line shows."""
-    # Python 3.13 takes the indentation off by itself
-    body = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
-    rows: dict[str, str] = {}
-    name = ""
-    for line in body.splitlines():
-        start = re.match(r" {4}(\w+): (.*)", line)
-        if start:
-            name, rows[start[1]] = start[1], start[2]
-        elif name and line.strip():
-            rows[name] += " " + line.strip()
-    return rows
+def run_text(config: BYOVConfig, run: RunConfig) -> str:
+    """What :data:`RUN_FILE` holds."""
+    return config_text(
+        "A run of BYOV: bayesify recipe byov train --config run.toml --out ANOTHER repeats it.",
+        {"byov": config, "run": run},
+    )
 
 
 def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -292,70 +286,15 @@ def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _check_types(config: Any) -> None:
-    """Each value has the type of its field; whole numbers and text do for what they stand for."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            if value not in get_args(hint):
-                known = ", ".join(map(str, get_args(hint)))
-                raise ArgumentError(f"{name} must be one of {known}, not {value!r}.")
-        elif hint is Path:
-            object.__setattr__(config, name, Path(value))
-        elif hint == tuple[str, ...]:
-            if not isinstance(value, tuple | list) or not all(type(v) is str for v in value):
-                raise ArgumentError(f"{name} must be a list of texts, not {value!r}.")
-            object.__setattr__(config, name, tuple(value))
-        elif get_origin(hint) is tuple:
-            numbers = isinstance(value, tuple | list) and all(map(_is_number, value))
-            if not numbers or len(value) != len(get_args(hint)):
-                raise ArgumentError(f"{name} must be {len(get_args(hint))} numbers, not {value!r}.")
-            object.__setattr__(config, name, tuple(map(float, value)))
-        elif name == "encoder_args":
-            try:
-                plain = json.loads(json.dumps(dict(value), allow_nan=False))
-            except (TypeError, ValueError) as error:
-                raise ArgumentError(
-                    f"{name} must be what JSON can hold, not {value!r} ({error})."
-                ) from error
-            object.__setattr__(config, name, plain)
-        elif hint is float:
-            if not _is_number(value):
-                raise ArgumentError(f"{name} must be a finite number, not {value!r}.")
-            object.__setattr__(config, name, float(value))
-        elif type(value) is not hint:
-            raise ArgumentError(f"{name} must be of the type {hint.__name__}, not {value!r}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-
-
 def _problems(c: BYOVConfig) -> list[str]:
-    """Everything that forbids a run, each with the field's name."""
+    """What forbids a run though each field may be as it is."""
     found = []
 
     def want(good: bool, message: str) -> None:
         if not good:
             found.append(message)
 
-    for name in ("beta_start", "beta_end", "negatives_weight", "weight_decay", "clip_norm",
-                 "warmup_epochs", "augmentation_strength", "predictor_lr_ratio",
-                 "logvar_lr_ratio", "relative_std", "tau_batch", "seed"):  # fmt: skip
-        value = getattr(c, name)
-        want(value >= 0, f"{name} must be at least 0, not {value!r}.")
-    for name in ("epochs", "batch_size", "image_size", "projector_hidden", "projector_out",
-                 "lr", "init_std", "prior_var_floor", "trust_coefficient"):  # fmt: skip
-        value = getattr(c, name)
-        want(value > 0, f"{name} must be above 0, not {value!r}.")
-    for name in ("tau_base", "tau_end", "momentum"):
-        value = getattr(c, name)
-        want(0 <= value <= 1, f"{name} must be in [0, 1], not {value!r}.")
-    want(0 < c.min_crop <= 1, f"min_crop must be in (0, 1], not {c.min_crop!r}.")
-    want(all(0 <= b < 1 for b in c.betas), f"betas must be in [0, 1), not {c.betas!r}.")
     want(c.channels in (1, 3), f"channels must be 1 or 3, not {c.channels}.")
-    if found:
-        return found
     want(
         c.warmup_epochs < c.epochs,
         f"warmup_epochs must be below epochs ({c.epochs}), not {c.warmup_epochs:g}.",

@@ -17,7 +17,7 @@ from bayesify import GaussianPrior, set_prior_, to_deterministic
 from bayesify.metrics import knn_accuracy
 from bayesify.storage import check_target, replacing
 
-from .config import BYOVConfig, RunConfig
+from .config import RUN_FILE, BYOVConfig, RunConfig
 from .data.dataset import Source
 from .evaluation.features import Reading, encoded, features
 from .model import Student, build_student, encoder_spec
@@ -50,7 +50,8 @@ def check_files(out: Path) -> None:
     Raises:
         CheckpointError: Something other than a file is in a file's place.
     """
-    for name in ("encoder.safetensors", "student.safetensors", "teacher.safetensors", "log.jsonl"):
+    files = "encoder.safetensors", "student.safetensors", "teacher.safetensors", "log.jsonl"
+    for name in (*files, RUN_FILE):
         if (out / name).exists():
             check_target(out / name, overwrite=True)
 

@@ -191,7 +191,7 @@ def _went_on(run: Run, count: int) -> tuple[Stepper, Iterator[list[Views]]]:
     stepper.load_state(saved)
     stepper.model.load_state_dict(run.model.state_dict())  # BatchNorm's statistics at the means
     if not config.bayesian:
-        to_bbb_(stepper.model, logvar=-10.0)
+        to_bbb_(stepper.model, initial_std=math.exp(-5))
     per_epoch = _steps_per_epoch(run)
     longer = replace(config, epochs=max(config.epochs, math.ceil((run.step + count) / per_epoch)))
     return stepper, batches_of(run.source, longer, how, world, per_epoch, run.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from bayesify import (
     BBBConfig,
     GaussianPrior,
     ModelSpec,
+    RelativeStd,
     create_model,
     plan,
     to_bbb_,
@@ -190,11 +192,11 @@ def convert_(model: nn.Module, config: BYOVConfig) -> nn.Module:
         "preset": config.conversion,
         "skip": config.skip,
         "prior": GaussianPrior(),
-        "logvar": None if config.relative_std else config.logvar_init,
+        "initial_std": RelativeStd(config.relative_std)
+        if config.relative_std
+        else math.exp(config.logvar_init / 2),
         "estimator": config.estimator,
-        "config": BBBConfig(
-            relative_std=config.relative_std or None, parameterization=config.parameterization
-        ),
+        "config": BBBConfig(parameterization=config.parameterization),
     }
     if config.skip and (notes := plan(model, **wanted).notes):
         raise ArgumentError("; ".join(notes))  # after a day of training it is too late to read them

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from bayesify import ArgumentError, BayesifyError, posteriors
 from bayesify.signals import Signals
+from bayesify.storage import replacing
 
-from .config import BYOVConfig, RunConfig
+from .config import RUN_FILE, BYOVConfig, RunConfig, run_text
 from .data.dataset import Source
 from .evaluation.features import Reading, features, monitor_knn, subsample
 from .runtime import checkpoint
@@ -26,7 +27,7 @@ from .runtime.monitors import (
     effective_rank,
     embedding_std,
     mean_stats,
-    posterior_health,
+    posterior_summary,
 )
 from .runtime.tensorboard import TensorBoardWriter
 from .step import Gradients, Stepper
@@ -128,6 +129,9 @@ class TrainLog:
         self.newest = resumed
         self._travel = sum(rates[:start])
         run.out.mkdir(parents=True, exist_ok=True)
+        if world.first:
+            with replacing(run.out / RUN_FILE, overwrite=True) as temporary:
+                temporary.write_text(run_text(config, run), "utf-8")
         wanted = run.tensorboard and world.first
         tensorboard = TensorBoardWriter(run.out / "tensorboard", start) if wanted else None
         self.log = RunLog(run.out / "log.jsonl" if world.first else None, tensorboard)
@@ -223,15 +227,15 @@ class TrainLog:
         config, stepper = self.config, self.stepper
         logvar_lr = config.peak_lr * config.logvar_lr_ratio
         per_step = 1 if config.parameterization == "exp" else 2  # d logvar / d rho, at most
-        health = posterior_health(stepper.model, initial_logvar=stepper.initial_logvar)
-        self.layers.append(health.layers)
+        summary = posterior_summary(stepper.model, initial_logvar=stepper.initial_logvar)
+        self.layers.append(summary.layers)
         return {
             "logvar_lr": logvar_lr * factor,
             "noise_budget": stepper.budget(beta),
             "logvar_reach": per_step * logvar_lr * self._travel,  # the most that Adam can do
-            "logvar_travel": health.logvar_travel,
-            "logvar_spread": health.logvar_spread,
-            "prior_share": health.prior_share,
+            "logvar_travel": summary.logvar_travel,
+            "logvar_spread": summary.logvar_spread,
+            "prior_share": summary.prior_share,
         }
 
     def _end_epoch(self, finished: int, done: int) -> None:

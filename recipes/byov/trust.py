@@ -9,31 +9,34 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from bayesify import ArgumentError
+from bayesify.settings.files import check_data as check_data
 
-from .config import BYOVConfig
+from .config import BYOVConfig, RunConfig
 from .presets import PRESETS
 
 
-def read_arguments(text: str) -> dict[str, Any]:
-    """The JSON object that ``--encoder-args`` was given.
+def check_config(path: Path, config: BYOVConfig, run: RunConfig, by_file: Collection[str]) -> None:
+    """Refuse what the file of ``--config`` names and what only the user may.
+
+    Args:
+        path: The file.
+        config: What is to be trained.
+        run: On what.
+        by_file: The settings that are as the file says.
 
     Raises:
-        ArgumentError: It is none.
+        ArgumentError: The file has an encoder that is a factory, or arguments of one, or data that
+            timm opens.
     """
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ArgumentError(
-            f"encoder_args must be a JSON object such as '{{\"depth\": 6}}' ({error})."
-        ) from error
-    if not isinstance(found, dict):
-        raise ArgumentError(f"encoder_args must be a JSON object, not {text!r}.")
-    return found
+    if "data" in by_file:
+        check_data(path, run.data)
+    if {"encoder", "encoder_args"} & {*by_file} and _runs_code(config):
+        raise _code_refused(path, config)
 
 
 def check_encoder(
@@ -54,22 +57,14 @@ def check_encoder(
         ArgumentError: The file names a factory and the user did not name the same, with the same
             arguments; or the user named another encoder than that of the run.
     """
-    from bayesify import ModelSpec
-
     named = _call(config.encoder, config.encoder_args)
     given = None
     if encoder is not None or encoder_args is not None:
         given = _call(encoder or "", encoder_args or {})
     if given == named:
         return
-    own = {preset.config.encoder for preset in PRESETS.values()}
-    factory = ModelSpec(config.encoder).source == "factory" and config.encoder not in own
-    if factory:
-        raise ArgumentError(
-            f"{path} names the factory {config.encoder!r} as its encoder, and a file does not "
-            "choose which code runs. Give it yourself, if you trust what this imports and calls: "
-            f"{named}"
-        )
+    if _runs_code(config):
+        raise _code_refused(path, config)
     if given is not None:
         raise ArgumentError(
             f"{path} was trained with {named}, not with {given}. Leave --encoder and "
@@ -77,17 +72,20 @@ def check_encoder(
         )
 
 
-def check_data(path: Path, spec: str) -> None:
-    """Refuse a data set that a file names and that more than reading images would open.
+def _runs_code(config: BYOVConfig) -> bool:
+    """Whether the encoder is a factory that is not one of this recipe's own."""
+    from bayesify import ModelSpec
 
-    Raises:
-        ArgumentError: It is one of timm's, which may download, unpickle, or run another library.
-    """
-    if spec.startswith("timm:"):
-        raise ArgumentError(
-            f"{path} names the data set {spec!r}, which code of other libraries opens, and a file "
-            f"does not choose which code runs. Give it yourself: --data {shlex.quote(spec)}"
-        )
+    own = {preset.config.encoder for preset in PRESETS.values()}
+    return ModelSpec(config.encoder).source == "factory" and config.encoder not in own
+
+
+def _code_refused(path: Path, config: BYOVConfig) -> ArgumentError:
+    return ArgumentError(
+        f"{path} names the factory {config.encoder!r} as its encoder, and a file does not choose "
+        "which code runs. Give it yourself, if you trust what this imports and calls: "
+        f"{_call(config.encoder, config.encoder_args)}"
+    )
 
 
 def _call(encoder: str, arguments: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ def faults(section: Section, count: int, folder: Path) -> list[str]:
     trial = section.prepare(folder)
     ended = [trust.measured(trial, number) for number in range(count)]
     assert len({e.outcome for e in ended}) > 1  # some are taken, some refused
-    return [f"{e.number}: {fault}" for e in ended if (fault := e.fault()) is not None]
+    return [f"{e.number}: {fault}" for e in ended if (fault := e.fault(section)) is not None]
 
 
 def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,11 +50,11 @@ def test_what_counts_as_a_fault(tmp_path: Path) -> None:
     assert judged(refuse) == "refused"
     assert judged(lambda: {"b": 1}["a"]) == f"{FAULT}: KeyError: 'a'"
     assert judged(start).startswith(f"{FAULT}: executed subprocess.Popen")
-    slow = trust.Ended(3, "taken", trust.SLOW + 1, 0.0)
-    large = trust.Ended(4, "refused", 0.1, trust.LARGE + 1)
+    slow = trust.Ended(3, "taken", FILES.slow + 1, 0.0)
+    large = trust.Ended(4, "refused", 0.1, FILES.large + 1)
     found = trust.empty(FILES)
     for ended in (slow, large, trust.Ended(5, "refused", 0.1, 1.0)):
-        trust.add(found, ended)
+        trust.add(FILES, found, ended)
     assert found["outcomes"] == {FAULT: 2, "refused": 1}
     assert (found["slow"], found["large"], found["trials"]) == (1, 1, 6)
     assert [f["trial"] for f in found["faults"]] == [3, 4]

@@ -197,8 +197,9 @@ def test_convert_as_json() -> None:
     assert {str(p.prior) for p in bayesify.posteriors(model)} == {"N(w0, 0.5^2)"}
 
 
-def test_convert_relative_to_each_tensor() -> None:
-    options = ("--relative-std", 0.08, "--prior-std", 0.25, "--relative-prior")
+@pytest.mark.parametrize("sigma", [("--initial-std", "0.08rms"), ("--relative-std", 0.08)])
+def test_convert_relative_to_each_tensor(sigma: tuple[object, object]) -> None:
+    options = (*sigma, "--prior-std", 0.25, "--relative-prior")
     document = json.loads(run("convert", "tinyfactory:tiny", "--json", *options).stdout)
     model = load(document["file"], model=models.create_model("tinyfactory:tiny"))
     weight = next(p for p in bayesify.posteriors(model) if p.name == "head.weight")
@@ -589,9 +590,12 @@ def test_prune_draws_a_curve() -> None:
         (["convert", "tinyfactory:tiny", "--preset", "most"], 2, "Unknown preset 'most'"),
         (["convert", "tinyfactory:tiny", "--prior-std", "0"], 2, "std must be a number"),
         (["convert", "tinyfactory:tiny", "--prior-mean", "first"], 2, "a number or initial"),
-        (["convert", "tinyfactory:tiny", "--logvar", "nan"], 2, "logvar must be a number"),
-        (["convert", "tinyfactory:tiny", "--relative-std", "0"], 2, "relative_std must be"),
+        (["convert", "tinyfactory:tiny", "--logvar", "nan"], 2, "initial_std must be a number"),
+        (["convert", "tinyfactory:tiny", "--logvar", "5000"], 2, "initial_std must be a number"),
+        (["convert", "tinyfactory:tiny", "--relative-std", "0"], 2, "fraction must be"),
         (["convert", "tinyfactory:tiny", "--relative-std", "1", "--logvar", "1"], 2, "give one"),
+        (["convert", "tinyfactory:tiny", "--initial-std", "1", "--logvar", "1"], 2, "give one"),
+        (["convert", "tinyfactory:tiny", "--initial-std", "5%"], 2, "0.05rms, got '5%'"),
         (["convert", "tinyfactory:tiny", "--num-classes", "7"], 2, "does not reach the factory"),
         (["convert", "tinyfactory:tiny", "--weights", "none.pt"], 2, "no weights file none.pt"),
         (["convert", "tinyfactory:tiny", "--weights", "nan.safetensors"], 2, "NaN"),

@@ -23,6 +23,11 @@ from bayesify.data import load_dataset
 from bayesify.models import InputConfig
 from bayesify.storage import load, read_header
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 FACTORY = """
 from torch import nn
 
@@ -182,7 +187,7 @@ def test_an_image_cut_short_is_one_clear_error(workers: int) -> None:
     assert "Traceback" not in message
 
 
-def test_strangers_are_shown_for_each_row() -> None:
+def test_ood_images_are_shown_for_each_row() -> None:
     command = ("eval", "net", "d.safetensors", *MODEL, "-k", 3, "--ood", "s.safetensors")
     document = json.loads(run(*command, "--json").stdout)
     expected = training.evaluate(
@@ -202,3 +207,53 @@ def test_strangers_are_shown_for_each_row() -> None:
             )
             assert f"{row.prediction} {score} {numbers}" in lines
     assert "Out of distribution: 25 images" in shown
+
+
+def test_the_settings_that_a_fit_writes_repeat_it() -> None:
+    shown = fit("--epochs", 2, "--lr", 0.01, "--holdout", 0.25, "--out", "a.bbb.safetensors").stdout
+    assert "Wrote a.bbb.safetensors, and its settings in a.bbb.toml." in " ".join(shown.split())
+    config = ("fit", "--config", "a.bbb.toml", *MODEL)
+    run(*config, "--out", "b")
+    assert Path("b").read_bytes() == Path("a.bbb.safetensors").read_bytes()
+    assert tomllib.loads(Path("b.toml").read_text())["fit"]["lr"] == 0.01
+    # options beat --set, which beats the file
+    run(*config, "-o", "c", "--set", "fit.epochs=3", "--set", "fit.lr=0.02", "--lr", 0.03)
+    asked = read_header(Path("c"))["info"]["fit"]
+    assert (asked["epochs"], asked["lr"], asked["holdout"]) == (3, 0.03, 0.25)
+    before = Path("a.bbb.safetensors").read_bytes()
+    assert "--force to replace it" in words(run(*config, "-o", "a.bbb.safetensors", code=2))
+    run(*config, "--force")
+    assert Path("a.bbb.safetensors").read_bytes() == before
+    # a part of the settings will do
+    Path("part.toml").write_text('[run]\nmethod = "laplace-diag"\n[fit]\nprior_precision = 3\n')
+    numbers = json.loads(fit("--config", "part.toml", "-o", "d", "--json").stdout)
+    assert (numbers["prior_precision"], numbers["config"]) == (3.0, "d.toml")
+    again = json.loads(run("fit", "--config", "d.toml", *MODEL, "-o", "e", "--json").stdout)
+    assert again["mean_std"] == numbers["mean_std"]
+
+
+def test_a_config_that_cannot_be_taken() -> None:
+    def refused(text: str, *arguments: object) -> str:
+        Path("a.toml").write_text(text)
+        message = words(fit("--config", "a.toml", "-o", "x", *arguments, code=2))
+        assert not Path("x").exists()
+        assert not Path("x.toml").exists()
+        return message
+
+    assert "fit.epoch (the nearest is fit.epochs)" in refused("[fit]\nepoch = 3")
+    assert "fit: epochs must be a whole number above 0, got 1.5" in refused("[fit]\nepochs = 1.5")
+    assert "fit.lr does nothing with --method laplace-diag" in refused(
+        "[fit]\nlr = 1", "--method", "laplace-diag"
+    )
+    # a file does not choose which code runs
+    Path("a.toml").write_text('[run]\nfile = "net"\ndata = "timm:torch/cifar10@x"\nout = "x"')
+    message = words(run("fit", "--config", "a.toml", *MODEL, code=2))
+    assert "a.toml names the data set 'timm:torch/cifar10@x'" in message
+    assert "a file does not choose which code runs" in message
+    message = words(run("fit", "--config", "a.toml", "net", "timm:torch/cifar10@x", *MODEL, code=2))
+    assert "does not choose" not in message
+    Path("a.toml").write_text('[run]\nmodel = "fitfactory:net"')
+    assert "there is no setting run.model" in words(run("fit", "--config", "a.toml", code=2))
+    assert "--resume do nothing with --method laplace-diag" in refused(
+        "", "--method", "laplace-diag", "--resume"
+    )

@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import io
 import itertools
+import math
 import os
 import re
 import shutil
@@ -77,7 +78,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
-    converted = bayesify.to_bbb(Net(), skip="BatchNorm*", logvar=-3.0)
+    converted = bayesify.to_bbb(Net(), skip="BatchNorm*", initial_std=math.exp(-1.5))
     bayesify.fit(
         converted, pictures(240, seed=0).dataset(CONFIG), epochs=4, batch_size=24, lr=3e-2,
         logvar_lr=1e-3, kl_weight=0.1,
@@ -160,7 +161,7 @@ def test_the_difference_to_the_control_is_paired(report: Report) -> None:
     )
 
 
-def test_strangers(model: nn.Module, report: Report) -> None:
+def test_ood_images(model: nn.Module, report: Report) -> None:
     assert report.ood is not None
     x, _ = inputs(ImageData("others", "all", CLASSES, Pictures(60, 90.0, 2)))
     known, _ = inputs(pictures())
@@ -309,7 +310,7 @@ def test_calibration_follows_the_interval(report: Report, ends: Interval, verdic
 
 @pytest.mark.parametrize("resamples", [0, 1, 1.5])
 def test_bad_arguments(model: nn.Module, resamples: Any) -> None:
-    with pytest.raises(ArgumentError, match="resamples must be a whole number above 1"):
+    with pytest.raises(ArgumentError, match="resamples must be a whole number of at least 2"):
         gather(model, pictures(), resamples=resamples, model_config=CONFIG)
 
 

@@ -5,6 +5,7 @@ By themselves: ``TRITON_INTERPRET=1 python -m pytest tests/core/interpreted.py``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -187,7 +188,9 @@ def test_the_launches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain_grid(self, grid)
 
     monkeypatch.setattr(kind, "__getitem__", counted)
-    model = bayesify.to_bbb(nn.Sequential(nn.Linear(50, 200), nn.Linear(200, 3)), logvar=-2.0)
+    model = bayesify.to_bbb(
+        nn.Sequential(nn.Linear(50, 200), nn.Linear(200, 3)), initial_std=math.exp(-1.0)
+    )
     loss = model(torch.ones(1, 50)).sum()
     (loss + bayesify.kl_divergence(model)).backward()
     blocks = [3, 1, 1, 1]  # of both weights and both biases

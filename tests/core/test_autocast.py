@@ -1,6 +1,7 @@
 """Draws in autocast's dtype: the numbers of float32 draws that autocast lowers."""
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return to_bbb(Net(), logvar=-3.0).train()
+    return to_bbb(Net(), initial_std=math.exp(-1.5)).train()
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ def test_outputs_and_gradients_are_those_of_lowered_float32_draws(model: nn.Modu
 def test_a_part_of_the_model_in_the_first_call_and_later(part: str) -> None:
     # autocast keeps casts of ordinary parameters, and the first call traces
     torch.manual_seed(0)
-    model = to_bbb(Net(), only=[part], logvar=-3.0).train()
+    model = to_bbb(Net(), only=[part], initial_std=math.exp(-1.5)).train()
     original = {n: p for n, p in model.named_parameters() if "logvar" not in n}
     for seed in (3, 4):
         with one_draw(model, seed):

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import math
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,7 +34,7 @@ X = torch.linspace(-1, 1, 6).view(2, 3)
 def net() -> Any:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    return to_bbb(plain, logvar=-2.0).eval()
+    return to_bbb(plain, initial_std=math.exp(-1.0)).eval()
 
 
 def given(model: nn.Module, seed: int | None) -> Tensor:
@@ -217,7 +218,9 @@ def test_threads_of_one_block_share_its_draw() -> None:
 
 def test_a_mixture_takes_the_draw_of_its_task() -> None:
     torch.manual_seed(0)
-    model: Any = to_bbb(nn.Linear(3, 2), prior=ScaleMixturePrior(), logvar=-2.0).eval()
+    model: Any = to_bbb(
+        nn.Linear(3, 2), prior=ScaleMixturePrior(), initial_std=math.exp(-1.0)
+    ).eval()
     with one_draw(model, 1):
         one = kl_divergence(model)
     with one_draw(model, 2):

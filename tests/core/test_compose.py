@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import socket
 import time
@@ -42,7 +43,7 @@ def net() -> nn.Module:
 
 
 def converted(model: nn.Module | None = None) -> Any:
-    return bayesify.to_bbb(net() if model is None else model, logvar=-3.0).train()
+    return bayesify.to_bbb(net() if model is None else model, initial_std=math.exp(-1.5)).train()
 
 
 def at(model: Any, seed: int | Tensor, *args: Any) -> Any:
@@ -379,7 +380,7 @@ def test_checkpointing_switched_on_later() -> None:
 
 def test_vmap_over_seeds() -> None:
     original = net()
-    model = bayesify.to_bbb(original, logvar=-3.0).eval()
+    model = bayesify.to_bbb(original, initial_std=math.exp(-1.5)).eval()
     seeds = torch.tensor([1, 2, 3])
 
     def functional(seed: Tensor) -> Any:
@@ -474,10 +475,10 @@ def test_float64_is_float64_throughout() -> None:
 
 
 def test_bfloat16_model_draws_in_float32() -> None:
-    model = bayesify.to_bbb(nn.Linear(64, 64).bfloat16(), logvar=-12.0)
+    model = bayesify.to_bbb(nn.Linear(64, 64).bfloat16(), initial_std=math.exp(-6.0))
     weight = draws(model, seed=1)["weight"].detach()
     assert weight.dtype == torch.bfloat16
-    exact = bayesify.to_bbb(nn.Linear(64, 64), logvar=-12.0)
+    exact = bayesify.to_bbb(nn.Linear(64, 64), initial_std=math.exp(-6.0))
     exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     expected = draws(exact, seed=1)["weight"].detach()
     assert torch.equal(weight, expected.bfloat16())  # rounded once
@@ -488,7 +489,7 @@ def test_bfloat16_model_draws_in_float32() -> None:
 
 def test_gradient_accumulation() -> None:
     original = net()
-    model = bayesify.to_bbb(original, logvar=-3.0).train()
+    model = bayesify.to_bbb(original, initial_std=math.exp(-1.5)).train()
     for seed in range(3):
         (at(model, seed, normal(3, 4, seed=seed)).square().mean() / 3).backward()
     found = gradients(model)

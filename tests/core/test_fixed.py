@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -60,7 +61,7 @@ def row_mask(row: int = 0) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_padding_is_read_at_its_mean(parameterization: Any, dtype: torch.dtype) -> None:
     config = bayesify.BBBConfig(parameterization=parameterization)
-    model: Any = bayesify.to_bbb(Text().to(dtype), logvar=0.0, config=config)
+    model: Any = bayesify.to_bbb(Text().to(dtype), initial_std=1.0, config=config)
     for _ in range(3):
         drawn = bayesify.draws(model)["words.weight"]
         assert torch.equal(drawn[0], torch.arange(1.0, WIDTH + 1.0).to(dtype))
@@ -70,7 +71,7 @@ def test_padding_is_read_at_its_mean(parameterization: Any, dtype: torch.dtype) 
 
 
 def test_the_kl_leaves_the_row_out_with_its_gradient() -> None:
-    model: Any = bayesify.to_bbb(Text(), logvar=-3.0)
+    model: Any = bayesify.to_bbb(Text(), initial_std=math.exp(-1.5))
     model.train()
     outputs = model(TOKENS)
     kl = bayesify.kl_divergence(model)
@@ -87,7 +88,7 @@ def test_the_kl_leaves_the_row_out_with_its_gradient() -> None:
 
 def test_a_mixture_prior_leaves_the_row_out() -> None:
     prior = ScaleMixturePrior(0.5, 1.0, 0.1)
-    model: Any = bayesify.to_bbb(Text(), logvar=-3.0, prior=prior)
+    model: Any = bayesify.to_bbb(Text(), initial_std=math.exp(-1.5), prior=prior)
     with bayesify.one_draw(model, seed=5), bayesify.sampled(model):
         found = bayesify.kl_divergence(model)
         expected = torch.zeros(())
@@ -101,9 +102,11 @@ def test_a_mixture_prior_leaves_the_row_out() -> None:
 
 
 def test_a_live_prior_of_a_model_that_is_fixed_too_has_a_gradient() -> None:
-    teacher = {p.name: p for p in bayesify.posteriors(bayesify.to_bbb(Text(), logvar=-3.0))}
+    teacher = {
+        p.name: p for p in bayesify.posteriors(bayesify.to_bbb(Text(), initial_std=math.exp(-1.5)))
+    }
     prior = LivePrior(lambda name: (teacher[name].mean, teacher[name].logvar.exp()))
-    model: Any = bayesify.to_bbb(Text(), logvar=-3.0, prior=prior)
+    model: Any = bayesify.to_bbb(Text(), initial_std=math.exp(-1.5), prior=prior)
     bayesify.kl_divergence(model).backward()
     for p in model.parameters():
         assert p.grad is not None
@@ -150,7 +153,9 @@ def test_weight_decay_moves_it_as_it_moves_the_original() -> None:
 @pytest.mark.parametrize("estimator", ["weight", "local", "flipout"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_every_estimator_reads_padding_at_its_mean(estimator: Any, sparse: bool) -> None:
-    model: Any = bayesify.to_bbb(Text(sparse=sparse), logvar=0.0, estimator={"words": estimator})
+    model: Any = bayesify.to_bbb(
+        Text(sparse=sparse), initial_std=1.0, estimator={"words": estimator}
+    )
     read: list[Tensor] = []
     model.words.register_forward_hook(lambda *a: read.append(a[-1]))
     model.train()
@@ -166,7 +171,9 @@ def test_every_estimator_reads_padding_at_its_mean(estimator: Any, sparse: bool)
 
 @pytest.mark.parametrize("bag", ["sum", "mean", "max"])
 def test_a_bag_without_its_padding(bag: Any) -> None:
-    model: Any = bayesify.to_bbb(nn.EmbeddingBag(WORDS, WIDTH, mode=bag, padding_idx=2), logvar=0.0)
+    model: Any = bayesify.to_bbb(
+        nn.EmbeddingBag(WORDS, WIDTH, mode=bag, padding_idx=2), initial_std=1.0
+    )
     assert (bayesify.stddev(model)["weight"] == 0).all(1).tolist() == [i == 2 for i in range(WORDS)]
     torch.testing.assert_close(
         bayesify.kl_divergence(model).double(), kl_by_torch(model, {"weight": row_mask(2)})
@@ -230,7 +237,7 @@ def test_two_tables_of_one_padding_are_one() -> None:
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "state_dict", "file"])
 def test_it_goes_where_the_posterior_goes(way: str, tmp_path: Path) -> None:
-    model: Any = bayesify.to_bbb(Text(), logvar=-3.0)
+    model: Any = bayesify.to_bbb(Text(), initial_std=math.exp(-1.5))
     if way == "deepcopy":
         other: Any = copy.deepcopy(model)
     elif way == "pickle":
@@ -309,7 +316,7 @@ def test_what_a_mask_of_torch_prunes_has_no_kl() -> None:
     torch_prune.random_unstructured(layer, "weight", amount=0.5)
     mask: Tensor = layer.weight_mask == 0
     assert int(mask.sum()) == 12
-    model: Any = bayesify.to_bbb(layer, logvar=-3.0)
+    model: Any = bayesify.to_bbb(layer, initial_std=math.exp(-1.5))
     torch.testing.assert_close(
         bayesify.kl_divergence(model).double(), kl_by_torch(model, {"weight_orig": mask})
     )
@@ -365,7 +372,7 @@ def test_check_optimizer_names_padding_that_came_later() -> None:
 
 
 def test_noise_is_told_beside_fixed_rows() -> None:
-    model: Any = bayesify.to_bbb(Text(), logvar=-3.0)
+    model: Any = bayesify.to_bbb(Text(), initial_std=math.exp(-1.5))
     for state in model.modules():
         if "_bayesify" in state.__dict__:
             state.__dict__["_bayesify"].spec = None

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import bayesify
-from bayesify import scope
+from bayesify import GaussianPrior, scope
 from bayesify.kernels import cpu_draw, grouped, native
 from bayesify.kernels.buffers import _MOST, Buffers
 from bayesify.kernels.noise import BLOCK, fill_by_generators, fill_normal
 from bayesify.posterior import sites
+from bayesify.priors import Prior
 from bayesify.seeds import fold
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -42,7 +43,7 @@ class Mixed(nn.Module):
 
 def mixed() -> Any:
     torch.manual_seed(0)
-    model: Any = bayesify.to_bbb(Mixed(), logvar=-2.0)
+    model: Any = bayesify.to_bbb(Mixed(), initial_std=math.exp(-1.0))
     for site in sites(model):
         site.raw.data.add_(torch.randn(site.raw.shape))
     return model
@@ -105,7 +106,7 @@ def test_gradients_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_graphs_at_once_and_a_graph_that_is_kept() -> None:
-    layer = bayesify.to_bbb(nn.Linear(4, 3), logvar=-1.0).train()
+    layer = bayesify.to_bbb(nn.Linear(4, 3), initial_std=math.exp(-0.5)).train()
     x = torch.randn(2, 4)
 
     def loss(seed: int) -> Tensor:
@@ -126,7 +127,7 @@ def test_two_graphs_at_once_and_a_graph_that_is_kept() -> None:
 def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
     def curvature() -> list[Tensor]:
         torch.manual_seed(0)
-        layer = bayesify.to_bbb(nn.Linear(4, 3), logvar=-1.0).train()
+        layer = bayesify.to_bbb(nn.Linear(4, 3), initial_std=math.exp(-0.5)).train()
         parameters = list(layer.parameters())
         with bayesify.one_draw(layer, seed=1):
             value = layer(torch.ones(2, 4)).pow(3).sum()
@@ -144,7 +145,7 @@ def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sparse_gradients(with_kl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def gradients() -> list[Tensor]:
         torch.manual_seed(0)
-        layer = bayesify.to_bbb(nn.Embedding(6, 3, sparse=True), logvar=-1.0).train()
+        layer = bayesify.to_bbb(nn.Embedding(6, 3, sparse=True), initial_std=math.exp(-0.5)).train()
         with bayesify.one_draw(layer, seed=1):
             loss = layer(torch.tensor([1, 1, 4])).square().sum()
         (loss + bayesify.kl_divergence(layer) if with_kl else loss).backward()
@@ -161,7 +162,7 @@ def test_sparse_gradients(with_kl: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_batched_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     def jacobian() -> Tensor:
         torch.manual_seed(0)
-        layer = bayesify.to_bbb(nn.Linear(4, 3), logvar=-1.0).train()
+        layer = bayesify.to_bbb(nn.Linear(4, 3), initial_std=math.exp(-0.5)).train()
         with bayesify.one_draw(layer, seed=1):
             y = layer(torch.ones(4))
         rows = torch.autograd.grad(
@@ -195,10 +196,13 @@ def test_repeated_draws_are_the_same_draws(threads: int) -> None:
 # -- the KL divergence that hangs on draws ---------------------------------------------------
 
 
-def network(prior: bayesify.Prior | None = None) -> Any:
+NORMAL = GaussianPrior()
+
+
+def network(prior: Prior = NORMAL) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 3))
-    converted = bayesify.to_bbb(model, logvar=-3.0, prior=prior).train()
+    converted = bayesify.to_bbb(model, initial_std=math.exp(-1.5), prior=prior).train()
     with torch.no_grad():
         for parameter in converted.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -387,7 +391,7 @@ def test_a_step_between_forward_and_backward_is_an_error() -> None:
 
 
 def test_a_second_backward_is_an_error() -> None:
-    layer = bayesify.to_bbb(nn.Linear(3, 2), logvar=-1.0).train()
+    layer = bayesify.to_bbb(nn.Linear(3, 2), initial_std=math.exp(-0.5)).train()
     with bayesify.one_draw(layer, seed=1):
         first, second = (layer(torch.ones(1, 3)).sum() for _ in range(2))
     first.backward()
@@ -409,7 +413,7 @@ def test_generated_noise_does_not_depend_on_the_number_of_threads(threads: int) 
 
 
 def test_threads_of_an_inference(threads: int) -> None:
-    layer = bayesify.to_bbb(nn.Linear(500, 500), logvar=-1.0).eval()
+    layer = bayesify.to_bbb(nn.Linear(500, 500), initial_std=math.exp(-0.5)).eval()
     x = torch.ones(1, 500)
     found = []
     for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
@@ -450,7 +454,7 @@ def test_a_fork_has_threads_of_its_own() -> None:
 
 
 def test_a_training_step_uses_the_memory_of_the_one_before() -> None:
-    layer = bayesify.to_bbb(nn.Linear(64, 64), logvar=-1.0).train()
+    layer = bayesify.to_bbb(nn.Linear(64, 64), initial_std=math.exp(-0.5)).train()
     optimizer = torch.optim.SGD(bayesify.param_groups(layer, lr=0.1))
     places: list[set[int]] = []
     for _ in range(4):
@@ -466,7 +470,7 @@ def test_a_training_step_uses_the_memory_of_the_one_before() -> None:
 
 
 def test_a_draw_that_is_held_is_not_overwritten() -> None:
-    layer: Any = bayesify.to_bbb(nn.Linear(8, 8), logvar=-1.0).eval()
+    layer: Any = bayesify.to_bbb(nn.Linear(8, 8), initial_std=math.exp(-0.5)).eval()
     held, copies = [], []
     for seed in range(6):
         with torch.no_grad(), bayesify.one_draw(layer, seed=seed):
@@ -500,7 +504,7 @@ def test_buffers_know_when_they_are_free() -> None:
 
 
 def test_a_model_that_moves_lets_go_of_its_memory() -> None:
-    layer = bayesify.to_bbb(nn.Linear(8, 8), logvar=-1.0).train()
+    layer = bayesify.to_bbb(nn.Linear(8, 8), initial_std=math.exp(-0.5)).train()
     layer(torch.ones(1, 8))
     assert next(sites(layer)).slot.buffers.kept()
     layer.double()
@@ -510,7 +514,7 @@ def test_a_model_that_moves_lets_go_of_its_memory() -> None:
 def test_a_copy_has_memory_of_its_own() -> None:
     import copy
 
-    layer = bayesify.to_bbb(nn.Linear(8, 8), logvar=-1.0).train()
+    layer = bayesify.to_bbb(nn.Linear(8, 8), initial_std=math.exp(-0.5)).train()
     layer(torch.ones(1, 8))
     other = copy.deepcopy(layer)
     assert next(sites(other)).slot.buffers is not next(sites(layer)).slot.buffers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import weakref
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -50,7 +51,7 @@ class Net(nn.Module):
 
 def net(training: bool = False, /, estimator: Any = "weight", **options: Any) -> Any:
     torch.manual_seed(0)
-    model = bayesify.to_bbb(Net(**options), logvar=LOGVAR, estimator=estimator)
+    model = bayesify.to_bbb(Net(**options), initial_std=math.exp(LOGVAR / 2), estimator=estimator)
     return model.train(training)
 
 
@@ -185,7 +186,9 @@ def test_embeddings_have_no_noise_at_the_means() -> None:
     tokens = torch.tensor([[0, 2], [1, 1]])
     for estimator in ("local", "flipout"):
         model: Any = bayesify.to_bbb(
-            nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 2)), logvar=LOGVAR, estimator=estimator
+            nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 2)),
+            initial_std=math.exp(LOGVAR / 2),
+            estimator=estimator,
         )
         with torch.no_grad(), sampled(model), at_mean(model[0]), at_mean(model[1]):
             plain = functional_call(bayesify.to_deterministic(model), {}, (tokens,), {})
@@ -295,7 +298,7 @@ def test_nothing_is_drawn_in_vain_and_nothing_kept() -> None:
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"])
 def test_timm(name: str) -> None:
     plain = timm.create_model(name, num_classes=5).eval()
-    model: Any = bayesify.to_bbb(plain, logvar=-6.0)
+    model: Any = bayesify.to_bbb(plain, initial_std=math.exp(-3.0))
     x = torch.randn(2, 3, 64, 64) if name != "test_vit" else torch.randn(2, 3, 160, 160)
     head = model.get_classifier()
     prefix = next(n for n, m in model.named_modules() if m is head)
@@ -314,7 +317,7 @@ def test_timm(name: str) -> None:
 def test_attention_that_reads_its_projection_itself() -> None:
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(8, 2, batch_first=True)
-    model: Any = bayesify.to_bbb(plain, logvar=LOGVAR).train()
+    model: Any = bayesify.to_bbb(plain, initial_std=math.exp(LOGVAR / 2)).train()
     x = torch.randn(2, 3, 8)
     weights = draws(model, 1)
     rest = {k: v for k, v in weights.items() if not k.startswith("out_proj")}

@@ -77,7 +77,7 @@ def test_bounds() -> None:
 
 def net() -> Any:
     torch.manual_seed(0)
-    return bayesify.to_bbb(nn.Linear(3, 4), logvar=-3.0)
+    return bayesify.to_bbb(nn.Linear(3, 4), initial_std=math.exp(-1.5))
 
 
 def data() -> TensorDataset:
@@ -208,7 +208,6 @@ def test_settings_are_kept_as_numbers_of_python() -> None:
 
 def test_a_file_holds_numbers_of_python(tmp_path: Path) -> None:
     f = np.float32
-    config = bayesify.BBBConfig(relative_std=f(0.25))  # type: ignore[arg-type]
     for prior in (
         bayesify.GaussianPrior(f(0.5), f(0.25)),  # type: ignore[arg-type]
         bayesify.GaussianPrior(np.int64(2), "initial"),  # type: ignore[arg-type]
@@ -216,13 +215,15 @@ def test_a_file_holds_numbers_of_python(tmp_path: Path) -> None:
     ):
         for value in dataclasses.astuple(prior):
             assert type(value) in (float, str, bool)
-        model = bayesify.to_bbb(nn.Linear(2, 2), prior=prior, logvar=f(-3.0), config=config)  # type: ignore[arg-type]
-        bayesify.save(model, tmp_path / "a.safetensors", overwrite=True)
-        json.dumps(read_header(tmp_path / "a.safetensors"))
-        loaded = bayesify.load(tmp_path / "a.safetensors", nn.Linear(2, 2))
-        assert next(sites(loaded)).slot.prior == prior
-        spec: Any = loaded.__dict__["_bayesify"].spec
-        assert (type(spec.logvar), type(spec.config.relative_std)) == (float, float)
+        for std in (f(0.25), bayesify.RelativeStd(f(0.25))):  # type: ignore[arg-type]
+            model = bayesify.to_bbb(nn.Linear(2, 2), prior=prior, initial_std=std)  # type: ignore[arg-type]
+            bayesify.save(model, tmp_path / "a.safetensors", overwrite=True)
+            json.dumps(read_header(tmp_path / "a.safetensors"))
+            loaded = bayesify.load(tmp_path / "a.safetensors", nn.Linear(2, 2))
+            assert next(sites(loaded)).slot.prior == prior
+            found: Any = loaded.__dict__["_bayesify"].spec.initial_std
+            number = found.fraction if isinstance(found, bayesify.RelativeStd) else found
+            assert (type(number), number) == (float, 0.25)
 
 
 def test_models_and_data() -> None:
@@ -243,16 +244,16 @@ REFUSALS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda v: bayesify.GaussianPrior(1.0, v), "GaussianPrior: mean"),
     (lambda v: bayesify.ScaleMixturePrior(v), "ScaleMixturePrior: pi"),
     (lambda v: bayesify.ScaleMixturePrior(0.5, v), "ScaleMixturePrior: std1"),
-    (lambda v: bayesify.BBBConfig(relative_std=v), "BBBConfig: relative_std"),
-    (lambda v: bayesify.to_bbb(nn.Linear(1, 1), logvar=v), "logvar"),
+    (lambda v: bayesify.RelativeStd(v), "RelativeStd: fraction"),
+    (lambda v: bayesify.to_bbb(nn.Linear(1, 1), initial_std=v), "initial_std"),
     (lambda v: bayesify.draws(net(), seed=v), "seed"),
     (lambda v: bayesify.predict(net(), torch.ones(1, 3), num_samples=v), "predict: num_samples"),
     (lambda v: bayesify.ensemble(net(), v), "num_samples"),
     (lambda v: bayesify.prune_(net(), v), "sparsity"),
     (lambda v: bayesify.fit_laplace_(net(), data(), temperature=v), "fit_laplace_: temperature"),
     (lambda v: bayesify.fit_laplace_(net(), data(), seed=v), "fit_laplace_: seed"),
-    (lambda v: bayesify.evaluate(net(), data(), resamples=v), "resamples"),
-    (lambda v: bayesify.evaluate(net(), data(), workers=v), "workers"),
+    (lambda v: bayesify.evaluate(net(), data(), resamples=v), "evaluate: resamples"),
+    (lambda v: bayesify.evaluate(net(), data(), workers=v), "evaluate: workers"),
     (lambda v: bayesify.latency(int, seconds=v), "latency: seconds"),
     (lambda v: bayesify.kl_schedule("linear", 0.0, v, 3), "kl_schedule: end"),
     (lambda v: bayesify.param_groups(net(), lr=v), "param_groups: lr"),

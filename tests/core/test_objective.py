@@ -57,7 +57,10 @@ class Net(nn.Module):
         return out
 
 
-def converted(prior: Prior | None = None, **options: Any) -> nn.Module:
+NORMAL = GaussianPrior()
+
+
+def converted(prior: Prior = NORMAL, **options: Any) -> nn.Module:
     """A float64 model whose means and log variances all differ."""
     model = bayesify.to_bbb(Net().double(), prior=prior, **options)
     with torch.no_grad():
@@ -120,7 +123,7 @@ def test_kl_of_softplus_is_that_of_torch_distributions() -> None:
 def test_kl_of_a_prior_around_the_initial_weights() -> None:
     net = Net().double()
     initial = {name: p.detach().clone() for name, p in net.named_parameters()}
-    model = bayesify.to_bbb(net, prior=GaussianPrior(0.5, "initial"), logvar=-3.0)
+    model = bayesify.to_bbb(net, prior=GaussianPrior(0.5, "initial"), initial_std=math.exp(-1.5))
     with torch.no_grad():
         for site in sites(model):
             site.mean.add_(torch.randn_like(site.mean))
@@ -129,7 +132,9 @@ def test_kl_of_a_prior_around_the_initial_weights() -> None:
 
 
 def test_kl_of_a_relative_prior() -> None:
-    model = bayesify.to_bbb(Net().double(), prior=GaussianPrior(2.0, relative=True), logvar=-3.0)
+    model = bayesify.to_bbb(
+        Net().double(), prior=GaussianPrior(2.0, relative=True), initial_std=math.exp(-1.5)
+    )
     expected = sum(
         reference_kl(s, 0.0, 2.0 * s.mean.detach().square().mean().sqrt()) for s in sites(model)
     )
@@ -171,7 +176,9 @@ def test_a_tied_weight_is_counted_once() -> None:
     tied = Net().double()
     apart = copy.deepcopy(tied)
     apart.b.weight = nn.Parameter(apart.b.weight.detach().clone())
-    once, twice = (kl_divergence(bayesify.to_bbb(m, logvar=-3.0)) for m in (tied, apart))
+    once, twice = (
+        kl_divergence(bayesify.to_bbb(m, initial_std=math.exp(-1.5))) for m in (tied, apart)
+    )
     q = torch.distributions.Normal(tied.a.weight.detach(), math.exp(-1.5))
     p = torch.distributions.Normal(torch.zeros_like(q.loc), 1.0)
     weight = torch.distributions.kl_divergence(q, p).sum()
@@ -210,12 +217,12 @@ def test_kl_gradients_are_finite_differences() -> None:
 
 
 def test_kl_is_in_float32_whatever_the_model_and_autocast() -> None:
-    model = bayesify.to_bbb(nn.Linear(50, 50), logvar=-3.0)
+    model = bayesify.to_bbb(nn.Linear(50, 50), initial_std=math.exp(-1.5))
     full = kl_divergence(model)
     assert full.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(kl_divergence(model), full)
-    short = bayesify.to_bbb(nn.Linear(50, 50).bfloat16(), logvar=-3.0)
+    short = bayesify.to_bbb(nn.Linear(50, 50).bfloat16(), initial_std=math.exp(-1.5))
     found = kl_divergence(short)
     assert found.dtype == torch.float32
     expected = torch.stack(
@@ -265,10 +272,10 @@ def test_mixture_kl_is_the_log_ratio_at_the_held_draw(seed: int) -> None:
 
 
 def test_mixture_kl_of_a_bfloat16_model_is_not_rounded_with_its_draw() -> None:
-    model = bayesify.to_bbb(nn.Linear(64, 64).bfloat16(), prior=MIXTURE, logvar=-14.0)
+    model = bayesify.to_bbb(nn.Linear(64, 64).bfloat16(), prior=MIXTURE, initial_std=math.exp(-7.0))
     with one_draw(model, seed=3), torch.no_grad():
         found = kl_divergence(model)
-    exact = bayesify.to_bbb(nn.Linear(64, 64), prior=MIXTURE, logvar=-14.0)
+    exact = bayesify.to_bbb(nn.Linear(64, 64), prior=MIXTURE, initial_std=math.exp(-7.0))
     exact.load_state_dict(model.state_dict())
     with one_draw(exact, seed=3), torch.no_grad():
         expected = kl_divergence(exact)
@@ -317,7 +324,7 @@ def test_mixture_kl_inside_a_training_forward_is_that_of_its_own_draw() -> None:
             read = [self.a.weight, self.a.bias, self.b.bias]
             return torch.cat([kl_divergence(self).view(1), *(w.flatten() for w in read)])
 
-    model = bayesify.to_bbb(WithKL().double(), prior=MIXTURE, logvar=-2.0).train()
+    model = bayesify.to_bbb(WithKL().double(), prior=MIXTURE, initial_std=math.exp(-1.0)).train()
     found, *weights = model(torch.ones(1, 2).double()).split([1, 4, 2, 2])
     expected = sum(
         mixture_log_ratio(site, w.view(site.mean.shape))
@@ -339,7 +346,7 @@ def test_mixture_kl_averages_to_the_integral() -> None:
     n, mean, logvar = 200_000, 0.4, -2.0
     layer = nn.Linear(n, 1, bias=False).double()
     nn.init.constant_(layer.weight, mean)
-    model = bayesify.to_bbb(layer, prior=MIXTURE, logvar=logvar)
+    model = bayesify.to_bbb(layer, prior=MIXTURE, initial_std=math.exp(logvar / 2))
     found = kl_divergence(model).item() / n
     std = math.exp(0.5 * logvar)
 
@@ -365,7 +372,9 @@ def test_mixture_kl_averages_to_the_integral() -> None:
 def test_mixture_of_one_component_averages_to_the_closed_form() -> None:
     n = 100_000
     model = bayesify.to_bbb(
-        nn.Linear(n, 1, bias=False), prior=ScaleMixturePrior(0.5, 0.3, 0.3), logvar=-2.0
+        nn.Linear(n, 1, bias=False),
+        prior=ScaleMixturePrior(0.5, 0.3, 0.3),
+        initial_std=math.exp(-1.0),
     )
     found = kl_divergence(model)
     [site] = sites(model)
@@ -440,7 +449,7 @@ def test_elbo_is_the_exact_evidence_where_posterior_is_exact() -> None:
     layer = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(layer.weight, y / 2)
     prior = ScaleMixturePrior(0.5, 1.0, 1.0)  # N(0, 1), by the draw
-    model = bayesify.to_bbb(layer, prior=prior, logvar=math.log(0.5))
+    model = bayesify.to_bbb(layer, prior=prior, initial_std=math.exp((math.log(0.5)) / 2))
     for seed in range(5):
         with one_draw(model, seed=seed):
             w = model(torch.ones(1, 1, dtype=torch.float64))
@@ -568,7 +577,9 @@ class Regression:
         self.precision = self.x.T @ self.x + torch.eye(weights).double()
         self.mean = torch.linalg.solve(self.precision, self.x.T @ self.y)
         self.logvar = -self.precision.diagonal().log()
-        self.model = bayesify.to_bbb(nn.Linear(weights, 1, bias=False).double(), logvar=-2.0)
+        self.model = bayesify.to_bbb(
+            nn.Linear(weights, 1, bias=False).double(), initial_std=math.exp(-1.0)
+        )
         [self.site] = sites(self.model.eval())
 
     def loss(self, seeds: Tensor) -> Tensor:
@@ -645,7 +656,7 @@ def _shard_and_compare(rank: int, folder: str) -> None:
     for prior, rows in itertools.product(priors, (5, 1)):  # with one row a process has nothing
         torch.manual_seed(0)
         teacher |= {"weight": torch.arange(3.0 * rows).view(rows, 3), "bias": torch.ones(rows)}
-        model = bayesify.to_bbb(nn.Linear(3, rows), prior=prior(), logvar=-3.0)
+        model = bayesify.to_bbb(nn.Linear(3, rows), prior=prior(), initial_std=math.exp(-1.5))
         whole: dict[str, Any] = {}
         for sharded in (False, True):
             if sharded:

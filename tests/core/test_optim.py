@@ -238,7 +238,7 @@ def test_resetting_each_module_leaves_the_log_variances_alone(model: nn.Module) 
 
 
 def test_a_wide_posterior_that_was_asked_for_is_right() -> None:
-    model = bayesify.to_bbb(nn.Linear(20, 50), logvar=0.0)
+    model = bayesify.to_bbb(nn.Linear(20, 50), initial_std=1.0)
     check_optimizer(model, torch.optim.SGD(param_groups(model, lr=0.1)))
 
 

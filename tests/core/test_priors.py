@@ -29,7 +29,10 @@ def only_site(model: nn.Module) -> Site:
     return site
 
 
-def layer(prior: bayesify.GaussianPrior | LivePrior | None = None) -> nn.Module:
+NORMAL = GaussianPrior()
+
+
+def layer(prior: bayesify.GaussianPrior | LivePrior = NORMAL) -> nn.Module:
     return bayesify.to_bbb(nn.Linear(3, 2, bias=False), prior=prior)
 
 
@@ -229,7 +232,9 @@ def test_the_kl_divergence_is_right_at_the_edges_both_ways(
     std: float, mean: float, logvar: float
 ) -> None:
     torch.manual_seed(0)
-    model = bayesify.to_bbb(nn.Linear(7, 5), prior=GaussianPrior(std, mean), logvar=logvar)
+    model = bayesify.to_bbb(
+        nn.Linear(7, 5), prior=GaussianPrior(std, mean), initial_std=math.exp(logvar / 2)
+    )
     double = [(p.mean.detach().double(), p.logvar.detach().double())
               for p in bayesify.posteriors(model)]  # fmt: skip
     expected = sum(
@@ -254,7 +259,9 @@ def test_the_kl_divergence_is_right_at_the_edges_both_ways(
 
 @pytest.mark.parametrize("std", [1e-8, 1e8])
 def test_the_drawn_kl_divergence_is_finite_at_the_edges(std: float) -> None:
-    model = bayesify.to_bbb(nn.Linear(7, 5), prior=ScaleMixturePrior(0.5, std, std), logvar=-2.0)
+    model = bayesify.to_bbb(
+        nn.Linear(7, 5), prior=ScaleMixturePrior(0.5, std, std), initial_std=math.exp(-1.0)
+    )
     kl = bayesify.kl_divergence(model)
     kl.backward()
     assert kl.isfinite()
@@ -284,7 +291,14 @@ def test_numbers_of_a_live_prior_are_looked_at(var: float) -> None:
         bayesify.kl_divergence(model)
 
 
-@pytest.mark.parametrize("logvar", [-2001.0, 80.1, 2000.0, math.inf])
-def test_a_logvar_that_would_be_pruned_or_overflow_is_refused(logvar: float) -> None:
-    with pytest.raises(ArgumentError, match="logvar must be a number from -2000 to 80"):
-        bayesify.to_bbb(nn.Linear(2, 2), logvar=logvar)
+@pytest.mark.parametrize("std", [0.0, -1.0, 2.4e17, math.inf])
+def test_a_sigma_that_would_be_pruned_or_overflow_is_refused(std: float) -> None:
+    with pytest.raises(ArgumentError, match="initial_std must be a number above 0 and up to"):
+        bayesify.to_bbb(nn.Linear(2, 2), initial_std=std)
+
+
+@pytest.mark.parametrize("std", [5e-324, 2.3e17])
+def test_the_edges_of_sigma_are_held(std: float) -> None:
+    [site, _] = sites(bayesify.to_bbb(nn.Linear(2, 2), initial_std=std))
+    assert site.logvar.unique().item() == pytest.approx(2 * math.log(std), rel=1e-6)
+    assert site.held is None

@@ -210,7 +210,9 @@ def test_equal_scores_are_cut_at_the_share() -> None:
 
 
 def test_a_mean_of_zero_goes_first_whatever_its_sigma() -> None:
-    model = bayesify.to_bbb(nn.Linear(4, 1, bias=False), logvar=-1000.0)  # sigma is 0: 0 / 0
+    model = bayesify.to_bbb(
+        nn.Linear(4, 1, bias=False), initial_std=math.exp(-500.0)
+    )  # sigma is 0: 0 / 0
     with torch.no_grad():
         model.get_parameter("weight").copy_(torch.tensor([[1.0, 0.0, 2.0, 3.0]]))
     prune_(model, 0.25)
@@ -312,9 +314,9 @@ def test_the_kl_leaves_pruned_weights_out(parameterization: Any, mean: Any, draw
 
 
 def test_the_drawn_kl_leaves_pruned_weights_out() -> None:
-    model = bayesify.to_bbb(nn.Linear(4, 2, bias=False), logvar=-2.0)
+    model = bayesify.to_bbb(nn.Linear(4, 2, bias=False), initial_std=math.exp(-1.0))
     bayesify.set_prior_(model, bayesify.ScaleMixturePrior())
-    half = bayesify.to_bbb(nn.Linear(4, 2, bias=False), logvar=-2.0)
+    half = bayesify.to_bbb(nn.Linear(4, 2, bias=False), initial_std=math.exp(-1.0))
     half.load_state_dict(model.state_dict())
     prune_(model, 0.5)
     kept = torch.from_numpy(~is_pruned(model, "weight"))
@@ -402,7 +404,7 @@ def test_masks_survive_training(name: str, parameterization: Any) -> None:
 
 def test_training_is_that_of_torch_prune() -> None:
     net = Net()
-    model = bayesify.to_bbb(net, logvar=-1000.0)  # sigma is 0: a deterministic model
+    model = bayesify.to_bbb(net, initial_std=math.exp(-500.0))  # sigma is 0: a deterministic model
     prune_(model, 0.5, score="magnitude").train()
     for name in WEIGHTS:
         torch_prune.l1_unstructured(net.get_submodule(name.removesuffix(".weight")), "weight", 0.5)
@@ -749,7 +751,10 @@ WRONG: Any = bayesify  # called with arguments of the wrong type
         (lambda m: prune_(m, True), "got True"),
         (lambda m: WRONG.prune_(m, 0.5, score="sn"), "score must be one of 'snr', 'magnitude'"),
         (lambda m: WRONG.prune_(m, 0.5, scope="layer"), "scope must be 'tensor' or 'global'"),
-        (lambda m: WRONG.prune_(m, 0.5, min_dim=1.5), "min_dim must be an integer"),
+        (
+            lambda m: WRONG.prune_(m, 0.5, min_dim=1.5),
+            "min_dim must be a whole number",
+        ),
         (lambda m: prune_(m, 0.5, only="norm"), "and 2 have fewer than 2 dimensions"),
         (lambda m: prune_(m, 0.5, skip="Net"), "10 are left out by only and skip"),
         (lambda m: prune_(m, 0.5, score=wrong_shape), r"shape \(8, 3, 3, 3\), got \(3,\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 def converted(name: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return bayesify.to_bbb(MODELS[name][0](), logvar=-3.0, **options).eval()
+    return bayesify.to_bbb(MODELS[name][0](), initial_std=math.exp(-1.5), **options).eval()
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_other_posteriors(how: str, watched: list[str], monkeypatch: pytest.Monk
     if how == "pruned":
         prune_(model, sparsity=0.5)
     if how == "copies":  # one name twice: not the same noise
-        layers = [bayesify.to_bbb(nn.Linear(4, 4), logvar=-1.0) for _ in range(2)]
+        layers = [bayesify.to_bbb(nn.Linear(4, 4), initial_std=math.exp(-0.5)) for _ in range(2)]
         model = nn.Sequential(converted("convolutions"), *layers).eval()
     expected = in_a_loop(monkeypatch, model, IMAGES, num_samples=4, seed=1)
     watched.clear()
@@ -200,7 +201,7 @@ def test_what_vmap_cannot_run_is_run_in_a_loop_and_logged(
     kind: str, watched: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
-    model: Any = bayesify.to_bbb(Stubborn(kind), logvar=-2.0).eval()
+    model: Any = bayesify.to_bbb(Stubborn(kind), initial_std=math.exp(-1.0)).eval()
     x = torch.randn(3, 4)
     expected = []
     torch.manual_seed(1)
@@ -303,7 +304,7 @@ def test_in_inference_mode(batch: int) -> None:
 
 
 def test_a_loop_over_draws_uses_memory_again() -> None:
-    model = bayesify.to_bbb(nn.Linear(300, 300), logvar=-3.0).eval()
+    model = bayesify.to_bbb(nn.Linear(300, 300), initial_std=math.exp(-1.5)).eval()
     places = []
     draws = Draws(model, 5, 0)
     for _ in draws.outputs((torch.ones(20, 300),), {}):

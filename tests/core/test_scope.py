@@ -82,7 +82,9 @@ class Branches(nn.Module):
 
 
 def branches(*names: str, training: bool = True) -> Any:
-    return bayesify.to_bbb(Branches(*(names or ("a", "b"))), logvar=LOGVAR).train(training)
+    return bayesify.to_bbb(
+        Branches(*(names or ("a", "b"))), initial_std=math.exp(LOGVAR / 2)
+    ).train(training)
 
 
 X = torch.eye(3)
@@ -112,7 +114,7 @@ def _nothing_left_open() -> Iterator[None]:
 
 
 def test_reads_in_one_call_share_the_draw_and_two_calls_do_not() -> None:
-    model: Any = bayesify.to_bbb(Reads(), logvar=LOGVAR).train()
+    model: Any = bayesify.to_bbb(Reads(), initial_std=math.exp(LOGVAR / 2)).train()
     first, second = model(X), model(X)
     for found in (first, second):
         assert torch.equal(found["own"], found["own again"])
@@ -124,7 +126,7 @@ def test_reads_in_one_call_share_the_draw_and_two_calls_do_not() -> None:
 
 
 def test_each_parameter_is_drawn_once_in_a_scope() -> None:
-    model = bayesify.to_bbb(Reads(), logvar=LOGVAR).train()
+    model = bayesify.to_bbb(Reads(), initial_std=math.exp(LOGVAR / 2)).train()
     with mock.patch.object(grouped, "prepare", wraps=grouped.prepare) as draw:
         model(X)
         assert [len(call.args[0]) for call in draw.mock_calls] == [len(list(sites(model)))] == [3]
@@ -146,7 +148,8 @@ def test_parts_called_in_one_call_share_its_scope() -> None:
     found = model(X, "aba"), model(X, "ab")
     assert not torch.equal(found[0]["a"], found[1]["a"])
     sums: Any = bayesify.to_bbb(
-        nn.Sequential(*[layer := nn.Linear(3, 3, bias=False), nn.Identity(), layer]), logvar=LOGVAR
+        nn.Sequential(*[layer := nn.Linear(3, 3, bias=False), nn.Identity(), layer]),
+        initial_std=math.exp(LOGVAR / 2),
     )
     with one_draw(sums, seed=1):
         weight = draws(sums, seed=1)["0.weight"]
@@ -202,8 +205,8 @@ def test_seed_gives_the_same_draw_whatever_the_order() -> None:
 
 
 def test_seed_does_not_depend_on_what_else_is_bayesian() -> None:
-    whole = bayesify.to_bbb(Branches("a", "b"), logvar=LOGVAR)
-    part = bayesify.to_bbb(Branches("a", "b"), logvar=LOGVAR, only="b")
+    whole = bayesify.to_bbb(Branches("a", "b"), initial_std=math.exp(LOGVAR / 2))
+    part = bayesify.to_bbb(Branches("a", "b"), initial_std=math.exp(LOGVAR / 2), only="b")
     assert torch.equal(draws(whole, seed=1)["b.weight"], draws(part, seed=1)["b.weight"])
 
 
@@ -212,7 +215,7 @@ def test_seed_gives_the_same_draw_in_another_process() -> None:
         "import torch, bayesify; from torch import nn\n"
         "m = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).requires_grad_()\n"
         "[nn.init.constant_(p, 0.5) for p in m.parameters()]\n"
-        "c = bayesify.to_bbb(m, logvar=-2.0)\n"
+        "import math; c = bayesify.to_bbb(m, initial_std=math.exp(-1.0))\n"
         "print([v.tolist() for v in bayesify.draws(c, seed=2**40 + 7).values()])\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "123"}
@@ -222,7 +225,7 @@ def test_seed_gives_the_same_draw_in_another_process() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     for parameter in model.parameters():
         nn.init.constant_(parameter, 0.5)
-    here = draws(bayesify.to_bbb(model, logvar=-2.0), seed=2**40 + 7)
+    here = draws(bayesify.to_bbb(model, initial_std=math.exp(-1.0)), seed=2**40 + 7)
     assert other.stdout.strip() == str([v.tolist() for v in here.values()]), other.stderr
 
 
@@ -366,7 +369,7 @@ class Broken(nn.Module):
 @pytest.mark.parametrize("error", [ValueError("stop"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("context", MODES.values())
 def test_exceptions_leave_no_scope_open(context: Callable[..., Any], error: BaseException) -> None:
-    model: Any = bayesify.to_bbb(Broken(), logvar=LOGVAR).train()
+    model: Any = bayesify.to_bbb(Broken(), initial_std=math.exp(LOGVAR / 2)).train()
     for warm in (False, True):
         if warm:
             model(X)
@@ -434,7 +437,7 @@ def test_parameters_may_be_replaced_between_calls() -> None:
 
 
 def test_draws_are_those_of_one_draw() -> None:
-    model = bayesify.to_bbb(Reads(), logvar=LOGVAR).eval()
+    model = bayesify.to_bbb(Reads(), initial_std=math.exp(LOGVAR / 2)).eval()
     found = draws(model, seed=8)
     assert sorted(found) == ["first.bias", "first.weight", "weight"]
     with one_draw(model, seed=8):
@@ -448,7 +451,7 @@ def test_draws_are_those_of_one_draw() -> None:
 
 
 def test_functional_call_uses_what_it_is_given() -> None:
-    model = bayesify.to_bbb(nn.Linear(3, 3), logvar=LOGVAR)
+    model = bayesify.to_bbb(nn.Linear(3, 3), initial_std=math.exp(LOGVAR / 2))
     given = draws(model, seed=2)
     expected = F.linear(X, given["weight"], given["bias"])
     assert torch.equal(torch.func.functional_call(model.eval(), given, (X,)), expected)
@@ -504,7 +507,7 @@ class Waits(nn.Module):
 
 def test_a_trace_in_one_thread_does_not_disturb_another() -> None:
     part = Waits()
-    model = bayesify.to_bbb_(nn.Sequential(part), logvar=LOGVAR).eval()
+    model = bayesify.to_bbb_(nn.Sequential(part), initial_std=math.exp(LOGVAR / 2)).eval()
     expected = F.linear(X, part.layer.weight, part.layer.bias)
     results: list[Any] = []
 
@@ -539,7 +542,7 @@ def apart(first: Tensor, second: Tensor) -> bool:
 
 
 def test_parts_with_equal_names_do_not_share_noise() -> None:
-    parts = [bayesify.to_bbb(nn.Linear(3, 3), logvar=0.0) for _ in range(3)]
+    parts = [bayesify.to_bbb(nn.Linear(3, 3), initial_std=1.0) for _ in range(3)]
     whole = nn.Sequential(*parts)
     found = dict(zip([s.name for s in sites(whole)], noises(whole, 1), strict=True))
     for a, b in itertools.combinations(range(3), 2):
@@ -560,7 +563,7 @@ def test_parts_with_equal_names_do_not_share_noise() -> None:
     ],
 )
 def test_copies_of_a_layer_do_not_share_noise(held: bool) -> None:
-    model: Any = bayesify.to_bbb(Branches("a"), logvar=0.0).train()
+    model: Any = bayesify.to_bbb(Branches("a"), initial_std=1.0).train()
     model.b = copy.deepcopy(model.a)
     with one_draw(model) if held else sampled(model), torch.no_grad():
         found = model(X, "ab")
@@ -685,7 +688,7 @@ MIXTURE = [f"experts.{index}" for index in range(8)]
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_a_mixture_of_experts_draws_what_it_reads(reentrant: bool | None) -> None:
     plain = Mixture(reentrant)
-    model = bayesify.to_bbb(plain, logvar=LOGVAR)
+    model = bayesify.to_bbb(plain, initial_std=math.exp(LOGVAR / 2))
     x = torch.randn(5, 4, requires_grad=True)
     assert drawn_in(lambda: model(x, 0, 1)) == {*MIXTURE, "router"}
     for chosen, drawn in (((1, 2), {0, 1, 2}), ((7, 3), {1, 7, 3}), ((0, 1), {0, 1})):

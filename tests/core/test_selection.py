@@ -287,6 +287,7 @@ def test_layernorm_on_resnet50() -> None:
             "Its normalisation layers: 53 BatchNorm2d.",
         ),
         ("LayerNorm",),
+        ("LayerNorm",),
     )
     assert select(timm_model("resnet50"), skip=nn.LayerNorm).notes == (
         "skip=LayerNorm matches nothing in this model (ResNet). "

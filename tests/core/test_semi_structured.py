@@ -1,7 +1,7 @@
 """pruning/semi_structured.py: which weights are packed, what packing keeps, and what is refused.
 
 No CPU multiplies packed weights, so here they are packed by torch's own reference for CUTLASS and
-multiplied as what it unpacks them to; what a card makes of them is in the test marked ``gpu``.
+multiplied as what it unpacks them to; what a GPU makes of them is in the test marked ``gpu``.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def multiplied(
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
+def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack here, into what CUTLASS takes."""
-    monkeypatch.setattr(semi_structured, "_card", lambda device, could: torch.device("cpu"))
+    monkeypatch.setattr(semi_structured, "_gpu", lambda device, could: torch.device("cpu"))
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", packed_by_reference)
     monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
     monkeypatch.setattr(SparseSemiStructuredTensorCUTLASS, "_mm", multiplied)
@@ -69,7 +69,7 @@ def test_a_mask_of_ours_is_one_that_torch_packs(dtype: torch.dtype) -> None:
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, indices), weight)
 
 
-@pytest.mark.usefixtures("card")
+@pytest.mark.usefixtures("any_device")
 @pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(5, 128), (2, 3, 128), (2, 3, 4, 128)])
@@ -89,7 +89,7 @@ def test_outputs_are_those_of_the_means(
             torch.testing.assert_close(found.model(given), expected, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.usefixtures("card")
+@pytest.mark.usefixtures("any_device")
 def test_a_vit_keeps_what_torch_does_not_pack() -> None:
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2,
@@ -111,7 +111,7 @@ def test_a_vit_keeps_what_torch_does_not_pack() -> None:
         torch.testing.assert_close(found.model(x), means(x), atol=5e-3, rtol=5e-3)
 
 
-@pytest.mark.usefixtures("card")
+@pytest.mark.usefixtures("any_device")
 def test_the_model_stays_as_it_was_and_may_come_from_a_file(tmp_path: Path) -> None:
     model = pruned(nn.Sequential(nn.Linear(64, 32))).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -154,7 +154,7 @@ class Odd(nn.Module):
         self.good = nn.Linear(64, 32)
 
 
-@pytest.mark.usefixtures("card")
+@pytest.mark.usefixtures("any_device")
 def test_each_weight_that_stays_says_why() -> None:
     model = Odd()
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
             to_semi_structured(dense, dtype=dtype)
 
 
-def test_the_card_is_one_that_has_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_one_that_has_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pruned(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 5)))
     could = "1 of 2 weights could be packed on one"
     with pytest.raises(ArgumentError, match=f"CUDA device, got 'cpu'. {could}"):
@@ -227,7 +227,7 @@ def test_shapes_are_those_of_this_torch() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_card_gives_the_outputs_of_the_means(dtype: torch.dtype) -> None:
+def test_a_gpu_gives_the_outputs_of_the_means(dtype: torch.dtype) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs sparse tensor cores")
     model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -196,7 +197,7 @@ def test_a_pruned_vit_computes_less() -> None:
 
 
 def test_an_ensemble_shrinks_alike() -> None:
-    model = bayesify.to_bbb(mlp(nn.ReLU()), logvar=-3.0).eval()
+    model = bayesify.to_bbb(mlp(nn.ReLU()), initial_std=math.exp(-1.5)).eval()
     bayesify.prune_units_(model, 0.5)
     program = bayesify.to_program(model, VECTORS, num_samples=3, seed=1, shrink=True)
     found = program.module()(VECTORS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesify
-from bayesify import BBBConfig, SigmaBelowSpacingWarning, plan, to_bbb
+from bayesify import RelativeStd, SigmaBelowSpacingWarning, plan, to_bbb
 from bayesify.posterior import sites
 from bayesify.scope import open_modes
 from bayesify.spacing import Spread, below_spacing, spacing
@@ -42,7 +42,7 @@ def test_spread_of_draws_beside_a_spacing(dtype: torch.dtype, steps: float, rati
     std = steps * spacing(1.5, dtype)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        model: Any = to_bbb(layer, logvar=2 * math.log(std))
+        model: Any = to_bbb(layer, initial_std=math.exp((2 * math.log(std)) / 2))
     assert [w.category for w in told] == [SigmaBelowSpacingWarning] * (steps < 1.0)
     drawn = bayesify.draws(model, seed=0)["weight"].detach().double() - 1.5
     assert float(drawn.square().mean().sqrt()) / std == pytest.approx(ratio, abs=0.02)
@@ -58,7 +58,7 @@ def test_the_plan_names_the_tensors() -> None:
     step = spacing(float(mean.square().mean().sqrt()), torch.bfloat16)
     assert f"0.weight: {row.std:.2g} against {step:.2g}, " in told
     assert "and 4 more" in told
-    assert "relative_std=0.008" in told
+    assert "initial_std=RelativeStd(0.008)" in told
     assert told in str(plan(net().bfloat16()))
     assert plan(net().bfloat16()).to_json()["spacing"] == [told]
     # beside a zero every number of half precision is near; GroupNorm's bias takes its weight's
@@ -68,11 +68,11 @@ def test_the_plan_names_the_tensors() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_what_the_message_advises_is_enough(dtype: torch.dtype) -> None:
-    [told] = plan(net().to(dtype), config=BBBConfig(relative_std=1e-4)).spacing
-    std = float(told.rpartition("relative_std=")[2].partition(")")[0])
+    [told] = plan(net().to(dtype), initial_std=RelativeStd(1e-4)).spacing
+    std = float(told.rpartition("RelativeStd(")[2].partition(")")[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = to_bbb(net().to(dtype), config=BBBConfig(relative_std=std))
+        model = to_bbb(net().to(dtype), initial_std=RelativeStd(std))
         to_bbb(net())
         bayesify.check_optimizer(model, torch.optim.SGD(bayesify.param_groups(model, lr=0.1)))
 
@@ -88,7 +88,7 @@ def test_conversion_and_check_optimizer_warn() -> None:
 
 
 def test_what_is_never_drawn_does_not_count() -> None:
-    model = to_bbb(nn.Linear(64, 64, bias=False), logvar=-11.0)
+    model = to_bbb(nn.Linear(64, 64, bias=False), initial_std=math.exp(-5.5))
     bayesify.fix_(model, {"weight": torch.rand(64, 64) < 0.999})
     optimizer = torch.optim.SGD(bayesify.param_groups(model.bfloat16(), lr=0.1))
     bayesify.check_optimizer(model, optimizer)  # what is fixed has a sigma of 0
@@ -108,10 +108,10 @@ def test_many_tensors_and_one() -> None:
 # -- under autocast --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("relative", [None, 0.008])
-def test_draws_under_autocast_spread_by_sigma(relative: float | None) -> None:
+@pytest.mark.parametrize("wide", [None, RelativeStd(0.008)])
+def test_draws_under_autocast_spread_by_sigma(wide: RelativeStd | None) -> None:
     """Those in float32 for every sigma; what bfloat16 makes of them where sigma is a step of it."""
-    model: Any = to_bbb(net(), config=BBBConfig(relative_std=relative)).eval()
+    model: Any = to_bbb(net(), initial_std=wide).eval()
     names = {site.slot.uid: site for site in sites(model)}
     squares: dict[tuple[str, torch.dtype], list[Tensor]] = {}
     x = torch.randn(2, 3, 4, 4)
@@ -134,7 +134,7 @@ def test_draws_under_autocast_spread_by_sigma(relative: float | None) -> None:
                 squares.setdefault((name, torch.float64), []).append(value.double())
     lowered = 0
     for (name, dtype), values in squares.items():
-        if dtype is torch.bfloat16 and relative is None:
+        if dtype is torch.bfloat16 and wide is None:
             continue
         if len(values) < 100:
             continue  # the first call draws in float32 what later ones lower
@@ -142,4 +142,4 @@ def test_draws_under_autocast_spread_by_sigma(relative: float | None) -> None:
         ratio = float(torch.stack(values).var(0).mean().sqrt() / std)
         assert ratio == pytest.approx(1.0, abs=0.05), (name, dtype)
         lowered += dtype is torch.bfloat16
-    assert lowered == (0 if relative is None else 6)
+    assert lowered == (0 if wide is None else 6)

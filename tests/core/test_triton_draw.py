@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -224,7 +225,7 @@ def vit_base(dtype: torch.dtype = torch.float32) -> nn.Module:
     import timm
 
     model = timm.create_model("vit_base_patch16_224").to("cuda", dtype)
-    return bayesify.to_bbb(model, logvar=-6.0)
+    return bayesify.to_bbb(model, initial_std=math.exp(-3.0))
 
 
 def items_of(model: nn.Module) -> list[grouped.Item]:
@@ -301,7 +302,7 @@ def test_the_kl_of_vit_base_against_float64(prior: float | str) -> None:
 
 @pytest.mark.gpu
 def test_one_seed_is_one_draw_alone_together_and_compiled() -> None:
-    model: Any = bayesify.to_bbb(nn.Linear(300, 40), logvar=-1.0).cuda().eval()
+    model: Any = bayesify.to_bbb(nn.Linear(300, 40), initial_std=math.exp(-0.5)).cuda().eval()
     alone = bayesify.draws(model, seed=5)["weight"]
     eye = torch.eye(300, device="cuda")
     found = []
@@ -319,7 +320,11 @@ def test_one_seed_is_one_draw_alone_together_and_compiled() -> None:
 @pytest.mark.gpu
 def test_a_step_keeps_no_noise_on_a_card() -> None:
     """Memory between forward and backward: the draw alone, of all that has a weight's size."""
-    model = bayesify.to_bbb(nn.Linear(4096, 4096, bias=False), logvar=-6.0).cuda().train()
+    model = (
+        bayesify.to_bbb(nn.Linear(4096, 4096, bias=False), initial_std=math.exp(-3.0))
+        .cuda()
+        .train()
+    )
     x = torch.ones(1, 4096, device="cuda")
     model(x).sum().backward()
     model.zero_grad(set_to_none=True)

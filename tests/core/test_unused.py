@@ -1,6 +1,7 @@
 """Parameters that a forward skips, in two processes under DistributedDataParallel, with the KL."""
 
 import dataclasses
+import math
 import os
 import socket
 import time
@@ -71,7 +72,7 @@ def built(kind: str) -> nn.Module:
     torch.manual_seed(0)
     output = kind if kind in ("dict", "dataclass") else "tensor"
     prior = ScaleMixturePrior() if kind == "mixture" else GaussianPrior()
-    model = to_bbb(Branches(output), logvar=-3.0, prior=prior).train()
+    model = to_bbb(Branches(output), initial_std=math.exp(-1.5), prior=prior).train()
     return Around(model) if kind == "inside" else model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -67,7 +68,7 @@ def net(outputs: int = 10) -> nn.Module:
 
 
 def model(names: Any = NAMES, outputs: int = 10) -> nn.Module:
-    return name_classes_(bayesify.to_bbb(net(outputs), logvar=-14.0).eval(), names)
+    return name_classes_(bayesify.to_bbb(net(outputs), initial_std=math.exp(-7.0)).eval(), names)
 
 
 ALL = {name: k for k, name in enumerate(NAMES)}
@@ -120,7 +121,7 @@ def test_unknown_names_are_an_error_with_both_lists() -> None:
 
 
 def test_a_fit_gives_names_and_goes_on_by_name(tmp_path: Path) -> None:
-    fitted = bayesify.to_bbb(net(), logvar=-14.0)
+    fitted = bayesify.to_bbb(net(), initial_std=math.exp(-7.0))
     assert classes_of(fitted) is None
     options: dict[str, Any] = {"epochs": 1, "batch_size": 6, "lr": 1e-6, "model_config": CONFIG}
     bayesify.fit(fitted, memory(ALL), **options)
@@ -147,7 +148,9 @@ def test_a_fit_gives_names_and_goes_on_by_name(tmp_path: Path) -> None:
 def test_a_fit_on_a_part_trains_the_outputs_of_its_names() -> None:
     options: dict[str, Any] = {"epochs": 3, "batch_size": 6, "lr": 0.05, "model_config": CONFIG}
     for classes in (THREE, dict(reversed(THREE.items()))):
-        fitted = bayesify.to_bbb(nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), logvar=-9.0)
+        fitted = bayesify.to_bbb(
+            nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), initial_std=math.exp(-4.5)
+        )
         bayesify.fit(name_classes_(fitted, NAMES), memory(classes), **options)
         prepared = memory(THREE).dataset(CONFIG)
         x = torch.stack([prepared[i][0] for i in range(3 * EACH)])

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bayesify import ArgumentError
+from bayesify.settings.fields import described
 from byov_small import CONFIG
-from recipes.byov.config import BYOVConfig, RunConfig, described, differences
+from recipes.byov.config import BYOVConfig, RunConfig, differences
 from recipes.byov.model import Student, build_student, convert_
 from recipes.byov.presets import PRESETS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from byov_small import CONFIG, small_data, small_run
 from recipes.byov.evaluation.evaluate import evaluate
 from recipes.byov.evaluation.protocol import EvalSettings
 from recipes.byov.evaluation.runs import open_run
+from recipes.byov.paper.cells import RESULTS
+from recipes.byov.paper.results import record_of
 from recipes.byov.runtime.log import read_log
 from recipes.byov.train import train
 
@@ -48,3 +51,10 @@ def test_an_earlier_run_is_measured(earlier: Path) -> None:
     assert opened.step == 5
     rows = evaluate(opened, "linear", EvalSettings(num_samples=2, epochs=3))["numbers"]["rows"]
     assert {row["prediction"] for row in rows} >= {"at the means", "MC average", "teacher"}
+
+
+def test_earlier_results_on_ood_images_are_found_under_their_present_name() -> None:
+    value = json.loads((RESULTS / "cpu" / "byov-zero-s6.json").read_text("utf-8"))
+    assert "strangers" in value["results"]
+    numbers = record_of(value["facts"], value["log"], value["results"]).numbers("ood")
+    assert numbers == value["results"]["strangers"]["numbers"]

@@ -266,7 +266,7 @@ def test_every_protocol_gives_metrics(folders: dict[str, Path]) -> None:
         evaluate.evaluate(run, "zero-shot", quick)  # type: ignore[arg-type]
 
 
-def test_strangers_equal_to_the_test_images_are_not_told_apart(byov: Run) -> None:
+def test_ood_images_equal_to_the_test_images_are_not_told_apart(byov: Run) -> None:
     rows = ood.ood_detection(byov, [byov.source], HEAD)["numbers"]["rows"]
     assert {row["auroc"] for row in rows} == {0.5}
     assert {row["prediction"] for row in rows} == {
@@ -276,7 +276,7 @@ def test_strangers_equal_to_the_test_images_are_not_told_apart(byov: Run) -> Non
     }
 
 
-def test_strangers_are_scored_by_the_runs_own_classifier(byov: Run, tmp_path: Path) -> None:
+def test_ood_images_are_scored_by_the_runs_own_classifier(byov: Run, tmp_path: Path) -> None:
     noise = torch.randint(0, 256, (20, 28, 28, 1), dtype=torch.uint8)
     path = tmp_path / "noise.npz"
     np.savez(path, images=noise.numpy())

@@ -20,7 +20,7 @@ from recipes.byov.runtime.monitors import (
     embedding_std,
     initial_logvars,
     mean_stats,
-    posterior_health,
+    posterior_summary,
 )
 from recipes.byov.runtime.online_probe import OnlineProbe
 
@@ -120,40 +120,41 @@ def test_alarms() -> None:
 
 
 def test_travel_and_spread_of_known_log_variances() -> None:
-    model = bb.to_bbb_(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)), logvar=-10.0)
+    model = bb.to_bbb_(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)), initial_std=math.exp(-5.0))
     began = initial_logvars(model)
-    start = posterior_health(model, initial_logvar=began)
+    start = posterior_summary(model, initial_logvar=began)
     assert (start.logvar_travel, start.logvar_spread, start.prior_share) == (0.0, 0.0, 0.0)
     logvars = {p.name: p.logvar for p in bb.posteriors(model)}
     with torch.no_grad():
         logvars["0.weight"][0] += 2.0  # 4 of 8 weights
         # No matrix; sigma 1 and 0.61, both above half of the prior's.
         logvars["0.bias"][:] = torch.tensor([0.0, -1.0])
-    health = posterior_health(model, initial_logvar=began)
-    assert health.logvar_travel == pytest.approx((4 * 2 + 10 + 9) / 19)
-    assert health.logvar_spread == pytest.approx((8 * 1 + 6 * 0) / 14)  # +-1 around the mean
-    assert health.prior_share == pytest.approx(2 / 19)
-    assert posterior_health(model, initial_logvar=began, prior_std=3.0).prior_share == 0.0
-    assert health.layers == bb.posterior_stats(model)
-    assert health.layers["0.bias"]["max_std"] == 1.0
+    summary = posterior_summary(model, initial_logvar=began)
+    assert summary.logvar_travel == pytest.approx((4 * 2 + 10 + 9) / 19)
+    assert summary.logvar_spread == pytest.approx((8 * 1 + 6 * 0) / 14)  # +-1 around the mean
+    assert summary.prior_share == pytest.approx(2 / 19)
+    assert posterior_summary(model, initial_logvar=began, prior_std=3.0).prior_share == 0.0
+    assert summary.layers == bb.posterior_stats(model)
+    assert summary.layers["0.bias"]["max_std"] == 1.0
 
 
 @pytest.mark.parametrize("parameterization", ["exp", "softplus"])
 def test_travel_is_from_where_each_tensor_started(parameterization: Any) -> None:
-    config = bb.BBBConfig(relative_std=0.01, parameterization=parameterization)
-    model = bb.to_bbb_(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)), config=config)
+    config = bb.BBBConfig(parameterization=parameterization)
+    network = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3))
+    model = bb.to_bbb_(network, initial_std=bb.RelativeStd(0.01), config=config)
     began = initial_logvars(model)
     rms = {n: p.square().mean().sqrt().item() for n, p in model.named_parameters() if "_" not in n}
     assert began == pytest.approx({n: 2 * math.log(0.01 * value) for n, value in rms.items()})
     assert len(set(began.values())) == 4
-    assert posterior_health(model, initial_logvar=began).logvar_travel == 0.0
+    assert posterior_summary(model, initial_logvar=began).logvar_travel == 0.0
     with torch.no_grad():
         for name, raw in model.named_parameters():
             if name.startswith("1.weight_"):  # sigma is doubled
                 std = 2 * math.exp(began["1.weight"] / 2)
                 exp = parameterization == "exp"
                 raw.fill_(2 * math.log(std) if exp else math.log(math.expm1(std)))
-    travel = posterior_health(model, initial_logvar=began).logvar_travel
+    travel = posterior_summary(model, initial_logvar=began).logvar_travel
     assert travel == pytest.approx(6 * 2 * math.log(2) / 19, rel=1e-4)
 
 

@@ -77,7 +77,7 @@ def test_the_predictor_is_averaged_and_buffers_are_not() -> None:
 def test_means_are_read_and_not_draws() -> None:
     student = nn.Linear(4, 4)
     teacher = Teacher(student, second_moment=False)
-    bayesify.to_bbb_(student, logvar=2.0)
+    bayesify.to_bbb_(student, initial_std=math.exp(1.0))
     with torch.no_grad():
         student.weight.add_(1.0)
     teacher.update(student, 0.0)
@@ -105,7 +105,7 @@ def test_at_tau_1_nothing_moves() -> None:
 @pytest.mark.parametrize("prior", ["teacher-mean", "teacher"])
 def test_kl_to_the_live_prior_is_that_of_torch_distributions(prior: str) -> None:
     teacher, student, _, _ = moving(4)
-    bayesify.to_bbb_(student, logvar=-4.0)
+    bayesify.to_bbb_(student, initial_std=math.exp(-2.0))
     bayesify.set_prior_(student, live_prior(teacher, prior, 1e-3))  # type: ignore[arg-type]
     expected = torch.zeros((), dtype=torch.float64)
     floored = False

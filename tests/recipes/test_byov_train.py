@@ -169,6 +169,20 @@ def test_a_checkpoint_older_than_a_setting_had_its_default(tmp_path: Path) -> No
     assert train.train(CONFIG, run, resume=True, watcher=stop_at(3)).step == 3
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+def test_moments_of_another_shape_are_refused(tmp_path: Path, optimizer: Any) -> None:
+    config, run = replace(CONFIG, optimizer=optimizer), small_run(tmp_path)
+    train.train(config, run, watcher=stop_at(2))
+    path = checkpoint.latest(run.out / "checkpoints")
+    assert path is not None
+    saved = checkpoint.read(path)
+    name = "exp_avg" if optimizer == "adamw" else "momentum_buffer"
+    saved["optimizer"]["state"][0][name] = torch.zeros(())
+    checkpoint.write(path, saved)
+    with pytest.raises(CheckpointError, match=rf"{name} is \(\) in place of"):
+        train.train(config, run, resume=True)
+
+
 def test_a_finished_run_can_be_asked_again(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     (tmp_path / "run").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +72,7 @@ def expected(model: nn.Module, draws: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_backward_finds_the_draw_of_its_forward(method: bool, name: str, training: bool) -> None:
     model = Solved(method, held if name == "held" else lambda *a: Adjoint.apply(*a))
-    converted = bayesify.to_bbb(model, logvar=-2.0).train(training)
+    converted = bayesify.to_bbb(model, initial_std=math.exp(-1.0)).train(training)
     wanted = expected(model, bayesify.draws(converted, seed=3))
     with bayesify.one_draw(converted, seed=3):
         loss = converted(X).sum()
@@ -82,7 +83,7 @@ def test_backward_finds_the_draw_of_its_forward(method: bool, name: str, trainin
 
 
 def test_an_ordinary_step_has_gradients() -> None:
-    converted = bayesify.to_bbb(Solved(method=False), logvar=-2.0).train()
+    converted = bayesify.to_bbb(Solved(method=False), initial_std=math.exp(-1.0)).train()
     converted(X).sum().backward()
     for site in sites(converted):
         assert site.mean.grad is not None
@@ -152,7 +153,7 @@ class Flow(nn.Module):
 
 def test_a_function_that_holds_a_traced_tensor() -> None:
     model = Flow()
-    converted = bayesify.to_bbb(model, logvar=-2.0)
+    converted = bayesify.to_bbb(model, initial_std=math.exp(-1.0))
     with bayesify.one_draw(converted, seed=1):
         found = converted(X)
     wanted = torch.func.functional_call(model, bayesify.draws(converted, seed=1), (X,))
@@ -174,7 +175,7 @@ class Penalised(nn.Module):
 
 def test_a_forward_knows_of_no_log_variances() -> None:
     model = Penalised()
-    converted = bayesify.to_bbb(model, logvar=-2.0)
+    converted = bayesify.to_bbb(model, initial_std=math.exp(-1.0))
     with bayesify.one_draw(converted, seed=1):
         found = converted(X)
     assert {rung.rung for rung in bayesify.rungs(converted)} <= {"plain", "guided"}
@@ -206,7 +207,7 @@ class Positioned(nn.Module):
 
 def test_a_trace_leaves_nothing_in_the_objects_of_a_module() -> None:
     model = Positioned()
-    converted: Any = bayesify.to_bbb(model, logvar=-2.0)
+    converted: Any = bayesify.to_bbb(model, initial_std=math.exp(-1.0))
     for power in (1.0, 2.0):  # the second call finds what the first one left
         with bayesify.one_draw(converted, seed=1):
             found = converted(X, power)

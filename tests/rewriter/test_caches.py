@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import dis
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_what_a_user_has_set_is_no_cache(name: str, asks: bool, training: bool) 
     make, put = PUT[name]
     original = make().train(training)
     original.asks = asks
-    converted = bayesify.to_bbb(original, logvar=-3.0)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.5))
     put(original), put(converted)
     x = torch.randn(2, 3)
     expected = original(x)
@@ -256,7 +257,7 @@ def test_a_cache_neither_serves_a_draw_nor_is_made_of_one(
     expected = plain(x)
     if filled == "before":
         assert torch.equal(original(x), expected)
-    converted = bayesify.to_bbb(original, logvar=-3.0).eval()
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.5)).eval()
     if filled == "after":
         assert torch.equal(converted(x), expected)
     for training in (False, True, False):

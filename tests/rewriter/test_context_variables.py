@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_a_variable_is_set_at_every_call(
     make: Callable[[], Any], rung: str, training: bool
 ) -> None:
     original = make().train(training)
-    converted = bayesify.to_bbb(original, logvar=-3.0).train(training)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.5)).train(training)
     x = torch.randn(3, 4)
 
     def run(call: Callable[..., Any], *args: Any) -> Any:
@@ -115,7 +116,7 @@ def test_a_variable_is_set_at_every_call(
 
 
 def test_a_hook_added_later_may_not_fill_it_unseen() -> None:
-    converted: Any = bayesify.to_bbb(empty_dict(), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(empty_dict(), initial_std=math.exp(-1.5))
     x = torch.randn(3, 4)
     converted(x)
     converted.second.register_forward_hook(collect)

@@ -1,5 +1,6 @@
 """Parts of a model under autocast, without gradient and checkpointed, in first and later calls."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -98,7 +99,7 @@ def test_a_part_computes_what_functional_call_does(inner: str, part: str) -> Non
     torch.manual_seed(0)
     net, x = Net(inner), torch.randn(2, 3, 6, 6)
     for around in AROUND.values():
-        model = to_bbb(net, logvar=-3.0, **PARTS[part]).eval()
+        model = to_bbb(net, initial_std=math.exp(-1.5), **PARTS[part]).eval()
         means = {n: p for n, p in model.named_parameters() if not n.endswith("logvar")}
         for seed in (1, 2):  # the first call traces, the second one has learnt what is read how
             images = x.clone().requires_grad_()

@@ -1,6 +1,7 @@
 """Functions that a model holds and that close over it follow the model into its copy."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,7 @@ KINDS = [ByLambda, ByPartial, ByDefault, ByObject, ByWrapped, ByNested]
 def test_the_copy_draws_its_own_weights(kind: type[ByLambda]) -> None:
     original = kind()
     expected = original(X)
-    model = to_bbb(original, logvar=-2.0).eval()
+    model = to_bbb(original, initial_std=math.exp(-1.0)).eval()
     assert torch.equal(model(X), expected)
     with one_draw(model, seed=3):
         found = model(X)

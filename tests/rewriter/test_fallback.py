@@ -6,6 +6,7 @@ Every forward here asks a tensor for its value, which no graph can answer.
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import threading
 from collections.abc import Callable
@@ -232,7 +233,7 @@ def test_every_read_is_a_draw(make: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize("make", [HoldsList, HoldsObject, HoldsClosure])
 def test_a_parameter_that_is_held_is_a_draw(make: Callable[[], nn.Module]) -> None:
     original = make()
-    converted = bayesify.to_bbb(original, logvar=-3.0)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.5))
     plain = make()  # a deep copy would keep the closure of the original
     for batch in (2, 3, 3, 2):
         args, _ = rows(batch)
@@ -252,7 +253,7 @@ def test_a_parameter_that_is_held_is_a_draw(make: Callable[[], nn.Module]) -> No
 @pytest.mark.parametrize("make", [*READS, SumsParameters, WritesInPlace])
 def test_bit_for_bit_as_functional_call(make: Callable[[], nn.Module], training: bool) -> None:
     original = make().train(training)
-    converted = bayesify.to_bbb(original, logvar=-3.0).train(training)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.5)).train(training)
     for batch in (2, 3, 3):
         args, _ = rows(batch)
         results = []
@@ -315,7 +316,7 @@ class Checkpointed(Asks):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_reads_the_draws_of_its_forward(reentrant: bool, held: bool) -> None:
     original = Checkpointed(reentrant, held)
-    converted = bayesify.to_bbb(original, logvar=-3.0).train()
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.5)).train()
     x = rows(3)[0][0].requires_grad_()
     for _ in range(2):
         plain = Checkpointed(reentrant, held)
@@ -358,7 +359,7 @@ class Waits(Asks):
 
 
 def test_other_threads_see_no_exchanged_parameter() -> None:
-    converted: Any = bayesify.to_bbb_(Waits(), logvar=-3.0)
+    converted: Any = bayesify.to_bbb_(Waits(), initial_std=math.exp(-1.5))
     x = rows(2)[0][0]
     right = {}
     for seed in (1, 2):
@@ -423,7 +424,7 @@ class Signals(nn.Module):
 def test_a_trace_puts_back_no_exchanged_parameters() -> None:
     model = Waits()
     model.inner = Signals()
-    converted: Any = bayesify.to_bbb_(model, logvar=-3.0)
+    converted: Any = bayesify.to_bbb_(model, initial_std=math.exp(-1.5))
     x = rows(2)[0][0]
     converted.inside = inside = threading.Event()
     thread = threading.Thread(target=converted, args=(x,))
@@ -442,7 +443,7 @@ def test_a_trace_puts_back_no_exchanged_parameters() -> None:
 
 
 def test_no_draw_is_put_into_the_list_of_an_rnn() -> None:
-    converted: Any = bayesify.to_bbb(AsksRecurrent(), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(AsksRecurrent(), initial_std=math.exp(-1.5))
     for _ in range(2):
         converted(rows(3)[0][0])
         assert set(converted.kinds) == {nn.Parameter}
@@ -498,7 +499,7 @@ def test_a_hook_reads_draws(held: bool) -> None:
         return out * scale if held else out + F.linear(out, module.weight)  # type: ignore[arg-type]
 
     (original if held else layer).register_forward_hook(hook)
-    converted = bayesify.to_bbb_(original, logvar=-3.0)
+    converted = bayesify.to_bbb_(original, initial_std=math.exp(-1.5))
     x = rows(2)[0][0]
     for seed in (1, 2):
         w = bayesify.draws(converted, seed=seed)
@@ -510,7 +511,7 @@ def test_a_hook_reads_draws(held: bool) -> None:
 
 
 def test_at_the_means_of_a_part() -> None:
-    converted: Any = bayesify.to_bbb(ReadsChild(), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(ReadsChild(), initial_std=math.exp(-1.5))
     x = rows(2)[0][0]
     with one_draw(converted, seed=1), bayesify.at_mean(converted.layer):
         found = converted(x)
@@ -520,7 +521,7 @@ def test_at_the_means_of_a_part() -> None:
 
 @pytest.mark.parametrize("make", [Asks, ReadsChild, HoldsList])
 def test_compiled(make: Callable[[], nn.Module]) -> None:
-    converted = bayesify.to_bbb(make(), logvar=-3.0)
+    converted = bayesify.to_bbb(make(), initial_std=math.exp(-1.5))
     x = rows(3)[0][0]
     torch._dynamo.reset()
     compiled: Any = torch.compile(converted, backend="eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ class Expression(Yields):
 
 @pytest.mark.parametrize("kind", [Yields, Expression])
 def test_a_generator_reads_one_draw_also_after_the_block(kind: type[Yields]) -> None:
-    model = bayesify.to_bbb(kind(), logvar=-2.0)
+    model = bayesify.to_bbb(kind(), initial_std=math.exp(-1.0))
     x = torch.randn(2, 3)
     drawn = bayesify.draws(model, seed=1)
     with bayesify.one_draw(model, seed=1):

@@ -1,5 +1,6 @@
 """A forward that writes into its input, or takes its containers apart, is called many times."""
 
+import math
 from typing import Any
 
 import pytest
@@ -32,9 +33,9 @@ class Scales(nn.Module):
 
 def pair() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    writes = to_bbb(Scales(False), logvar=-4.0)
+    writes = to_bbb(Scales(False), initial_std=math.exp(-2.0))
     torch.manual_seed(0)
-    return writes, to_bbb(Scales(True), logvar=-4.0)
+    return writes, to_bbb(Scales(True), initial_std=math.exp(-2.0))
 
 
 @pytest.mark.parametrize("batch", [6, 40])  # draws together by vmap, and one by one
@@ -73,7 +74,7 @@ class WritesLater(Scales):
 def test_a_forward_that_writes_from_its_second_call_on() -> None:
     _, apart = pair()
     torch.manual_seed(0)
-    writes = to_bbb(WritesLater(True), logvar=-4.0)
+    writes = to_bbb(WritesLater(True), initial_std=math.exp(-2.0))
     x = X.repeat(7, 1)
     expected = bayesify.predict(apart, x.clone(), num_samples=5, seed=1)
     torch.testing.assert_close(bayesify.predict(writes, x, num_samples=5, seed=1), expected)

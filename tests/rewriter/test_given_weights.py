@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ MODELS = [Hyper, Partly, Stateless, Nested, Frozen, Members]
 @pytest.mark.parametrize("training", [False, True])
 def test_inside_of_a_forward(make: Any, training: bool) -> None:
     original = make().train(training)
-    model = bayesify.to_bbb(original, logvar=-2.0)
+    model = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     kept = {n: (p, p.detach().clone()) for n, p in model.named_parameters()}
     for _ in range(2):
         model.zero_grad()
@@ -121,7 +122,9 @@ def test_inside_of_a_forward(make: Any, training: bool) -> None:
 @pytest.mark.parametrize("estimator", ["weight", "local", "flipout"])
 def test_around_a_model_it_does_not_matter_what_was_called_before(estimator: Any) -> None:
     model = bayesify.to_bbb(
-        nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), estimator=estimator, logvar=-2.0
+        nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)),
+        estimator=estimator,
+        initial_std=math.exp(-1.0),
     )
     plain = bayesify.to_deterministic(model)
     given = {n: torch.randn(p.shape) for n, p in plain.named_parameters()}
@@ -147,7 +150,7 @@ def test_around_a_model_it_does_not_matter_what_was_called_before(estimator: Any
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("parameters", [False, True])
 def test_means_with_log_variances_are_another_posterior(first: bool, parameters: bool) -> None:
-    model, other = (bayesify.to_bbb(nn.Linear(3, 3), logvar=-2.0) for _ in range(2))
+    model, other = (bayesify.to_bbb(nn.Linear(3, 3), initial_std=math.exp(-1.0)) for _ in range(2))
     posterior: Any = dict(other.named_parameters())
     if not parameters:
         posterior = {name: value.detach().clone() for name, value in posterior.items()}
@@ -163,7 +166,7 @@ def test_means_with_log_variances_are_another_posterior(first: bool, parameters:
 
 
 def test_stacked_posteriors() -> None:
-    models = [bayesify.to_bbb(nn.Linear(3, 3), logvar=-2.0) for _ in range(2)]
+    models = [bayesify.to_bbb(nn.Linear(3, 3), initial_std=math.exp(-1.0)) for _ in range(2)]
     stacked, buffers = stack_module_state(models)
     base = models[0].train()
 
@@ -187,7 +190,7 @@ class Copies(nn.Module):
 
 
 def test_a_copy_that_a_forward_makes_has_the_draw_of_what_it_copies() -> None:
-    model = bayesify.to_bbb(Copies(), logvar=-2.0)
+    model = bayesify.to_bbb(Copies(), initial_std=math.exp(-1.0))
     weights = bayesify.draws(model, seed=1)
     expected = F.linear(X, weights["layer.weight"], weights["layer.bias"])
     for _ in range(2):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -780,7 +781,7 @@ def asks_for_the_dtype_of_autocast(self: Any, x: Tensor) -> Any:
 )  # fmt: skip
 def test_what_surrounds_a_call_may_change(body: Callable[..., Any]) -> None:
     original = Written(body)
-    converted = bayesify.to_bbb(original, logvar=-4.0)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-2.0))
     x = normal(3, 4)
     around: list[Any] = [
         contextlib.nullcontext, torch.no_grad, torch.inference_mode,
@@ -905,7 +906,7 @@ def test_effects_happen_at_every_call(body: Callable[..., Any], training: bool) 
     model: Any = Written(body).train(training)
     model.log, model.gain, model.table, model.calls = [], [1.0], {}, 0
     model.rng, model.random = np.random.default_rng(1), random.Random(1)
-    converted = bayesify.to_bbb(model, logvar=-4.0)
+    converted = bayesify.to_bbb(model, initial_std=math.exp(-2.0))
     drawn = bayesify.draws(converted, seed=3)
 
     def run(call: Callable[[Tensor], Any]) -> list[Any]:
@@ -953,7 +954,7 @@ class Stateful(nn.Module):
 @pytest.mark.parametrize("branching", [False, True])
 def test_state_is_carried_from_call_to_call(branching: bool) -> None:
     original = Stateful(branching).eval()
-    converted: Any = bayesify.to_bbb(original, logvar=-3.0)
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.5))
     drawn = bayesify.draws(converted, seed=3)
     for step in range(4):
         x = normal(2, 4, seed=step)
@@ -1043,7 +1044,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_attribute_changed_after_the_first_call(name: str) -> None:
     original = Configured().eval()
-    converted = bayesify.to_bbb(original, logvar=-4.0)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-2.0))
     x = normal(3, 4)
     for step in range(3):
         if step == 1:
@@ -1103,7 +1104,7 @@ class Cached(nn.Module):
 )  # fmt: skip
 def test_cache_neither_serves_a_draw_nor_is_made_of_one(how: str, filled: bool) -> None:
     original = Cached(how)
-    converted = bayesify.to_bbb(original, logvar=-3.0).eval()
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.5)).eval()
     x = normal(2, 4)
     expected = x @ original.w.tanh()
     if filled:
@@ -1148,7 +1149,7 @@ class TwoTowers(nn.Module):
 @pytest.mark.parametrize("method", ["forward", "encode_text", "forward_features"])
 def test_methods_draw(method: str) -> None:
     original = TwoTowers()
-    converted = bayesify.to_bbb(original, logvar=-3.0).eval()
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.5)).eval()
     x = normal(2, 4)
     assert torch.equal(getattr(converted, method)(x), getattr(original, method)(x))
     with bayesify.sampled(converted):
@@ -1192,7 +1193,7 @@ class Seen(TorchDispatchMode):
 def test_transformer_fast_path_draws(norm_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
     original = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    converted = bayesify.to_bbb(original, logvar=-4.0)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-2.0))
     x = normal(3, 5, 8)
     with Seen() as seen:
         expected = original(x)
@@ -1235,7 +1236,7 @@ def test_gradients_of_a_linear_layer_in_closed_form() -> None:
 
 def test_sparse_gradient_of_an_embedding() -> None:
     original = nn.Embedding(10, 4, sparse=True)
-    converted: Any = bayesify.to_bbb(original, logvar=-4.0)
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-2.0))
     drawn = {k: v.detach() for k, v in bayesify.draws(converted, seed=6).items()}
     weight = drawn["weight"].requires_grad_()
     index = torch.tensor([1, 1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,7 @@ CACHES = [Memoized, Called, InDict, InAttribute]
 @pytest.mark.parametrize("kind", CACHES)
 def test_draws_and_means_do_not_see_each_others(kind: type[Base], asks: bool) -> None:
     original = kind().eval()
-    converted: Any = bayesify.to_bbb(original, logvar=-2.0).eval()
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0)).eval()
     original.asks = converted.asks = asks
     fresh = kind().eval()
     fresh.asks = asks
@@ -168,7 +169,7 @@ class HasBank(Base):
 @pytest.mark.parametrize("asks", [False, True])
 def test_an_object_that_collects_inputs_is_kept(asks: bool) -> None:
     original = HasBank().eval()
-    converted: Any = bayesify.to_bbb(original, logvar=-2.0).eval()
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0)).eval()
     original.asks = converted.asks = asks
     x = torch.randn(2, 3)
     drawn = bayesify.draws(converted, seed=1)

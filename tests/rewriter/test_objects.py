@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_an_object_is_handed_on_live(
     make: Callable[[], nn.Module], rung: str, training: bool
 ) -> None:
     original = make().train(training)
-    converted = bayesify.to_bbb(original, logvar=-3.0).train(training)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.5)).train(training)
     ours, theirs = Memory(), Memory()
     for step, length in enumerate((2, 1, 1, 3)):
         x = torch.randn(2, length, 4)
@@ -189,7 +190,7 @@ def test_what_holds_a_parameter_is_not_handed_on() -> None:
         def forward(self, x: Tensor, context: Context) -> Any:
             return self.inner(x, context)
 
-    converted: Any = bayesify.to_bbb(Holds(), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(Holds(), initial_std=math.exp(-1.5))
     x = torch.randn(2, 4)
     for seed in (1, 2):
         drawn = bayesify.draws(converted, seed=seed)
@@ -216,7 +217,7 @@ def test_an_iterator_or_array_is_not_handed_on() -> None:
         def forward(self, x: Tensor, more: Any) -> Any:
             return self.inner(x, more)
 
-    converted: Any = bayesify.to_bbb(Hands(), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(Hands(), initial_std=math.exp(-1.5))
     x, more = torch.randn(2, 4), iter([2.0, 3.0, 5.0])
     with one_draw(converted, seed=1):
         first, second = converted(x, more), converted(x, more)

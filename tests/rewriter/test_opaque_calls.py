@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import warnings
 from collections.abc import Callable
@@ -267,7 +268,7 @@ def test_gradients_are_those_of_the_original(name: str) -> None:
         except TypeError:
             pytest.skip("functions of autograd take keywords in a later torch")
     assert check(model, randn(4)).problems == []
-    exact_gradients(bayesify.to_bbb(model, logvar=-4.0), torch.randn(3, 4))
+    exact_gradients(bayesify.to_bbb(model, initial_std=math.exp(-2.0)), torch.randn(3, 4))
 
 
 def test_a_function_that_a_module_holds() -> None:

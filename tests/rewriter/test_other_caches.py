@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_they_keep_no_draw_and_none_is_made_of_them(
         return found.eval()
 
     original = make().eval()
-    model: Any = bayesify.to_bbb(original, logvar=-2.0).eval()
+    model: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0)).eval()
     model.asks = asks
     means = new()(X)
     if means_first:
@@ -165,7 +166,7 @@ class Keys(Base):
 
 
 def test_what_is_collected_stays() -> None:
-    model: Any = bayesify.to_bbb(Collects(), logvar=-2.0).train()
+    model: Any = bayesify.to_bbb(Collects(), initial_std=math.exp(-1.0)).train()
     model(X)
     model(X)
     assert len(model.seen) == 2
@@ -176,7 +177,7 @@ def test_what_is_collected_stays() -> None:
 @pytest.mark.parametrize("asks", [False, True])
 def test_state_under_keys_of_shapes_stays(asks: bool) -> None:
     original = Keys()
-    model: Any = bayesify.to_bbb(original, logvar=-2.0)
+    model: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     model.asks = asks
     for count in (1, 2, 3):
         with one_draw(model, seed=1):
@@ -228,7 +229,7 @@ class Outer(nn.Module):
 def test_no_example_is_kept(make: Callable[[], Any]) -> None:
     positions.cache_clear()
     original = make()
-    model: Any = bayesify.to_bbb(original, logvar=-2.0).train()
+    model: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0)).train()
     model(X)
     assert type(positions(4)) is Tensor
     assert torch.equal(model.eval()(X), original.eval()(X))

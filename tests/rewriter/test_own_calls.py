@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def test_what_it_adds_is_added_once(kind: Any, nested: int) -> None:
         original = nn.Sequential(nn.Linear(3, 3), original)
     for _ in range(nested):
         original = Holds(original)
-    converted = bayesify.to_bbb(original, logvar=-2.0)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     seen = []
     for model in (original, converted):
         for module in model.modules():
@@ -79,7 +80,7 @@ def test_what_it_adds_is_added_once(kind: Any, nested: int) -> None:
 
 def test_so_under_torch_compile() -> None:
     original = Holds(Doubles(3, 3))
-    converted = bayesify.to_bbb(original, logvar=-2.0)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     torch._dynamo.reset()
     compiled = torch.compile(converted, backend="eager", fullgraph=True)
     x = torch.randn(2, 3)

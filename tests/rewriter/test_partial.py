@@ -299,7 +299,7 @@ def test_a_forward_changes_with_the_selected_tensors_only(name: str) -> None:
         if not meant(model):
             continue
         expected = expected_of(model, case)
-        converted = to_bbb(model, logvar=-4.0, **options)  # type: ignore[arg-type]
+        converted = to_bbb(model, initial_std=math.exp(-2.0), **options)  # type: ignore[arg-type]
         drawn = draws(converted, seed=3)
         assert set(drawn) == expected
         # Both without a graph: an LSTM has another kernel then, which rounds differently.
@@ -313,7 +313,7 @@ def test_a_forward_changes_with_the_selected_tensors_only(name: str) -> None:
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext3"])
 def test_the_last_layer_leaves_the_features_alone(name: str) -> None:
     model: Any = timm.create_model(name, **SMALL[name]).eval()
-    converted: Any = to_bbb(model, preset="last-layer", logvar=-4.0)
+    converted: Any = to_bbb(model, preset="last-layer", initial_std=math.exp(-2.0))
     x = image(SMALL[name])
     with torch.no_grad(), sampled(converted):
         assert torch.equal(converted.forward_features(x), model.forward_features(x))
@@ -631,7 +631,7 @@ def test_a_sealed_model_offers_no_skip() -> None:
 
 def test_a_lazy_layer_left_out_initialises_itself_later() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(2))
-    converted: Any = to_bbb(model, skip=suggestion(refusal(model)), logvar=-3.0)
+    converted: Any = to_bbb(model, skip=suggestion(refusal(model)), initial_std=math.exp(-1.5))
     drawn = draws(converted, seed=1)
     x = torch.ones(4, 3)
     with one_draw(converted, seed=1):
@@ -654,7 +654,10 @@ def test_parameters_made_in_inference_mode() -> None:
     with torch.inference_mode():
         model = nn.Linear(3, 3)
     x = torch.ones(2, 3)
-    for converted in (to_bbb(model, logvar=-2.0), to_bbb_(model, logvar=-2.0)):
+    for converted in (
+        to_bbb(model, initial_std=math.exp(-1.0)),
+        to_bbb_(model, initial_std=math.exp(-1.0)),
+    ):
         for mode in (torch.no_grad, torch.inference_mode):
             with mode(), sampled(converted):
                 assert not torch.equal(converted(x), converted(x))
@@ -690,7 +693,7 @@ class HasEverything(nn.Linear):
 
 
 def test_a_module_with_a_getattr_of_its_own() -> None:
-    model = to_bbb_(Delegates(nn.Linear(3, 3)), logvar=-2.0)
+    model = to_bbb_(Delegates(nn.Linear(3, 3)), initial_std=math.exp(-1.0))
     assert posterior_names(model) == {"weight", "inner.weight", "inner.bias"}
     w, x = draws(model, seed=1), torch.ones(2, 3)
     with one_draw(model, seed=1):
@@ -761,9 +764,8 @@ def test_sigma_is_a_share_of_the_exact_rms(dtype: torch.dtype) -> None:
         model.weight.uniform_(50.0, 300.0)  # the squares leave float16
     numbers = model.weight.detach().double().numpy().ravel().tolist()
     rms = math.sqrt(math.fsum(np.square(numbers).tolist()) / len(numbers))
-    config = bayesify.BBBConfig(relative_std=0.5)
     for layout in (model, model.to(memory_format=torch.channels_last)):
-        [row] = plan(layout, config=config).rows
+        [row] = plan(layout, initial_std=bayesify.RelativeStd(0.5)).rows
         assert row.std == pytest.approx(0.5 * rms, rel=1e-12)
 
 
@@ -772,7 +774,7 @@ def test_a_tensor_of_zeros_takes_the_scale_beside_it() -> None:
         layer = nn.Linear(2, 2)
         layer.weight = nn.Parameter(weight)
         nn.init.zeros_(layer.bias)
-        rows = plan(layer, config=bayesify.BBBConfig(relative_std=0.5), **options).rows
+        rows = plan(layer, initial_std=bayesify.RelativeStd(0.5), **options).rows
         return {row.name: row.std for row in rows}["bias"]
 
     assert std(torch.full((2, 2), 3.0)) == 1.5

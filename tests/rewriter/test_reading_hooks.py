@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -145,7 +146,7 @@ def same_as_the_original(model: Any, original: nn.Module) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_hooks_that_a_forward_registers(make: Callable[[], Any], training: bool) -> None:
     original = make().train(training)
-    model = bayesify.to_bbb(original, logvar=-2.0)
+    model = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     same_as_the_original(model, original)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -153,7 +154,7 @@ def test_hooks_that_a_forward_registers(make: Callable[[], Any], training: bool)
 @pytest.mark.parametrize("make", [Own, OfAnother])
 def test_hooks_that_are_methods_of_a_module_around(make: Callable[[], Any]) -> None:
     original = make()
-    model = bayesify.to_bbb(original, logvar=-2.0)
+    model = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     same_as_the_original(model, original)
     same_as_the_original(copy.deepcopy(model), original)
     same_as_the_original(pickle.loads(pickle.dumps(model)), original)
@@ -173,7 +174,7 @@ def _of_input(module: Any, args: Any) -> Any:
 @pytest.mark.parametrize("called", [False, True])
 def test_hooks_of_after_the_conversion(called: bool) -> None:
     original = Model()
-    model: Any = bayesify.to_bbb(original, logvar=-2.0)
+    model: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     if called:
         with one_draw(model, seed=1):
             model(X)
@@ -190,7 +191,7 @@ def test_hooks_of_after_the_conversion(called: bool) -> None:
 
 
 def test_a_hook_that_reads_no_parameter_is_left_as_it_is() -> None:
-    model: Any = bayesify.to_bbb(Model(), logvar=-2.0)
+    model: Any = bayesify.to_bbb(Model(), initial_std=math.exp(-1.0))
     shapes: list[Any] = []
 
     def look(_: Any, __: Any, out: Tensor) -> None:
@@ -240,7 +241,7 @@ class InAttribute(Model):
 @pytest.mark.parametrize("make", [InList, InDict, InAttribute])
 def test_a_parameter_under_a_second_name(make: Callable[[], Any]) -> None:
     original = make()
-    model: Any = bayesify.to_bbb(original, logvar=-2.0)
+    model: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     weights = bayesify.draws(model, seed=1)
     with one_draw(model, seed=1):
         found = model(X)
@@ -272,7 +273,7 @@ class FreezesByName(Model):
 @pytest.mark.parametrize("make", [Freezes, FreezesByName])
 def test_a_forward_that_freezes_parameters(make: Callable[[], Any]) -> None:
     original = make()
-    model: Any = bayesify.to_bbb(original, logvar=-2.0)
+    model: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     weights = {n: w.detach() for n, w in bayesify.draws(model, seed=1).items()}
     expected = F.linear(X, weights["l.weight"], weights["l.bias"]).tanh() * weights["g"]
     for _ in range(2):

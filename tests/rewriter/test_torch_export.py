@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def images(batch: int = 4) -> Tensor:
 
 def converted() -> nn.Module:
     torch.manual_seed(0)
-    return bayesify.to_bbb(Net(), logvar=-4.0).eval()
+    return bayesify.to_bbb(Net(), initial_std=math.exp(-2.0)).eval()
 
 
 def drawing(model: nn.Module, how: str) -> contextlib.AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ Single layers with drawn settings are in test_invariants; here they meet in mode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_attention_with_padding(options: dict[str, bool], shape: tuple[int, ...]
 
     model = Attending()
     passes(model, make)
-    converted = bayesify.to_bbb(model, logvar=-3.0)
+    converted = bayesify.to_bbb(model, initial_std=math.exp(-1.5))
     found = converted(*make(2)[0], **options)
     if shape is None:
         assert isinstance(found, Tensor)
@@ -195,7 +196,7 @@ def test_packed_classifier(kind: type[nn.Module]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_sequence_is_its_rows_alone(kind: Any) -> None:
     model = kind(4, 5)
-    converted = bayesify.to_bbb(model, logvar=-3.0).eval()
+    converted = bayesify.to_bbb(model, initial_std=math.exp(-1.5)).eval()
     rows = [normal(n, 4, seed=n) for n in (5, 3, 2)]
     packed = rnn.pack_sequence(rows)
     with one_draw(converted, seed=1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -185,7 +186,7 @@ def test_recorded_hidden_states(name: str, called_before: bool) -> None:
     build, make = MODELS[name]
     options = {**make(2)[1], "output_hidden_states": True}
     original = build().eval()
-    converted: Any = bayesify.to_bbb(original, logvar=-4.0).eval()
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-2.0)).eval()
     if called_before:
         assert same(converted(**options), original(**options))
     with one_draw(converted, seed=1):
@@ -215,7 +216,7 @@ def contents(cache: Any) -> list[Tensor]:
 @torch.no_grad()
 def test_steps_with_a_cache(build: Callable[[], nn.Module]) -> None:
     original = build().eval()
-    converted: Any = bayesify.to_bbb(original, logvar=-4.0).eval()
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-2.0)).eval()
     plain = drawn(original, converted, 1)
     ids = tokens(2)
     with one_draw(converted, seed=1):
@@ -238,7 +239,7 @@ def test_steps_with_a_cache(build: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize("batch", [2, 20], ids=["together", "one by one"])
 @pytest.mark.parametrize("build", [gpt2, llama, mixtral, t5], ids=lambda b: b.__name__)
 def test_predict_leaves_the_cache_out(build: Callable[[], nn.Module], batch: int) -> None:
-    model = bayesify.to_bbb(build().eval(), logvar=-4.0)
+    model = bayesify.to_bbb(build().eval(), initial_std=math.exp(-2.0))
     ids: dict[str, Any] = {"input_ids": tokens(batch)}
     if build is t5:
         ids["decoder_input_ids"] = tokens(batch, 4, seed=9)
@@ -257,7 +258,7 @@ def test_predict_leaves_the_cache_out(build: Callable[[], nn.Module], batch: int
 
 
 def test_predict_refuses_a_cache_that_draws_would_share() -> None:
-    model: Any = bayesify.to_bbb(gpt2().eval(), logvar=-4.0)
+    model: Any = bayesify.to_bbb(gpt2().eval(), initial_std=math.exp(-2.0))
     for cache in (hf.DynamicCache(), hf.EncoderDecoderCache(hf.DynamicCache(), hf.DynamicCache())):
         with pytest.raises(bayesify.ArgumentError, match=f"an input is a {type(cache).__name__}"):
             bayesify.predict(
@@ -281,7 +282,7 @@ def test_generated_text_is_that_of_the_drawn_model(
     build: Callable[[], nn.Module], how: str
 ) -> None:
     original = build().eval()
-    converted: Any = bayesify.to_bbb(original, logvar=-2.0).eval()
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0)).eval()
     prompt = tokens(2)
     options = {"max_new_tokens": 5, "attention_mask": torch.ones_like(prompt), **HOW[how]}
 
@@ -302,7 +303,7 @@ def test_generated_text_is_that_of_the_drawn_model(
 
 
 def test_generation_with_and_without_cache() -> None:
-    model: Any = bayesify.to_bbb(gpt2(), logvar=-4.0).eval()
+    model: Any = bayesify.to_bbb(gpt2(), initial_std=math.exp(-2.0)).eval()
     prompt = tokens(2)
     options = {
         "max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(prompt),
@@ -334,7 +335,7 @@ def test_tied_weights_share_one_draw(name: str) -> None:
     original = build()
     row = next(r for r in bayesify.plan(original).rows if r.name == first)
     assert set(row.aliases) == others
-    converted: Any = bayesify.to_bbb(original, logvar=-3.0)
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.5))
     assert {first, *others} & set(bayesify.draws(converted, seed=1)) == {first}
     state = converted.state_dict()
     where = {state[f"{n}_logvar"].data_ptr() for n in (first, *others)}
@@ -350,7 +351,7 @@ def test_tied_weights_share_one_draw(name: str) -> None:
 
 
 def test_resized_tied_embeddings_are_named() -> None:
-    model: Any = bayesify.to_bbb(gpt2(), logvar=-4.0).train()
+    model: Any = bayesify.to_bbb(gpt2(), initial_std=math.exp(-2.0)).train()
     model(**text(2)[1])
     model.resize_token_embeddings(60, mean_resizing=False)
     # either works: the new rows get a posterior too, or an error says what to do
@@ -368,7 +369,7 @@ def test_resized_tied_embeddings_are_named() -> None:
 @torch.no_grad()
 def test_methods_of_clip_draw() -> None:
     original = clip().eval()
-    converted: Any = bayesify.to_bbb(original, logvar=-4.0).eval()
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-2.0)).eval()
     plain = drawn(original, converted, 1)
     calls = {
         "get_image_features": {"pixel_values": images(2)},
@@ -383,7 +384,9 @@ def test_methods_of_clip_draw() -> None:
 
 def test_only_chosen_experts_get_gradients() -> None:
     original = mixtral()
-    converted: Any = bayesify.to_bbb(original, only="*.experts.*", logvar=-3.0).train()
+    converted: Any = bayesify.to_bbb(
+        original, only="*.experts.*", initial_std=math.exp(-1.5)
+    ).train()
     options = {"input_ids": tokens(1, 1), "use_cache": False}
     with one_draw(converted, seed=1):
         converted(**options).logits.square().sum().backward()
@@ -417,7 +420,7 @@ def test_lora_on_gpt2() -> None:
     model = peft.get_peft_model(gpt2(), config)
     report = check(model, text, batches=(2,))
     assert report.problems == []
-    converted: Any = bayesify.to_bbb(model, logvar=-2.0).eval()
+    converted: Any = bayesify.to_bbb(model, initial_std=math.exp(-1.0)).eval()
     assert all("lora_" in site.name for site in sites(converted))
     prompt = tokens(2)
     options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
@@ -433,7 +436,7 @@ def test_checkpointing_of_a_transformer(reentrant: bool) -> None:
     results = []
     for enabled in (False, True):
         torch.manual_seed(0)
-        model: Any = bayesify.to_bbb(llama(), logvar=-4.0).train()
+        model: Any = bayesify.to_bbb(llama(), initial_std=math.exp(-2.0)).train()
         if enabled:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()  # a reentrant region wants an input with a gradient

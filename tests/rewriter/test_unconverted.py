@@ -1,6 +1,7 @@
 """What a converted model is given later: it is named, and converted by the same plan."""
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def test_what_comes_later_is_named_and_converted(
     change: Callable[[Any], object], new: list[str], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model: Any = bayesify.to_bbb(Net(), logvar=-6.0, estimator="local")
+    model: Any = bayesify.to_bbb(Net(), initial_std=math.exp(-3.0), estimator="local")
     assert told(model, tmp_path) == ["", "", ""]
     before = {p.name: (p.mean, p.logvar) for p in bayesify.posteriors(model)}
     change(model)
@@ -121,7 +122,7 @@ def test_what_comes_later_is_named_and_converted(
 
 def test_what_comes_later_is_drawn_once_extended() -> None:
     torch.manual_seed(0)
-    model: Any = bayesify.to_bbb(Net(), logvar=-4.0).eval()
+    model: Any = bayesify.to_bbb(Net(), initial_std=math.exp(-2.0)).eval()
     x = torch.randn(2, 3, 4, 4)
     with bayesify.sampled(model):
         model(x)  # variants of before
@@ -239,7 +240,9 @@ def test_copies_know_what_was_settled(copied: Any, tmp_path: Path) -> None:
 
 
 def test_a_loaded_model_knows_what_was_settled(tmp_path: Path) -> None:
-    bayesify.save(bayesify.to_bbb(frozen_conv(), skip=["norm"], logvar=-5.0), tmp_path / "file")
+    bayesify.save(
+        bayesify.to_bbb(frozen_conv(), skip=["norm"], initial_std=math.exp(-2.5)), tmp_path / "file"
+    )
     # the file does not say what is frozen
     model: Any = bayesify.load(tmp_path / "file", model=Net()).train()
     assert told(model, tmp_path) == ["", "", ""]
@@ -254,7 +257,7 @@ def test_a_loaded_model_knows_what_was_settled(tmp_path: Path) -> None:
 
 
 def test_a_parameter_of_the_same_shape_keeps_its_posterior(tmp_path: Path) -> None:
-    model: Any = bayesify.to_bbb(Net(), logvar=-4.0)
+    model: Any = bayesify.to_bbb(Net(), initial_std=math.exp(-2.0))
     logvar = model.fc.weight_logvar
     model.fc.weight = nn.Parameter(torch.full((10, 4), 7.0))
     assert told(model, tmp_path) == ["", "", ""]
@@ -266,7 +269,7 @@ def test_a_parameter_of_the_same_shape_keeps_its_posterior(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("what", ["wider", "gone", "none"])
 def test_a_parameter_that_is_gone_or_wider(what: str, tmp_path: Path) -> None:
-    model: Any = bayesify.to_bbb(Net(), logvar=-4.0).eval()
+    model: Any = bayesify.to_bbb(Net(), initial_std=math.exp(-2.0)).eval()
     if what == "wider":
         model.fc.weight = nn.Parameter(torch.ones(3, 4))
         model.fc.bias = nn.Parameter(torch.ones(3))
@@ -312,7 +315,9 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("skip", [(), "out"], ids=["two posteriors", "read at the mean"])
 def test_weights_tied_since(skip: Any, tmp_path: Path) -> None:
     prior = bayesify.GaussianPrior(mean="initial", std=0.5)
-    model: Any = bayesify.to_bbb(Tied(), skip=skip, logvar=-3.0, prior=prior, estimator="local")
+    model: Any = bayesify.to_bbb(
+        Tied(), skip=skip, initial_std=math.exp(-1.5), prior=prior, estimator="local"
+    )
     model.eval()
     model.out.weight = model.embed.weight
     if skip:
@@ -339,7 +344,7 @@ def test_tables_of_another_length() -> None:
     """As transformers' resize_token_embeddings: a new table, and the head's weight tied to it."""
     tied = Tied()
     tied.out.weight = tied.embed.weight
-    model: Any = bayesify.to_bbb(tied, logvar=-3.0)
+    model: Any = bayesify.to_bbb(tied, initial_std=math.exp(-1.5))
     model.embed = nn.Embedding(7, 4)
     model.out.weight = model.embed.weight
     bayesify.extend_(model)
@@ -366,7 +371,9 @@ class Forgets(nn.Linear):
     "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
 def test_a_copy_that_lost_its_posterior(copied: Any, tmp_path: Path) -> None:
-    model = copied(bayesify.to_bbb(nn.Sequential(nn.Linear(3, 4), Forgets(4, 2)), logvar=-4.0))
+    model = copied(
+        bayesify.to_bbb(nn.Sequential(nn.Linear(3, 4), Forgets(4, 2)), initial_std=math.exp(-2.0))
+    )
     for text in told(model, tmp_path):
         assert "1.weight, 1.bias" in text
     bayesify.extend_(model.eval())

@@ -415,7 +415,7 @@ def test_a_function_called_in_the_same_scope_draws(maker: type[Model]) -> None:
 )
 def test_a_function_called_in_one_draw_draws(maker: type[Model]) -> None:
     model = maker()
-    converted = bayesify.to_bbb(model, logvar=-3.0).eval()
+    converted = bayesify.to_bbb(model, initial_std=math.exp(-1.5)).eval()
     x = randn(4)(2)[0][0]
     with one_draw(converted, seed=1):
         found = converted(x)(x)
@@ -481,7 +481,7 @@ def test_a_hook_registered_in_a_forward_is_registered_once() -> None:
 
 def test_a_context_variable_set_in_a_forward() -> None:
     model = SetsContextVariable()
-    converted: Any = bayesify.to_bbb(model, logvar=-3.0)
+    converted: Any = bayesify.to_bbb(model, initial_std=math.exp(-1.5))
     x = randn(4)(2)[0][0]
     drawn = bayesify.draws(converted, seed=1)
     for _ in range(2):
@@ -508,7 +508,7 @@ class Grows(nn.Module):
 
 @pytest.mark.parametrize("called_before", [False, True])
 def test_children_added_later_are_deterministic(called_before: bool) -> None:
-    converted: Any = bayesify.to_bbb(Grows(), logvar=-3.0).train()
+    converted: Any = bayesify.to_bbb(Grows(), initial_std=math.exp(-1.5)).train()
     x = randn(4)(2)[0][0]
     if called_before:
         converted(x)
@@ -530,7 +530,9 @@ def test_children_added_later_are_deterministic(called_before: bool) -> None:
 
 
 def test_children_replaced_later() -> None:
-    converted: Any = bayesify.to_bbb(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), initial_std=math.exp(-1.5)
+    )
     x = randn(4)(2)[0][0]
     converted(x)
     converted[0] = nn.Identity()
@@ -539,7 +541,9 @@ def test_children_replaced_later() -> None:
     drawn = bayesify.draws(converted, seed=1)
     assert set(drawn) == {"1.weight", "1.bias"}
     assert torch.equal(found, F.linear(x, drawn["1.weight"], drawn["1.bias"]))
-    converted[0] = bayesify.to_bbb(nn.Linear(4, 4), logvar=-3.0)  # converted by itself
+    converted[0] = bayesify.to_bbb(
+        nn.Linear(4, 4), initial_std=math.exp(-1.5)
+    )  # converted by itself
     converted.append(converted[1])  # and one that is called twice now
     drawn = bayesify.draws(converted, seed=1)
     assert set(drawn) == {"0.weight", "0.bias", "1.weight", "1.bias"}
@@ -602,7 +606,7 @@ LATER: dict[str, tuple[str, Callable[[], Any], Any]] = {
 @pytest.mark.parametrize("kind", LATER)
 def test_attributes_added_later_are_seen(kind: str) -> None:
     name, value, before = LATER[kind]
-    converted: Any = bayesify.to_bbb(Open(), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(Open(), initial_std=math.exp(-1.5))
     x = randn(4)(2)[0][0]
 
     def drawn() -> Tensor:
@@ -620,7 +624,7 @@ def test_attributes_added_later_are_seen(kind: str) -> None:
 
 
 def test_a_bias_added_later_is_seen() -> None:
-    converted: Any = bayesify.to_bbb(nn.Linear(4, 4, bias=False), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(nn.Linear(4, 4, bias=False), initial_std=math.exp(-1.5))
     x = randn(4)(2)[0][0]
     converted(x)
     converted.bias = nn.Parameter(torch.ones(4))
@@ -646,7 +650,9 @@ def of_another_shape(layer: nn.Module) -> None:
 def test_a_parameter_changed_later(
     change: Callable[[nn.Module], None], shape: tuple[int, ...]
 ) -> None:
-    converted: Any = bayesify.to_bbb(nn.Sequential(nn.Linear(4, 4)), logvar=-3.0).train()
+    converted: Any = bayesify.to_bbb(
+        nn.Sequential(nn.Linear(4, 4)), initial_std=math.exp(-1.5)
+    ).train()
     x = randn(4)(2)[0][0]
     converted(x)
     change(converted[0])
@@ -662,7 +668,9 @@ def test_a_parameter_changed_later(
 
 
 def test_a_parameter_tied_later_is_refused() -> None:
-    converted: Any = bayesify.to_bbb(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), initial_std=math.exp(-1.5)
+    )
     converted[1].weight = converted[0].weight
     groups = functools.partial(bayesify.param_groups, lr=0.1)
     for call in (bayesify.draws, bayesify.kl_divergence, groups):
@@ -674,7 +682,9 @@ def test_a_parameter_tied_later_is_refused() -> None:
 
 
 def test_one_tensor_given_for_two_parameters_is_no_tie() -> None:
-    converted: Any = bayesify.to_bbb(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), initial_std=math.exp(-1.5)
+    )
     given = {"0.weight": (w := torch.zeros(4, 4)), "1.weight": w}
 
     class WithKL(nn.Module):
@@ -704,7 +714,7 @@ class AsksForDevice(Model):
 
 
 def test_factories_follow_the_default_device() -> None:
-    converted = bayesify.to_bbb(AsksForDevice().to("meta"), logvar=-3.0)
+    converted = bayesify.to_bbb(AsksForDevice().to("meta"), initial_std=math.exp(-1.5))
     for _ in range(2):
         with torch.device("meta"), one_draw(converted, seed=1):
             assert converted(torch.empty(2, 4)).device.type == "meta"

@@ -7,6 +7,7 @@ operations, before and after a conversion, are here.
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import typing
 from collections.abc import Callable
@@ -160,7 +161,7 @@ def test_parametrized(name: str) -> None:
 
 def test_an_orthogonal_weight_is_orthogonal_in_every_draw() -> None:
     model = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4, bias=False)))
-    converted: Any = bayesify.to_bbb(model, logvar=-2.0)
+    converted: Any = bayesify.to_bbb(model, initial_std=math.exp(-1.0))
     weights = []
     for seed in (1, 2):
         weight = draw(converted, torch.eye(4), seed).detach()
@@ -177,7 +178,7 @@ def with_weight_norm() -> Any:
 
 def test_reading_a_parametrized_weight_reads_the_draw() -> None:
     model = with_weight_norm()
-    converted: Any = bayesify.to_bbb(model, logvar=-3.0).eval()
+    converted: Any = bayesify.to_bbb(model, initial_std=math.exp(-1.5)).eval()
     drawn = bayesify.draws(converted, seed=1)
     g, v = (drawn[f"{HEAD}.weight.original{k}"] for k in "01")
     with one_draw(converted, seed=1):
@@ -190,7 +191,7 @@ def test_reading_a_parametrized_weight_reads_the_draw() -> None:
 @pytest.mark.parametrize("read_before", [False, True])
 @pytest.mark.parametrize("called_before", [False, True])
 def test_parametrize_cached(called_before: bool, read_before: bool) -> None:
-    converted: Any = bayesify.to_bbb(with_weight_norm(), logvar=-3.0).eval()
+    converted: Any = bayesify.to_bbb(with_weight_norm(), initial_std=math.exp(-1.5)).eval()
     other = copy.deepcopy(converted)
     if called_before:
         draw(converted, PICTURES)
@@ -224,7 +225,7 @@ def test_parametrizations_are_removed_after_the_conversion_back() -> None:
 def test_parametrization_removed_from_a_converted_model() -> None:
     model = with_weight_norm()
     expected = model.eval()(PICTURES)
-    converted: Any = bayesify.to_bbb(model, logvar=-3.0).eval()
+    converted: Any = bayesify.to_bbb(model, initial_std=math.exp(-1.5)).eval()
     try:
         parametrize.remove_parametrizations(converted.head, "weight")
     except BayesifyError:
@@ -243,7 +244,7 @@ def test_parametrization_removed_from_a_converted_model() -> None:
     ids=["weight_norm", "parametrization", "prune"],
 )
 def test_wrapped_after_the_conversion(wrap: Callable[[Any], object]) -> None:
-    converted: Any = bayesify.to_bbb(Net(), logvar=-3.0).train()
+    converted: Any = bayesify.to_bbb(Net(), initial_std=math.exp(-1.5)).train()
     wrap(converted)
     # either works: the moved parameter goes on to be drawn, or an error names it
     try:
@@ -264,7 +265,7 @@ def test_pruned() -> None:
     report = check(model, images)
     assert report.problems == []
     assert report.swapped == []
-    converted: Any = bayesify.to_bbb(model, logvar=-2.0)
+    converted: Any = bayesify.to_bbb(model, initial_std=math.exp(-1.0))
     assert names(converted) >= {"head.weight_orig", "conv.weight_orig"}
     mask = converted.head.weight_mask == 0
     assert int(mask.sum()) == 8
@@ -345,7 +346,7 @@ def test_lora(options: dict[str, Any]) -> None:
 
 def test_lora_draws_the_adapters_only() -> None:
     model = with_lora(lora_dropout=0.0)
-    converted: Any = bayesify.to_bbb(model, only="*lora_*", logvar=-3.0).train()
+    converted: Any = bayesify.to_bbb(model, only="*lora_*", initial_std=math.exp(-1.5)).train()
     assert len(names(converted)) == 2 * len(TARGETS)
     assert all("lora_" in n for n in names(converted))
     plan = {row.name: row.action for row in bayesify.plan(model).rows}
@@ -367,7 +368,7 @@ def test_lora_draws_the_adapters_only() -> None:
 def test_lora_over_a_posterior_of_everything() -> None:
     config = bayesify.BBBConfig(include_frozen=True)
     model = with_lora(lora_dropout=0.0)
-    converted: Any = bayesify.to_bbb(model, config=config, logvar=-3.0).train()
+    converted: Any = bayesify.to_bbb(model, config=config, initial_std=math.exp(-1.5)).train()
     drawn = bayesify.draws(converted, seed=1)
     assert torch.equal(draw(converted, ROWS), functional_call(model, drawn, (ROWS,), {}))
     assert names(converted) == {n for n, _ in model.named_parameters()}
@@ -379,7 +380,7 @@ def test_lora_over_a_posterior_of_everything() -> None:
 
 def test_lora_is_switched_off_and_on() -> None:
     model = with_lora().eval()
-    converted: Any = bayesify.to_bbb(model, logvar=-3.0).eval()
+    converted: Any = bayesify.to_bbb(model, initial_std=math.exp(-1.5)).eval()
     with sampled(converted):
         assert not torch.equal(converted(ROWS), converted(ROWS))
         with converted.disable_adapter(), model.disable_adapter():
@@ -391,7 +392,7 @@ def test_lora_with_two_adapters() -> None:
     model = with_lora(lora_dropout=0.0)
     model.add_adapter("other", lora(target_modules=["second"], r=3, init_lora_weights=False))
     model.requires_grad_(True)
-    converted: Any = bayesify.to_bbb(model, only="*lora_*", logvar=-3.0).train()
+    converted: Any = bayesify.to_bbb(model, only="*lora_*", initial_std=math.exp(-1.5)).train()
     drawn = bayesify.draws(converted, seed=1)
     for adapter in ("default", "other", "default"):
         for each in (model, converted):
@@ -404,7 +405,7 @@ def test_lora_with_two_adapters() -> None:
 def test_lora_is_merged() -> None:
     model = with_lora().eval()
     expected = model(ROWS)
-    converted: Any = bayesify.to_bbb(model, logvar=-3.0).eval()
+    converted: Any = bayesify.to_bbb(model, initial_std=math.exp(-1.5)).eval()
     back: Any = bayesify.to_deterministic(converted)
     for merged in (back.merge_and_unload(), converted.merge_and_unload()):
         assert isinstance(merged, Base)
@@ -416,7 +417,7 @@ def test_lora_is_merged() -> None:
 
 def test_lora_over_a_converted_model() -> None:
     base = Base()
-    converted: Any = bayesify.to_bbb(base, logvar=-3.0)
+    converted: Any = bayesify.to_bbb(base, initial_std=math.exp(-1.5))
     converted(ROWS)
     model = with_lora(converted, lora_dropout=0.0).train()
     assert len(names(model)) == len(list(base.parameters()))
@@ -454,7 +455,9 @@ GRAPHS: dict[str, Callable[[nn.Module], Any]] = {
 def test_graph_module(kind: str, in_place: bool) -> None:
     model = Bare()
     graph = GRAPHS[kind](copy.deepcopy(model))
-    converted: Any = (bayesify.to_bbb_ if in_place else bayesify.to_bbb)(graph, logvar=-3.0)
+    converted: Any = (bayesify.to_bbb_ if in_place else bayesify.to_bbb)(
+        graph, initial_std=math.exp(-1.5)
+    )
     assert isinstance(converted, torch.fx.GraphModule)
     assert names(converted) == {n for n, _ in model.named_parameters()}
     drawn = bayesify.draws(converted, seed=1)
@@ -470,7 +473,7 @@ def test_graph_module(kind: str, in_place: bool) -> None:
 def back_and_forth(converted: Any) -> Any:
     back = bayesify.to_deterministic(converted)
     assert not any("logvar" in key for key in back.state_dict())
-    return bayesify.to_bbb(back, logvar=-3.0)
+    return bayesify.to_bbb(back, initial_std=math.exp(-1.5))
 
 
 @pytest.mark.parametrize(
@@ -484,7 +487,7 @@ def back_and_forth(converted: Any) -> Any:
 )
 def test_graph_module_lives_on(act: Callable[[Any], Any]) -> None:
     model = Bare()
-    converted = bayesify.to_bbb(torch.fx.symbolic_trace(model), logvar=-3.0)
+    converted = bayesify.to_bbb(torch.fx.symbolic_trace(model), initial_std=math.exp(-1.5))
     expected = draw(converted, ROWS)
     other = act(converted)
     assert names(other) == {n for n, _ in model.named_parameters()}
@@ -550,7 +553,7 @@ def test_ready_for_quantization(training: bool, fused: bool) -> None:
 
 @quantized
 def test_fake_quantization_sees_the_draw() -> None:
-    converted: Any = bayesify.to_bbb(prepared(training=True), logvar=-2.0)
+    converted: Any = bayesify.to_bbb(prepared(training=True), initial_std=math.exp(-1.0))
     converted.apply(quantization.disable_observer)
     head = converted.net.head
     x = torch.eye(4)
@@ -594,7 +597,9 @@ def test_compiled_in_place_before_the_conversion(in_place: bool, part: bool) -> 
     original = copy.deepcopy(model)
     (model[0] if part else model).compile(backend="eager")
     assert torch.equal(model(PICTURES), original(PICTURES))  # it is compiled now
-    converted: Any = (bayesify.to_bbb_ if in_place else bayesify.to_bbb)(model, logvar=-3.0)
+    converted: Any = (bayesify.to_bbb_ if in_place else bayesify.to_bbb)(
+        model, initial_std=math.exp(-1.5)
+    )
     for seed in (1, 2):
         drawn = bayesify.draws(converted, seed=seed)
         found = draw(converted, PICTURES, seed)
@@ -612,7 +617,9 @@ def test_wrapper_of_compile_in_a_model(in_place: bool) -> None:
     original = nn.Sequential(copy.deepcopy(inner), copy.deepcopy(model[1]))
     # either works: it draws as it would without, or one error names the part
     try:
-        converted: Any = (bayesify.to_bbb_ if in_place else bayesify.to_bbb)(model, logvar=-3.0)
+        converted: Any = (bayesify.to_bbb_ if in_place else bayesify.to_bbb)(
+            model, initial_std=math.exp(-1.5)
+        )
     except UnsupportedModuleError as error:
         assert "'0'" in str(error)  # noqa: PT017
         assert "compile" in str(error)  # noqa: PT017

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ KINDS = [Clamps, ClampsRows, Starts, StartsByData, StartsWithoutGrad]
 def test_the_mean_gets_it_and_the_draw_follows(kind: type[Base], asks: bool, grad: bool) -> None:
     original = kind()
     original.asks = asks
-    converted: Any = bayesify.to_bbb(original, logvar=-2.0)
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     x = torch.randn(4, 3) + 3
     original(x)  # what the deterministic model does to its parameters
     with torch.set_grad_enabled(grad), bayesify.one_draw(converted, seed=1):
@@ -110,7 +111,7 @@ class MaxNormInPlace(Base):
 
 @pytest.mark.parametrize("kind", [MaxNorm, MaxNormInPlace])
 def test_what_comes_of_the_draw_is_refused(kind: type[Base]) -> None:
-    converted = bayesify.to_bbb(kind(), logvar=-2.0)
+    converted = bayesify.to_bbb(kind(), initial_std=math.exp(-1.0))
     before = {name: p.detach().clone() for name, p in converted.named_parameters()}
     with pytest.raises(
         UnsupportedModuleError, match=f"{kind.__name__} sets its parameter 'weight'"
@@ -141,7 +142,7 @@ class Counts(Base):
 def test_other_writes_stay_what_they_are(asks: bool) -> None:
     original = Counts()
     original.asks = asks
-    converted: Any = bayesify.to_bbb(original, logvar=-2.0)
+    converted: Any = bayesify.to_bbb(original, initial_std=math.exp(-1.0))
     x = torch.randn(4, 3)
     drawn = bayesify.draws(converted, seed=1)
     with bayesify.one_draw(converted, seed=1):

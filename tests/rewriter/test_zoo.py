@@ -1,11 +1,13 @@
-"""Whole models of timm and torchvision, and plain ones: invariants 1-5 on each.
+"""Models of timm and torchvision, and plain ones: invariants 1-5 on each.
 
-Random weights and small images: what is checked is the rewriting, which no pixel changes. The slow
-half are the other models on which peers were compared.
+Random weights and small images: what is checked is the rewriting, which no pixel changes. The fast
+half have one of all equal layers and are narrow where their arguments allow it. The slow half are
+the other models on which peers were compared, whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from zoo_checks import leave_out_layers
 
 import bayesify
 from bayesify import one_draw, sampled
@@ -24,26 +27,28 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Entry(NamedTuple):
-    """A model by name, its options, and the size of its images."""
+    """A model by name, its options, the size of its images, and whether all layers stay."""
 
     options: dict[str, Any]
     size: int = 64
+    whole: bool = False
 
 
 SMALL = Entry({})
 RESIZED = Entry({"img_size": 64})
 FAST: dict[str, Entry] = {
-    "timm:resnet18": SMALL,
+    "timm:resnet18": Entry({"channels": (16, 32, 64, 128)}),
     "timm:convnext_atto": SMALL,
-    "timm:edgenext_xx_small": SMALL,
-    "timm:efficientnet_lite0": SMALL,
+    "timm:edgenext_xx_small": Entry({}, whole=True),  # its splits are of several widths
+    "timm:test_efficientnet": SMALL,
     "timm:eva02_tiny_patch14_224": Entry({"img_size": 56}, 56),  # reads its children's weights
-    "timm:levit_128s": RESIZED,  # keeps a function of a parameter in eval mode
-    "timm:mobilenetv3_small_100": SMALL,
-    "timm:nf_resnet26": SMALL,  # computes its weights
+    # keeps a function of a parameter in eval mode
+    "timm:levit_128s": Entry({"img_size": 64, "embed_dim": (32, 48, 64)}),
+    "timm:mobilenetv3_small_050": SMALL,
+    "timm:test_nfnet": SMALL,  # computes its weights
     "timm:pvt_v2_b0": SMALL,
     "timm:regnety_002": SMALL,
-    "timm:tiny_vit_5m_224": Entry({}, 224),
+    "timm:tiny_vit_5m_224": Entry({"embed_dims": (16, 32, 40, 80)}, 224),
     "timm:vit_tiny_patch16_224": RESIZED,
     "tv:shufflenet_v2_x0_5": SMALL,
     "tv:squeezenet1_0": SMALL,
@@ -91,9 +96,13 @@ def build(name: str) -> nn.Module:
     library, _, model = name.partition(":")
     options = {**FAST, **SLOW}[name].options
     torch.manual_seed(0)
-    if library == "timm":
-        return timm.create_model(model, **options)
-    return torchvision.models.get_model(model, weights=None, **options)  # type: ignore[no-any-return]
+    built: nn.Module = (
+        timm.create_model(model, **options) if library == "timm"
+        else torchvision.models.get_model(model, weights=None, **options)
+    )  # fmt: skip
+    if name in FAST and not FAST[name].whole:
+        leave_out_layers(built, 1, settings=True)
+    return built
 
 
 def images(size: int) -> Callable[[int], Call]:
@@ -260,7 +269,7 @@ def test_nearly_all_owners_of_all_models_become_graphs() -> None:
 def test_other_resolutions(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     original = timm.create_model(name, **options).eval()
-    converted = bayesify.to_bbb(original, logvar=-8.0)
+    converted = bayesify.to_bbb(original, initial_std=math.exp(-4.0))
     for seed, shape in enumerate([(2, 64, 64), (1, 96, 96), (3, 64, 112), (2, 64, 64)]):
         x = torch.randn(shape[0], 3, *shape[1:])
         drawn = bayesify.draws(converted, seed=seed)
@@ -274,7 +283,7 @@ def test_other_resolutions(name: str, options: dict[str, Any]) -> None:
 
 
 def test_methods_of_timm() -> None:
-    model: Any = bayesify.to_bbb(build("timm:vit_tiny_patch16_224"), logvar=-8.0)
+    model: Any = bayesify.to_bbb(build("timm:vit_tiny_patch16_224"), initial_std=math.exp(-4.0))
     original: Any = build("timm:vit_tiny_patch16_224")
     x = images(64)(2)[0][0]
     drawn = bayesify.draws(model, seed=1)
@@ -330,7 +339,7 @@ def test_detection() -> None:
 
 
 def test_detection_losses_draw() -> None:
-    model = bayesify.to_bbb(detector(), logvar=-8.0).train()
+    model = bayesify.to_bbb(detector(), initial_std=math.exp(-4.0)).train()
     args, _ = scenes(2)
     losses = model(*args)
     assert sorted(losses) == [

@@ -13,7 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bayesify import CheckpointError
-from bayesify.storage.state import StateKind, mismatched, read_state, write_state
+from bayesify.storage.state import (
+    ADAM,
+    StateKind,
+    check_moments,
+    mismatched,
+    read_state,
+    write_state,
+)
 
 KIND = StateKind("walk", "state of a walk", "Walk anew.", "old.walk", lambda t, j: {"old": j, **t})
 STATE: dict[str, Any] = {
@@ -102,3 +109,22 @@ def test_names_and_shapes_that_differ() -> None:
         "b", "c", "d"
     ]  # fmt: skip
     assert mismatched(own, own) == []
+
+
+def test_what_an_optimizer_cannot_keep_is_refused() -> None:
+    own = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([own])
+    own.grad = torch.ones(3)
+    optimizer.step()
+    [kept] = optimizer.state_dict()["state"].values()
+    check_moments(own, kept, ADAM)
+    wrong = [
+        {**kept, "exp_avg": torch.zeros(())},
+        {**kept, "exp_avg_sq": torch.zeros(2)},
+        {**kept, "step": torch.zeros(3)},
+        {**kept, "other": torch.zeros(3)},
+        {k: v for k, v in kept.items() if k != "exp_avg"},
+    ]
+    for moments in wrong:
+        with pytest.raises(ValueError, match=r"the optimizer keeps|in place of"):
+            check_moments(own, moments, ADAM)

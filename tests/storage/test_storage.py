@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import os
 import re
 import struct
@@ -89,7 +90,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "partial": (convnet, {"skip": [nn.BatchNorm2d, "re:bias$"]}),
     "frozen": (frozen, {"config": BBBConfig(include_frozen=True)}),
     "frozen, skipped": (frozen, {}),
-    "tied": (Tied, {"logvar": -4.0}),
+    "tied": (Tied, {"initial_std": 0.1}),
     "softplus": (convnet, {"config": BBBConfig(parameterization="softplus")}),
     "initial prior": (convnet, {"prior": GaussianPrior(0.3, mean="initial", relative=True)}),
     "initial prior, tied": (Tied, {"prior": GaussianPrior(0.3, mean="initial")}),
@@ -197,7 +198,7 @@ def test_parts_converted_one_by_one(tmp_path: Path) -> None:
     model = build()
     bayesify.to_bbb_(model["online"], skip="re:bias$", prior=GaussianPrior(2.0))
     softplus = BBBConfig(parameterization="softplus", strict=True)
-    bayesify.to_bbb_(model["head"], config=softplus, logvar=-3.0)
+    bayesify.to_bbb_(model["head"], config=softplus, initial_std=math.exp(-1.5))
     path = tmp_path / "a.bbb.safetensors"
     save(model, path)
 
@@ -210,7 +211,7 @@ def test_parts_converted_one_by_one(tmp_path: Path) -> None:
     states: list[Any] = [m.__dict__.get("_bayesify") for m in (back, back["target"], back["head"])]
     assert [s is None for s in states] == [True, True, False]
     assert states[2].strict
-    assert states[2].spec.logvar == -3.0
+    assert states[2].spec.initial_std == math.exp(-1.5)
 
 
 def test_a_part_of_a_converted_model_keeps_its_draws(tmp_path: Path) -> None:
@@ -251,7 +252,9 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
 
 
 def test_layers_added_after_loading_are_converted_alike(tmp_path: Path) -> None:
-    model: Any = bayesify.to_bbb(convnet(), skip=[nn.BatchNorm2d, "*.bias"], logvar=-5.0)
+    model: Any = bayesify.to_bbb(
+        convnet(), skip=[nn.BatchNorm2d, "*.bias"], initial_std=math.exp(-2.5)
+    )
     path = tmp_path / "a.bbb.safetensors"
     save(model, path)
     back: Any = load(path, model=convnet())
@@ -425,7 +428,7 @@ def test_layout_of_the_file(tmp_path: Path) -> None:
     assert json.dumps(header, sort_keys=True) == text
 
     assert read_header(path) == header
-    assert header["format"] == 1
+    assert header["format"] == 2
     assert header["model"]["spec"] is None
     assert header["model"]["class"].endswith(".Tied")
     assert header["elements"] == {"total": 77, "bayesian": 66}
@@ -667,8 +670,8 @@ def test_damaged_headers(tmp_path: Path, change: Any) -> None:
 
 
 def test_a_newer_format(tmp_path: Path) -> None:
-    path = rewritten(saved(tmp_path), lambda h, t: h.update(format=2))
-    with pytest.raises(CheckpointError, match=r"format 2.*up to 1.*update bayesify"):
+    path = rewritten(saved(tmp_path), lambda h, t: h.update(format=3))
+    with pytest.raises(CheckpointError, match=r"format 3.*up to 2.*update bayesify"):
         load(path, model=convnet())
 
 
@@ -866,9 +869,11 @@ def with_frozen(model: Any) -> Any:
 @pytest.mark.parametrize(
     "spoil", [with_pre_hook, with_post_hook, with_stubborn, with_hooks, with_frozen]
 )
-@pytest.mark.parametrize("prior", [None, GaussianPrior(0.3, mean="initial", relative=True)])
+@pytest.mark.parametrize(
+    "prior", [GaussianPrior(), GaussianPrior(0.3, mean="initial", relative=True)]
+)
 def test_a_load_that_fails_leaves_the_model_as_it_was(
-    tmp_path: Path, spoil: Any, converted: bool, prior: GaussianPrior | None
+    tmp_path: Path, spoil: Any, converted: bool, prior: GaussianPrior
 ) -> None:
     source = bayesify.prune_(bayesify.to_bbb(convnet(), prior=prior, estimator="flipout"), 0.5)
     save(source, tmp_path / "a", info={"classes": ["a", "b", "c"]})
@@ -982,7 +987,7 @@ def deep(depth: int) -> Any:
         (lambda h: h["conversions"][0]["arguments"].update(skip="re:("), "is no list"),
         (lambda h: h["conversions"][0]["arguments"].update(skip=["*" * 1001]), "1,000 char"),
         (lambda h: h["conversions"][0]["arguments"].update(only=["*", "a["] * 501), "1,000 patt"),
-        (lambda h: h["conversions"][0]["arguments"].update(logvar=1e4), "logvar must be"),
+        (lambda h: h["conversions"][0]["arguments"].update(initial_std=1e40), "initial_std must"),
         (lambda h: h["conversions"][0]["arguments"]["config"].update(strict="no"), "strict must"),
     ],
     ids=range(27),
@@ -1063,3 +1068,57 @@ def test_a_model_that_cannot_be_without_data_is_bounded(tmp_path: Path) -> None:
     path = rewritten(path, lambda h, t: h["model"]["spec"].update(num_classes=2_000_000))
     with pytest.raises(CheckpointError, match="more elements than the tensors in the file"):
         load(path)
+
+
+FORMAT_1 = Path(__file__).parents[1] / "files" / "format1"
+
+
+@pytest.mark.parametrize(
+    ("name", "bayesian", "std"),
+    [
+        # to_bbb(m, logvar=-4.0, skip="re:bias$", estimator={"0": "flipout"})
+        ("logvar", {"0.weight", "1.weight"}, math.exp(-2.0)),
+        # to_bbb(m, skip=nn.LayerNorm, config=BBBConfig(relative_std=0.25))
+        ("relative_std", {"0.weight", "0.bias"}, bayesify.RelativeStd(0.25)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::bayesify.NoMatchWarning")  # of the regular expression
+def test_files_with_the_two_settings_of_before(name: str, bayesian: set[str], std: Any) -> None:
+    """Of format 1, in which logvar and BBBConfig.relative_std were two settings."""
+
+    def expected(mean: Tensor) -> float:
+        rms = mean.detach().double().square().mean().sqrt().item()
+        return std.fraction * rms if isinstance(std, bayesify.RelativeStd) else std
+
+    model: Any = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    load(FORMAT_1 / f"{name}.safetensors", model)
+    found = {p.name: p for p in bayesify.posteriors(model)}
+    assert set(found) == bayesian
+    for p in found.values():
+        assert p.logvar.exp().sqrt().mean().item() == pytest.approx(expected(p.mean), rel=1e-5)
+    assert model.__dict__["_bayesify"].spec.initial_std == std
+    model.append(nn.Linear(3, 50))
+    bayesify.extend_(model)
+    added = bayesify.stddev(model)["2.weight"].mean().item()
+    assert added == pytest.approx(expected(model[2].weight), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(skip=[{"function": "f()"}]), "names"),
+        (lambda a: a.update(skip=[{"function": 3, "names": []}]), "3 is no text"),
+        (lambda a: a.update(skip=[{"function": "f()", "names": [3]}]), "3 is no text"),
+        (lambda a: a.update(only=[{"function": "f" * 1001, "names": []}]), "1,000 char"),
+        (lambda a: a.update(initial_std="0.1"), "initial_std must be"),
+        (lambda a: a.update(initial_std={"rms": -1.0}), "fraction must be"),
+        (lambda a: a.update(initial_std={}), "KeyError"),
+        (lambda a: (a.pop("initial_std"), a.update(logvar=81.0)), "logvar must be"),
+        (lambda a: a.pop("initial_std"), "KeyError: 'logvar'"),
+    ],
+    ids=range(9),
+)
+def test_damaged_settings_of_a_conversion(tmp_path: Path, change: Any, message: str) -> None:
+    path = rewritten(saved(tmp_path), lambda h, t: change(h["conversions"][0]["arguments"]))
+    with pytest.raises(CheckpointError, match=message):
+        load(path, model=convnet())

@@ -24,7 +24,7 @@ def points(n: int = 60) -> TensorDataset:
 
 def network(bayesian: bool) -> nn.Module:
     layers = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
-    return bayesify.to_bbb(layers, logvar=-4.0) if bayesian else layers
+    return bayesify.to_bbb(layers, initial_std=math.exp(-2.0)) if bayesian else layers
 
 
 def values(model: nn.Module) -> list[Any]:
@@ -75,7 +75,7 @@ def test_batchnorm_statistics_are_those_of_the_mean(bayesian: bool) -> None:
 
 def test_held_out_losses_are_those_of_the_mean() -> None:
     data, kept = points(), []
-    model = bayesify.to_bbb(nn.Linear(2, 3), logvar=-4.0)
+    model = bayesify.to_bbb(nn.Linear(2, 3), initial_std=math.exp(-2.0))
     result = fit(model, data, epochs=4, batch_size=48, lr=0.5, average=0.5, holdout=0.2, seed=2,
                  on_step=lambda _: kept.append(values(model)))  # fmt: skip
     assert result.steps == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def model() -> nn.Module:
     with torch.no_grad():
         for i, p in enumerate(net.parameters()):
             p.copy_(torch.linspace(-0.5, 0.7, p.numel()).view(p.shape) * (1 + 0.1 * i))
-    return bayesify.to_bbb(net, logvar=-5.0)
+    return bayesify.to_bbb(net, initial_std=math.exp(-2.5))
 
 
 def data() -> TensorDataset:

@@ -45,7 +45,9 @@ def found(model: nn.Module) -> Exact:
 
 def linear(inputs: int, outputs: int = 1) -> nn.Module:
     # the noise of `local` is each example's own: a step's gradient is near its mean
-    return bayesify.to_bbb(nn.Linear(inputs, outputs, bias=False), logvar=-4.0, estimator="local")
+    return bayesify.to_bbb(
+        nn.Linear(inputs, outputs, bias=False), initial_std=math.exp(-2.0), estimator="local"
+    )
 
 
 def put(model: nn.Module, mean: Any, std: Any) -> nn.Module:
@@ -80,7 +82,7 @@ def test_a_convolution_on_images_of_targets() -> None:
     theirs = exact(x.view(-1, 1), y.view(-1))
     assert theirs.std.tolist() == pytest.approx([0.0136], abs=1e-6)
     layer = nn.Conv2d(1, 1, 1, bias=False)
-    model = bayesify.to_bbb(layer, logvar=-6.0, estimator="local")
+    model = bayesify.to_bbb(layer, initial_std=math.exp(-3.0), estimator="local")
     result = fit(model, TensorDataset(x, y), likelihood=Gaussian(1.0, dim=1), epochs=150,
                  batch_size=84, lr=0.05, logvar_lr=0.1, average=0.3)  # fmt: skip
     [posterior] = bayesify.posteriors(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -99,7 +100,7 @@ class Two(nn.Module):
 
 
 def net() -> nn.Module:
-    model = bayesify.to_bbb(Net(), skip="BatchNorm*", logvar=-3.0)
+    model = bayesify.to_bbb(Net(), skip="BatchNorm*", initial_std=math.exp(-1.5))
     model.train()
     model(torch.randn(16, 3, 8, 8))  # running statistics that are not the initial ones
     return model.eval()
@@ -225,7 +226,7 @@ def test_an_ensemble_shares_what_is_not_drawn() -> None:
 
 
 def test_a_model_that_keeps_a_function_of_its_weights(tmp_path: Path) -> None:
-    model = bayesify.to_bbb(Cached(), logvar=0.0).eval()
+    model = bayesify.to_bbb(Cached(), initial_std=1.0).eval()
     x = torch.randn(5, 3)
     model(x)
     bayesify.export_torch(model, tmp_path / "a", x, num_samples=3, per_draw=True)
@@ -323,7 +324,7 @@ def test_what_cannot_be_a_program(tmp_path: Path, model: nn.Module, message: str
         ((torch.zeros(0, 3, 8, 8),), {}, "batch is empty"),
         ((torch.zeros(2, 3, 8, 8),), {"per_draw": True}, "per_draw belongs to an ensemble"),
         ((torch.zeros(2, 3, 8, 8),), {"num_samples": 0}, "whole number above 0, got 0"),
-        ((torch.zeros(2, 3, 8, 8),), {"num_samples": 1, "seed": -1}, r"in \[0, 2\*\*63\)"),
+        ((torch.zeros(2, 3, 8, 8),), {"num_samples": 1, "seed": -1}, r"from 0 to below 2\*\*63"),
         ((torch.zeros(2, 3, 8, 8),), {"info": {"a": {1}}}, "what JSON can hold"),
     ],
 )
@@ -410,7 +411,7 @@ def test_the_command_leaves_out_what_is_pruned(
         (["--ensemble", 2], "take --format torch or onnx"),
         (["--shrink"], "take --format torch or onnx"),
         (["--format", "torch", "--measure"], "give --shrink too"),
-        (["--format", "torch", "--per-draw"], "--per-draw belongs to --ensemble"),
+        (["--format", "torch", "--per-draw"], "per_draw belongs to an ensemble"),
     ],
 )
 def test_the_command_refuses(options: list[object], message: str) -> None:

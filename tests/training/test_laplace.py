@@ -15,7 +15,13 @@ from torch.utils.data import TensorDataset
 import bayesify
 from bayesify.data import ImageData, load_dataset
 from bayesify.errors import ArgumentError, BayesifyError
-from bayesify.likelihoods import Categorical
+from bayesify.likelihoods import (
+    Bernoulli,
+    Categorical,
+    FromDistribution,
+    Gaussian,
+    Likelihood,
+)
 from bayesify.models import InputConfig
 from bayesify.seeds import fold
 from bayesify.training import fisher, fit_laplace_
@@ -83,7 +89,7 @@ def test_exact_and_empirical_fisher_equal_a_loop_over_examples(
     kind: type[Shared], numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fisher, "_GRADIENTS", numbers)
-    model = bayesify.to_bbb(kind(), logvar=-4.0).eval()
+    model = bayesify.to_bbb(kind(), initial_std=math.exp(-2.0)).eval()
     images = data()
     inputs, labels = images.tensors
     batches = [(inputs[:5], labels[:5]), (inputs[5:], labels[5:])]
@@ -107,7 +113,7 @@ def test_exact_and_empirical_fisher_equal_a_loop_over_examples(
 
 
 def test_drawn_labels_have_the_exact_fisher_as_their_mean() -> None:
-    model = bayesify.to_bbb(nn.Linear(3, 4), logvar=-4.0)
+    model = bayesify.to_bbb(nn.Linear(3, 4), initial_std=math.exp(-2.0))
     inputs = torch.randn(5, 3)
     repeated = TensorDataset(inputs.repeat(2000, 1), torch.zeros(10_000).long())
     batches = [tuple(t[i : i + 500] for t in repeated.tensors) for i in range(0, 10_000, 500)]
@@ -295,10 +301,64 @@ def test_pruned_weights_stay_pruned(parameterization: Any) -> None:
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
-    model = change.get("model", bayesify.to_bbb(nn.Linear(2, 3), logvar=-4.0))
+    model = change.get("model", bayesify.to_bbb(nn.Linear(2, 3), initial_std=math.exp(-2.0)))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     train = TensorDataset(torch.randn(9, 2), torch.arange(9) % 3)
     with pytest.raises(BayesifyError, match=message):
         fit_laplace_(**{"model": model, "train": train, **change})
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert issubclass(ArgumentError, BayesifyError)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc"])
+@pytest.mark.parametrize("kind", ["fixed", "learned", "bernoulli", "masked", "poisson"])
+def test_likelihoods_in_closed_form(kind: str, fisher: Any) -> None:
+    """The diagonal of X' H X + 1, with H the curvature in each output."""
+    n = 400
+    x = torch.randn(n, 3)
+    model = bayesify.to_bbb(nn.Linear(3, 1, bias=False), prior=bayesify.GaussianPrior(1.0))
+    with torch.no_grad():
+        f = at_means(model, x)
+    likelihood: Likelihood
+    y, weight = f + torch.randn(n, 1), torch.ones(n, 1)
+    if kind == "bernoulli":
+        likelihood, y = Bernoulli(), torch.randint(2, (n, 1)).float()
+        weight = f.sigmoid() * (1 - f.sigmoid())
+    elif kind == "poisson":
+        likelihood = FromDistribution(lambda f: torch.distributions.Poisson(f.exp()))
+        y, weight = torch.poisson(f.exp()), f.exp()
+    elif kind == "learned":
+        # mean = scale * f and noise = scale: in f the curvature is 1
+        likelihood = Gaussian(outputs=1, scale=0.5)
+    else:
+        likelihood, weight = Gaussian(0.5), torch.full((n, 1), 4.0)
+        if kind == "masked":
+            y[::3], weight[::3] = torch.nan, 0.0
+    data = TensorDataset(x, y)
+    options: dict[str, Any] = {"fisher": fisher, "prior_precision": 1.0, "likelihood": likelihood}
+    if kind == "poisson" and fisher == "exact":
+        with pytest.raises(ArgumentError, match="no closed form of its curvature"):
+            bayesify.fit_laplace_(model, data, **options)
+        return
+    bayesify.fit_laplace_(model, data, **options)
+    expected = (x.square() * weight).sum(0) + 1
+    [posterior] = bayesify.posteriors(model)
+    found = (-posterior.logvar.detach()[0]).exp()
+    # of drawn targets each term is a squared score, with the relative variance 2 and more
+    torch.testing.assert_close(found, expected, rtol=1e-4 if fisher == "exact" else 0.6, atol=0)
+    assert bayesify.likelihood_of(model) is likelihood
+
+
+def at_means(model: nn.Module, x: Tensor) -> Tensor:
+    with bayesify.at_mean(model):
+        out: Tensor = model(x)
+    return out
+
+
+def test_held_out_targets_choose_the_prior_by_the_likelihood() -> None:
+    x = torch.randn(60, 2)
+    data = TensorDataset(x, x @ torch.tensor([[0.5], [-0.5]]) + 0.3 * torch.randn(60, 1))
+    model = bayesify.to_bbb(nn.Linear(2, 1))
+    found = bayesify.fit_laplace_(model, data, likelihood=Gaussian(0.3), holdout=0.3, seed=2)
+    assert len(found.tried) > 2
+    assert found.prior_precision == min(found.tried, key=lambda pair: pair[1])[0]

@@ -45,7 +45,7 @@ def labelled(n: int = 24) -> TensorDataset:
 
 
 def net(outputs: int = 1) -> nn.Module:
-    return bayesify.to_bbb(nn.Linear(2, outputs), logvar=-4.0)
+    return bayesify.to_bbb(nn.Linear(2, outputs), initial_std=math.exp(-2.0))
 
 
 def twins(outputs: int = 1) -> tuple[nn.Module, nn.Module]:
@@ -147,7 +147,11 @@ def test_a_deterministic_model_learns_noise_too() -> None:
 def test_losses_are_shown_for_one_target() -> None:
     x, y = torch.randn(16, 2), torch.randn(16, 5)
     y[:, 3:] = torch.nan
-    model, lines, shown = bayesify.to_bbb(nn.Linear(2, 5), logvar=-20.0), list[str](), list[float]()
+    model, lines, shown = (
+        bayesify.to_bbb(nn.Linear(2, 5), initial_std=math.exp(-10.0)),
+        list[str](),
+        list[float](),
+    )
     with torch.no_grad():
         before = model(x)
     result = fit(model, TensorDataset(x, y), likelihood=Gaussian(1.0), epochs=1, batch_size=16,
@@ -420,7 +424,10 @@ def test_the_held_out_loss_is_that_of_the_mixture(
 ) -> None:
     from bayesify.training.holdout import held_out_loss
 
-    model, x = bayesify.to_bbb(nn.Linear(2, outputs), logvar=-1.0), torch.randn(10, 2)
+    model, x = (
+        bayesify.to_bbb(nn.Linear(2, outputs), initial_std=math.exp(-0.5)),
+        torch.randn(10, 2),
+    )
     batches = [(x[:7], targets[:7]), (x[7:], targets[7:])]
     found = held_out_loss(model, batches, likelihood, torch.device("cpu"), False, seed=3)
     drawn = bayesify.predict(model, x, num_samples=10, seed=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
 
 
 def converted(form: Callable[[Tensor], Any] = FORMS["dense"], logvar: float = -3.0) -> nn.Module:
-    return bayesify.to_bbb(Net(form), logvar=logvar).eval()
+    return bayesify.to_bbb(Net(form), initial_std=math.exp(logvar / 2)).eval()
 
 
 def _report(model: nn.Module) -> object:
@@ -139,7 +140,7 @@ def test_the_advice_on_dense_outputs_is_right() -> None:
     ],
 )
 def test_laplace_takes_class_numbers_alone(fisher: Any, targets: Tensor) -> None:
-    model = bayesify.to_bbb(nn.Linear(3, 2), logvar=-4.0)
+    model = bayesify.to_bbb(nn.Linear(3, 2), initial_std=math.exp(-2.0))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     data = TensorDataset(torch.randn(8, 3), targets)
     with pytest.raises(ArgumentError, match="fit_laplace_ needs one whole class number"):

@@ -50,7 +50,7 @@ class Noisy(Dataset[Any]):
 def points_model() -> nn.Module:
     torch.manual_seed(5)
     layers = [nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)]
-    return bayesify.to_bbb(nn.Sequential(*layers), logvar=-4.0)
+    return bayesify.to_bbb(nn.Sequential(*layers), initial_std=math.exp(-2.0))
 
 
 def image_model() -> nn.Module:
@@ -308,6 +308,8 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "random of numpy": lambda s: s["random"].pop("numpy"),
     "random of torch": lambda s: s["random"]["torch"].update(cpu=torch.zeros(3, dtype=torch.uint8)),
     "moment of another shape": lambda s: s["optimizer"][0].update(exp_avg=torch.zeros(7)),
+    "moment of one number": lambda s: s["optimizer"][0].update(exp_avg=torch.zeros(())),
+    "moment that is missing": lambda s: s["optimizer"][0].pop("exp_avg"),
     "moment of text": lambda s: s["optimizer"][0].update(exp_avg="a"),
     "optimizer of a text": lambda s: s["optimizer"].update(x={"exp_avg": torch.zeros(2)}),
     "start of another shape": lambda s: s["start"].__setitem__(0, torch.zeros(7)),

@@ -50,7 +50,9 @@ def test_fit_finds_the_mean_field_optimum_of_linear_regression() -> None:
     std = 1.0 / np.sqrt(np.diag(precision))
 
     model = bayesify.to_bbb(
-        nn.Linear(3, 1, bias=False), prior=bayesify.GaussianPrior(prior_std), logvar=-4.0
+        nn.Linear(3, 1, bias=False),
+        prior=bayesify.GaussianPrior(prior_std),
+        initial_std=math.exp(-2.0),
     )
     fit(
         model,
@@ -118,7 +120,7 @@ def test_a_seed_gives_the_same_fit_and_leaves_the_global_generator_alone() -> No
 
 def test_what_is_said_and_returned_of_the_kl() -> None:
     lines: list[str] = []
-    model = bayesify.to_bbb(small(), logvar=-6.0)
+    model = bayesify.to_bbb(small(), initial_std=math.exp(-3.0))
     number = sum(p.mean.numel() for p in bayesify.posteriors(model))
     result = fit(
         model, blobs(), epochs=4, batch_size=20, lr=1e-3, kl_weight=0.3, on_start=lines.append
@@ -177,8 +179,8 @@ def test_the_kl_may_rise_as_a_cosine() -> None:
 @pytest.mark.parametrize(("draws", "accumulate"), [(3, 1), (1, 2), (2, 2)])
 def test_several_draws_and_batches_a_step_equal_a_loop_by_hand(draws: int, accumulate: int) -> None:
     data = blobs()
-    model = bayesify.to_bbb(small(), logvar=-3.0)
-    twin = bayesify.to_bbb(bayesify.to_deterministic(model), logvar=-3.0)
+    model = bayesify.to_bbb(small(), initial_std=math.exp(-1.5))
+    twin = bayesify.to_bbb(bayesify.to_deterministic(model), initial_std=math.exp(-1.5))
     seen: list[tuple[Tensor, Tensor]] = []
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ def test_the_best_epoch_on_held_out_examples_is_kept() -> None:
     torch.manual_seed(1)
     labels = torch.arange(40) % 2
     noise = TensorDataset(torch.randn(40, 30), labels)  # nothing to learn: later is worse
-    model = bayesify.to_bbb(nn.Linear(30, 2), logvar=-8.0)
+    model = bayesify.to_bbb(nn.Linear(30, 2), initial_std=math.exp(-4.0))
     kept: list[list[Tensor]] = []
     arguments: dict[str, Any] = {
         "epochs": 12, "batch_size": 30, "lr": 0.1, "holdout": 0.25, "kl_weight": 0.0
@@ -269,12 +271,12 @@ def test_the_best_epoch_on_held_out_examples_is_kept() -> None:
     assert len(result.losses) == len(result.holdout_losses) == best + 3 < 12  # out of patience
     # on_step comes before the end of the epoch: the weights are those of its only step
     assert all(map(torch.equal, weights_of(model), kept[best - 1]))
-    again = bayesify.to_bbb(nn.Linear(30, 2), logvar=-8.0)
+    again = bayesify.to_bbb(nn.Linear(30, 2), initial_std=math.exp(-4.0))
     assert len(fit(again, noise, **arguments).losses) == 12
 
 
 def test_the_held_out_loss_is_that_of_the_average_of_the_draws() -> None:
-    data, model = blobs(), bayesify.to_bbb(small(), logvar=-1.0)
+    data, model = blobs(), bayesify.to_bbb(small(), initial_std=math.exp(-0.5))
     inputs, targets = data.tensors
     found = held_out_loss(model, [(inputs[:40], targets[:40]), (inputs[40:], targets[40:])],
                           Categorical(), torch.device("cpu"), False, seed=2)  # fmt: skip
@@ -318,7 +320,7 @@ def test_held_out_examples_are_not_trained_on() -> None:
 
 
 def test_how_far_the_log_variances_went() -> None:
-    model = bayesify.to_bbb(small(), logvar=-6.0)
+    model = bayesify.to_bbb(small(), initial_std=math.exp(-3.0))
     bayesify.prune_(model, 0.5)
     before = [p.logvar.detach().clone() for p in bayesify.posteriors(model)]
     rates: list[float] = []
@@ -342,7 +344,8 @@ def test_how_far_the_log_variances_went() -> None:
 
 def test_batchnorm_may_keep_its_statistics() -> None:
     model = bayesify.to_bbb(
-        nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), logvar=-3.0
+        nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)),
+        initial_std=math.exp(-1.5),
     )
     norm = model.get_submodule("1")
     with torch.no_grad():
@@ -389,7 +392,7 @@ class Poisoned(nn.Module):
 def test_the_message_says_where_nan_came_from(kind: str, message: str, bayesian: bool) -> None:
     data = blobs()
     first = nn.Sequential(nn.Linear(2, 4), Poisoned(kind), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    model = bayesify.to_bbb(first, logvar=-6.0, only="Linear") if bayesian else first
+    model = bayesify.to_bbb(first, initial_std=math.exp(-3.0), only="Linear") if bayesian else first
     if kind == "input":
         data.tensors[0][3, 0] = math.nan
     if kind == "parameter":
@@ -414,13 +417,13 @@ def test_a_larger_kl_weight_keeps_the_posterior_nearer_the_prior() -> None:
     kls = []
     for weight in (0.0, 1.0, 30.0):
         torch.manual_seed(0)
-        model = bayesify.to_bbb(small(), logvar=-4.0)
+        model = bayesify.to_bbb(small(), initial_std=math.exp(-2.0))
         kls.append(fit(model, blobs(), epochs=60, batch_size=60, lr=0.02, kl_weight=weight).kl[-1])
     assert kls[0] > 1.5 * kls[1] > 1.5 * 1.5 * kls[2]
 
 
 def test_the_logvars_have_a_rate_of_their_own() -> None:
-    model = bayesify.to_bbb(small(), logvar=-6.0)
+    model = bayesify.to_bbb(small(), initial_std=math.exp(-3.0))
     before = [p.logvar.detach().clone() for p in bayesify.posteriors(model)]
     fit(model, blobs(), epochs=2, batch_size=60, lr=1e-3, logvar_lr=0.0)
     after = [p.logvar.detach() for p in bayesify.posteriors(model)]
@@ -442,7 +445,8 @@ def test_a_frozen_parameter_stays() -> None:
 def test_batchnorm_statistics_are_those_of_the_means() -> None:
     data = blobs()
     model = bayesify.to_bbb(
-        nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), logvar=-1.0
+        nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)),
+        initial_std=math.exp(-0.5),
     )
     fit(model, data, epochs=3, batch_size=30, lr=0.05)
     state = model.state_dict()
@@ -461,7 +465,7 @@ def test_batchnorm_statistics_are_those_of_the_images_that_trained(
     data = ImageData("x", "train", ("0", "1"), InMemory(stored, torch.arange(60) % 2))
     config = InputConfig((1, 4, 4), (0.5,), (0.25,))
     network: Any = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2))
-    model = bayesify.to_bbb(network, logvar=-4.0) if bayesian else network
+    model = bayesify.to_bbb(network, initial_std=math.exp(-2.0)) if bayesian else network
     settings: Any = {"batch_size": 30, "lr": 0.01, "model_config": config, "average": average}
     settings |= {"epochs": 80, "accumulate": 2} if average == 0.0 else {"epochs": 4}
     fit(model, data, augment=lambda image: image // 2, **settings)

@@ -1,5 +1,6 @@
 """Where images are: what :func:`bayesify.data.load_dataset` knows, and what has no labels."""
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,12 +33,12 @@ def open_images(spec: str) -> tuple[Images, Images | None, tuple[str, ...]]:
     Raises:
         DataError: If there is no such data set or it cannot be used.
     """
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if spec.startswith("wds:"):
         return _open_shards(spec)
     if path.suffix == ".npz":
         return _open_npz(spec, path)
-    if path.is_dir() and (unlabelled := _without_labels(path)):
+    if os.path.isdir(path) and (unlabelled := _without_labels(path)):
         return Files([(str(file), -1) for file in unlabelled]), None, ()
     train = load_dataset(spec, split="train")
     if train.split == "all":
@@ -69,7 +70,7 @@ def _without_labels(root: Path) -> list[Path]:
 
 
 def _open_shards(spec: str) -> tuple[Images, Images | None, tuple[str, ...]]:
-    folder = Path(spec.removeprefix("wds:")).expanduser()
+    folder = Path(os.path.expanduser(spec.removeprefix("wds:")))
     tars = sorted(folder.glob("*.tar"))
     held_out = [path for path in tars if path.name.startswith(("test", "val"))]
     train_tars = [path for path in tars if path not in held_out]

@@ -38,7 +38,7 @@ def open_ood(run: Run, spec: str) -> Source:
 def ood_detection(
     run: Run, others: Sequence[Source], settings: EvalSettings = _HEAD
 ) -> dict[str, Any]:
-    """AUROC and false-positive rate at 95 % of the OOD images found; writes ``strangers.json``.
+    """AUROC and false-positive rate at 95 % of the OOD images found; writes ``ood.json``.
 
     Args:
         run: The run, whose test images are the ones it knows.
@@ -61,18 +61,18 @@ def ood_detection(
                 for score, values in scores.items():
                     found = ood_metrics(values, outside[name][score])
                     rows.append(
-                        {"strangers": Path(other.name).name, "prediction": name, "score": score,
+                        {"ood": Path(other.name).name, "prediction": name, "score": score,
                          "images": len(outside[name][score]), "auroc": found["auroc"],
                          "fpr95": found["fpr95"]}
                     )  # fmt: skip
         return {"rows": rows, "temperature": temperature}
 
     kept = {
-        "strangers": [Path(other.name).name for other in others], "seed": settings.seed,
+        "ood": [Path(other.name).name for other in others], "seed": settings.seed,
         "num_samples": settings.num_samples if run.config.bayesian else 0,
         "epochs": settings.epochs,
     }  # fmt: skip
-    return stored(run, "strangers", kept, measure)
+    return stored(run, "ood", kept, measure)
 
 
 def _predictions(

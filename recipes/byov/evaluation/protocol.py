@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from bayesify.metrics import brier_decomposition, classification_metrics
 
+from .settings import EvalSettings as EvalSettings
+
 Protocol = Literal["linear", "knn", "semi", "finetune"]
 
 MEANS, AVERAGE, SCALED, TEACHER = "at the means", "MC average", "means, scaled", "teacher"
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """What the numbers of an evaluation depend on, beside the run.
-
-    Args:
-        num_samples: Draws K of the average; 0 leaves it out.
-        seed: Of the draws, the classifiers' batches and what is held out.
-        epochs: Passes of the linear classifier over the features.
-        learning_rates: Of the linear classifier, to choose among.
-        finetune_epochs: Passes over the images when all is trained.
-        finetune_lr: Highest learning rate then.
-    """
-
-    num_samples: int = 30
-    seed: int = 0
-    epochs: int = 80
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
-    finetune_epochs: int = 10
-    finetune_lr: float = 1e-3
 
 
 DEFAULTS = EvalSettings()

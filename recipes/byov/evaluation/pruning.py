@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -127,7 +128,7 @@ def curve(
     """
     encoder: Any = copy.deepcopy(run.encoder)
     if not run.config.bayesian:
-        to_bbb_(encoder, logvar=-10.0)
+        to_bbb_(encoder, initial_std=math.exp(-5))
     encoder.eval()
     own = head if isinstance(run.model, Student) else encoder.get_classifier()
     scores = scores_of(encoder, criterion, seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -27,7 +28,7 @@ from ..data.training import open_images
 from ..model import Student, build_student, convert_
 from ..runtime import checkpoint
 from ..runtime.log import read_log
-from ..runtime.monitors import initial_logvars, posterior_health
+from ..runtime.monitors import initial_logvars, posterior_summary
 from ..trust import check_data, check_encoder
 from .features import Reading, Rows, refresh_batchnorm_
 
@@ -79,8 +80,8 @@ class Run:
         """What every result says of its run."""
         travel = None
         if self.config.bayesian:
-            health = posterior_health(self.model, initial_logvar=self.initial_logvar)
-            travel = health.logvar_travel
+            summary = posterior_summary(self.model, initial_logvar=self.initial_logvar)
+            travel = summary.logvar_travel
         spread = logvar_spread(self.model) if self.config.bayesian else None
         return {
             "run": label(self.config),
@@ -96,6 +97,22 @@ class Run:
             "commit": commit(),
             "config": self.config.to_json(),
         }
+
+
+def newest_of(folder: Path) -> Path:
+    """The newest checkpoint in a run's folder.
+
+    Raises:
+        ArgumentError: There is none.
+    """
+    there = os.path.isdir(folder / "checkpoints")  # else a name may be one that no file can have
+    newest = checkpoint.latest(folder / "checkpoints") if there else None
+    if newest is None:
+        raise ArgumentError(
+            f"{folder} holds no run: there is no checkpoint in {folder / 'checkpoints'}. Give the "
+            "folder that `bayesify recipe byov train --out` wrote."
+        )
+    return newest
 
 
 def open_run(
@@ -125,12 +142,7 @@ def open_run(
         CheckpointError: The checkpoint is damaged.
         DataError: The data cannot be read.
     """
-    newest = checkpoint.latest(folder / "checkpoints")
-    if newest is None:
-        raise ArgumentError(
-            f"{folder} holds no run: there is no checkpoint in {folder / 'checkpoints'}. Give the "
-            "folder that `bayesify recipe byov train --out` wrote."
-        )
+    newest = newest_of(folder)
     saved = checkpoint.read(newest)
     checkpoint.check_run(newest, saved)
     identity = saved["identity"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,40 +27,10 @@ from .monte_carlo import (
 )
 from .protocol import EvalSettings, metrics_of
 from .runs import Run, limited, stored
+from .settings import UncertaintySettings as UncertaintySettings
 
 OnProgress = Callable[[str], None]
 PARTS = ("encoder", "projector", "predictor")
-
-
-@dataclass(frozen=True)
-class UncertaintySettings:
-    """How much is drawn; the defaults are the paper's where it says one.
-
-    Args:
-        spread_draws: K of figure 1b. Paper: 1000
-        pool: Draws that figure 5 takes its samples from. Assumed
-        most: Largest K of figure 5. Paper: 50
-        bootstraps: Samples of each K in figure 5. Paper: 50
-        latent_draws: M of figure 7. Paper: 50
-        corrupted_draws: K of figure 4, centre and right; 0 measures at the means alone. Assumed
-        images: Test images of figures 4 (centre, right), 5 and 7; 0 is all. Paper: all
-        pruned_images: Test images of figure 4, left; 0 is all. Paper: all
-        noises: Standard deviations of figure 7's noise, of pixels in [0, 1]. Assumed
-        shifted: Augmentations of figure 5 beside none, at severity 3. Paper names none
-        seed: Of all of it.
-    """
-
-    spread_draws: int = 1000
-    pool: int = 1000
-    most: int = 50
-    bootstraps: int = 50
-    latent_draws: int = 50
-    corrupted_draws: int = 0
-    images: int = 0
-    pruned_images: int = 0
-    noises: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-    shifted: tuple[str, ...] = ("shear", "gaussian noise", "salt and pepper", "blur", "contrast")
-    seed: int = 0
 
 
 def spread(run: Run, settings: UncertaintySettings, head: EvalSettings) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The cells of the BYOV grid in order of importance, and how one of them is run and kept.
 
 A cell is a change of the scale's configuration, a seed, and what is measured of it. Its result is
-one JSON in `benchmarks/results/byov/SCALE`: facts, thinned log, measurements, and where it ran.
+one JSON in `benchmarks/results/byov/SCALE`: facts, subsampled log, measurements, and where it ran.
 """
 
 from __future__ import annotations

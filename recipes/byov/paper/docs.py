@@ -281,6 +281,12 @@ def _variances(records: Sequence[RunRecord]) -> list[str]:
     return table(columns, rows) if rows else [NOT_RUN]
 
 
+def _ood_data(row: dict[str, Any]) -> str:
+    """The OOD data set of a row; results of before have it under another name."""
+    name: str = row["ood"] if "ood" in row else row["strangers"]
+    return name
+
+
 def _ood(found: Sequence[tuple[dict[str, Any], RunRecord]]) -> list[str]:
     """AUROC and FPR95 of each cell with OOD images, mean over the seeds."""
     by_cell = {
@@ -288,17 +294,17 @@ def _ood(found: Sequence[tuple[dict[str, Any], RunRecord]]) -> list[str]:
             row
             for v, c in found
             if v["cell"] == cell.name
-            for row in (c.numbers("strangers") or {"rows": []})["rows"]
+            for row in (c.numbers("ood") or {"rows": []})["rows"]
         ]
         for cell in CELLS
     }
-    sets = sorted({row["strangers"] for rows in by_cell.values() for row in rows})
+    sets = sorted({_ood_data(row) for rows in by_cell.values() for row in rows})
     lines = []
     for name, rows in by_cell.items():
         for prediction, score in dict.fromkeys((r["prediction"], r["score"]) for r in rows):
             same = [r for r in rows if (r["prediction"], r["score"]) == (prediction, score)]
             numbers = [
-                estimate(100 * r[key] for r in same if r["strangers"] == each)
+                estimate(100 * r[key] for r in same if _ood_data(r) == each)
                 for each in sets
                 for key in ("auroc", "fpr95")
             ]

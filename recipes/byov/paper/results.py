@@ -121,13 +121,19 @@ def read_record(folder: Path) -> RunRecord:
     return record_of(facts, log, results)
 
 
+_EARLIER = {"strangers": "ood"}
+"""Measurements by the names that they had in results of before."""
+
+
 def record_of(
     facts: dict[str, Any], log: list[dict[str, Any]], results: dict[str, dict[str, Any]]
 ) -> RunRecord:
     """A record from its parts; what this version does not know of a config is left out."""
     known = {f.name for f in fields(BYOVConfig)}
     config = BYOVConfig.from_json({k: v for k, v in facts["config"].items() if k in known})
-    return RunRecord(config, facts, log, results)
+    named = {_EARLIER[k]: v for k, v in results.items() if k in _EARLIER}
+    named |= {k: v for k, v in results.items() if k not in _EARLIER}
+    return RunRecord(config, facts, log, named)
 
 
 def families(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -185,7 +191,7 @@ def against(
 
 
 def select(records: Sequence[RunRecord], **wanted: Any) -> list[RunRecord]:
-    """Cards whose configs have these values."""
+    """Records whose configs have these values."""
     return [c for c in records if all(getattr(c.config, k) == v for k, v in wanted.items())]
 
 

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bayesify import ArgumentError
+from bayesify import ArgumentError, CheckpointError
 from bayesify.posterior import full_tensor
+from bayesify.storage.state import ADAM, check_moments
 
 from .distributed import World
 
@@ -79,15 +80,26 @@ def placed_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def placed_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer, each moment sharded as its parameter is."""
+    """A saved state of the optimizer, each moment sharded as its parameter is.
+
+    The options of its groups are its own: nothing of them changes from step to step but the rate.
+
+    Raises:
+        CheckpointError: The state is not one that this optimizer keeps of its parameters.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    placed = {
-        index: {
-            key: placed_like(value, params[index])
-            if isinstance(value, Tensor) and value.shape == params[index].shape
-            else value
-            for key, value in moments.items()
-        }
-        for index, moments in state["state"].items()
-    }
-    return {**state, "state": placed}
+    adam = isinstance(optimizer, torch.optim.AdamW)
+    placed = {}
+    try:
+        for index, moments in state["state"].items():
+            if moments or adam:  # LARS keeps nothing without momentum
+                check_moments(params[index], moments, ADAM if adam else {"momentum_buffer"})
+            placed[index] = {
+                key: value if key == "step" else placed_like(value, params[index])
+                for key, value in moments.items()
+            }
+    except Exception as error:  # a damaged file raises nearly anything
+        raise CheckpointError(
+            f"The optimizer's state of a checkpoint does not fit: {error}."
+        ) from error
+    return {"state": placed, "param_groups": optimizer.state_dict()["param_groups"]}

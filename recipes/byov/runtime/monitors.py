@@ -97,7 +97,7 @@ def collapse_alarms(
 
 
 @dataclass(frozen=True)
-class PosteriorHealth:
+class PosteriorSummary:
     """How far a posterior has moved.
 
     Args:
@@ -124,9 +124,9 @@ def initial_logvars(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def posterior_health(
+def posterior_summary(
     model: nn.Module, *, initial_logvar: Mapping[str, float], prior_std: float = 1.0
-) -> PosteriorHealth:
+) -> PosteriorSummary:
     """Measure how far the posterior of a model has moved from where it started.
 
     Args:
@@ -144,7 +144,7 @@ def posterior_health(
         if mean.ndim > 1:
             in_matrices += logvar.numel()
             spread += float(logvar.std(correction=0)) * logvar.numel()
-    return PosteriorHealth(
+    return PosteriorSummary(
         bb.posterior_stats(model),
         logvar_travel=travel / max(1, weights),
         logvar_spread=spread / max(1, in_matrices),
