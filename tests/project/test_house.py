@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # From the ground up; units on one floor do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("torch_support",),
+    ("torch_support", "requirements"),
     (
         "gaussian",
         "images",
