@@ -154,15 +154,7 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     check_amp(target, settings.amp)
     model.to(target)
 
-    def batches_of(wanted: Data | DataLoader[Any]) -> DataLoader[Any]:
-        if isinstance(wanted, DataLoader):
-            return wanted
-        config = config_for(wanted, model, model_config)
-        return batches_in_order(
-            wanted, batch_size=settings.batch_size, model_config=config, workers=settings.workers
-        )
-
-    inside = batches_of(data)
+    inside = _batches_of(data, model, model_config, settings)
     likelihood = likelihood_of(model)
     if likelihood is not None and not _one_class_each(likelihood, inside, inputs):
         if ood is not None or control or resamples:
@@ -173,27 +165,22 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
         measured = Measured(
             model, likelihood, target, settings.amp, settings.num_samples, settings.seed
         )
-        for done, batch in enumerate(inside, 1):
-            measured.add(read_batch(batch, inputs))
-            if on_step is not None:
-                on_step(done, len(inside))
-        return measured.rows()
-    outside = None if ood is None else batches_of(ood)
+        return _by_density(measured, inside, inputs, on_step)
+    outside = None if ood is None else _batches_of(ood, model, model_config, settings)
     total = len(inside) + (0 if outside is None else len(outside))
     bayesian = is_bayesian(model)
     run = _Runner(model, bayesian, target, settings)
     at_means, averaged = _Row(ood is not None), _Row(ood is not None)
     kept: list[tuple[Tensor, Tensor]] = []
     for done, read in enumerate((read_batch(b, inputs) for b in inside), 1):
-        targets = read.targets
         logits, summary = run(read)
         if done == 1 and isinstance(data, ImageData) and classes_of(model) is None:
             check_count(data.classes, logits.shape[1], data.name)
-        at_means.add(logits.double().softmax(-1), targets)
+        at_means.add(logits.double().softmax(-1), read.targets)
         if control:
-            kept.append((logits, targets))
+            kept.append((logits, read.targets))
         if summary is not None:
-            averaged.add(summary.mean, targets, summary.mutual_information)
+            averaged.add(summary.mean, read.targets, summary.mutual_information)
         if on_step is not None:
             on_step(done, total)
     ood_logits: list[Tensor] = []
@@ -213,6 +200,34 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     if bayesian:
         rows.append(averaged.row("MC average", settings.num_samples, settings))
     return rows
+
+
+def _batches_of(
+    wanted: Data | DataLoader[Any],
+    model: nn.Module,
+    model_config: InputConfig | None,
+    settings: EvaluateSettings,
+) -> DataLoader[Any]:
+    if isinstance(wanted, DataLoader):
+        return wanted
+    config = config_for(wanted, model, model_config)
+    return batches_in_order(
+        wanted, batch_size=settings.batch_size, model_config=config, workers=settings.workers
+    )
+
+
+def _by_density(
+    measured: Measured,
+    batches: DataLoader[Any],
+    inputs: Inputs | None,
+    on_step: Callable[[int, int], None] | None,
+) -> list[Evaluation]:
+    """The rows of a likelihood that is not of one class an example."""
+    for done, batch in enumerate(batches, 1):
+        measured.add(read_batch(batch, inputs))
+        if on_step is not None:
+            on_step(done, len(batches))
+    return measured.rows()
 
 
 class _Runner:
