@@ -185,14 +185,15 @@ def _classified(
     at_means, averaged = _Row(outside is not None), _Row(outside is not None)
     kept: list[tuple[Tensor, Tensor]] = []
     for done, read in enumerate((read_batch(b, inputs) for b in inside), 1):
+        targets = read.targets
         logits, summary = run(read)
         if done == 1 and isinstance(data, ImageData) and classes_of(model) is None:
             check_count(data.classes, logits.shape[1], data.name)
-        at_means.add(logits.double().softmax(-1), read.targets)
+        at_means.add(logits.double().softmax(-1), targets)
         if control:
-            kept.append((logits, read.targets))
+            kept.append((logits, targets))
         if summary is not None:
-            averaged.add(summary.mean, read.targets, summary.mutual_information)
+            averaged.add(summary.mean, targets, summary.mutual_information)
         if on_step is not None:
             on_step(done, total)
     ood_logits: list[Tensor] = []
