@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .. import requirements
 from ..errors import ModelError
 from ..numeric import count
 from .weights import load_weights
@@ -178,6 +179,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
 
 def _timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
+    requirements.check("timm")
     import timm
     from timm.models import get_pretrained_cfg, is_model_pretrained
 
@@ -219,6 +221,7 @@ def _timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 
 def _torchvision(spec: ModelSpec, pretrained: bool) -> nn.Module:
+    requirements.check("torchvision")
     from torchvision import models
 
     name = spec.name.removeprefix("torchvision:")
