@@ -314,7 +314,7 @@ def test_a_callable_that_a_submodule_fills(make: Callable[[], tuple[Any, list[Te
             tap, seen = make()
             return self.inner(x, tap) + 1, seen
 
-    converted: Any = bayesify.to_bbb(Listens(), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(Listens(), initial_std=math.exp(-1.5))
     OUTSIDE.seen.clear()
     for calls, seed in enumerate((1, 2), start=1):
         x = torch.randn(2, 4)
@@ -350,7 +350,7 @@ def test_a_callable_that_no_call_changes_stays_in_the_graph() -> None:
                 x = layer(x, function)
             return x
 
-    converted: Any = bayesify.to_bbb(Gives(), logvar=-3.0)
+    converted: Any = bayesify.to_bbb(Gives(), initial_std=math.exp(-1.5))
     x = torch.randn(2, 4)
     drawn = bayesify.draws(converted, seed=1)
     with one_draw(converted, seed=1):
