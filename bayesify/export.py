@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any, BinaryIO
 
 import torch
@@ -343,7 +344,9 @@ def export_onnx(  # noqa: D417 - the others are fields of ProgramSettings
     except Exception as error:  # each stage of the exporter raises kinds of its own
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be written as ONNX ({_reason(error)}). Take the format "
-            "torch, which is a program too, or safetensors."
+            "torch, which is a program too, or safetensors. Newer exporters write more: this is "
+            f"torch {torch.__version__} with onnxscript {metadata.version('onnxscript')}, pip "
+            "install --upgrade onnx onnxscript brings the newest."
         ) from error
     assert written is not None
     written.model.metadata_props["bayesify"] = text
