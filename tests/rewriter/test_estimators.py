@@ -460,7 +460,7 @@ def test_patterns_choose() -> None:
     net.add_module("body", nn.Linear(2, 2))
     net.add_module("head", nn.Linear(2, 2))
     choice = {"head": "local", nn.Conv2d: "weight", "*": "flipout"}
-    rows = bayesify.plan(net, estimator=choice, skip="body.bias").rows  # type: ignore[arg-type]
+    rows = bayesify.plan(net, estimator=choice, skip="body.bias").rows
     assert {row.name: row.estimator for row in rows} == {
         "stem.weight": "weight", "stem.bias": "weight", "body.weight": "flipout", "body.bias": "",
         "head.weight": "local", "head.bias": "local",
