@@ -189,7 +189,7 @@ def write(record: dict[str, Any]) -> None:
     if record["whole"] or not known.get(record["corner"], {}).get("whole"):
         known[record["corner"]] = record
     RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    PAGE.write_text(page(known))
+    PAGE.write_text(page(json.loads(RESULTS.read_text())))  # in the order of the file
 
 
 def page(known: dict[str, Any]) -> str:

@@ -105,8 +105,9 @@ def record(corner: str, whole: bool, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"python": "3.10.1", "c_library": True, "versions": {"torch": "2.6.0"}}
+    monkeypatch.setattr(versions, "FOLDER", tmp_path)
     monkeypatch.setattr(versions, "_FACTS", f"print({json.dumps(json.dumps(facts))}) or %r")
     notes = {
         name: {"outcome": how, "reason": "why", "commit": "c0" if how == "passed" else "c1"}
