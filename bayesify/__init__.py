@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info < (3, 10):  # noqa: UP036 - a checkout; pip refuses
+    raise ImportError(
+        f"bayesify needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: "
+        "make an environment with a newer one, as by python3.12 -m venv"
+    )
 
 if TYPE_CHECKING:
     from .conversion import BBBConfig as BBBConfig

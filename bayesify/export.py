@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any, BinaryIO
 
 import torch
@@ -38,7 +39,6 @@ INFO = "bayesify.json"
 """Name of the JSON text inside a .pt2 file; in an ONNX file it is the metadata ``bayesify``."""
 
 _ONNX_LIMIT = 2**31  # bytes of one protobuf message, which an ONNX file is
-
 _LONGEST = 400  # characters of a tracer's message, which can fill pages
 
 
@@ -52,9 +52,7 @@ class Ensemble(nn.Module):
         members: The K deterministic models, which share all that was not drawn.
     """
 
-    def __init__(
-        self, members: list[nn.Module], *, per_draw: bool, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, members: list[nn.Module], *, per_draw: bool, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
         self.members = nn.ModuleList(members)
@@ -73,9 +71,7 @@ class Ensemble(nn.Module):
             output = member(*inputs) if given is None else given.call(member)
             logits = class_logits(output, "ensemble")
             wide = logits if logits.dtype == torch.float64 else logits.float()
-            if self.temperature != 1.0:
-                wide = wide / self.temperature
-            found.append(wide.softmax(-1))
+            found.append((wide / self.temperature).softmax(-1))
         probs = torch.stack(found)
         return (probs.mean(0), probs) if self.per_draw else probs.mean(0)
 
@@ -348,7 +344,9 @@ def export_onnx(  # noqa: D417 - the others are fields of ProgramSettings
     except Exception as error:  # each stage of the exporter raises kinds of its own
         raise UnsupportedModuleError(
             f"{type(model).__name__} cannot be written as ONNX ({_reason(error)}). Take the format "
-            "torch, which is a program too, or safetensors."
+            "torch, which is a program too, or safetensors. Newer exporters write more: this is "
+            f"torch {torch.__version__} with onnxscript {metadata.version('onnxscript')}, pip "
+            "install --upgrade onnx onnxscript brings the newest."
         ) from error
     assert written is not None
     written.model.metadata_props["bayesify"] = text

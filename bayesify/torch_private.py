@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from . import torch_support
+from . import requirements, torch_support
 from .errors import UnsupportedVersionError
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
 ]
 
 torch_support.check("bayesify")
+requirements.check("numpy")  # its types are plain values to a trace
 
 try:
     # switches of torch functions: what bayesify itself computes must not be seen as a model's read

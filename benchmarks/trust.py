@@ -195,13 +195,17 @@ def read() -> dict[str, Any]:
     if not RESULTS.exists():
         return {"sections": {}}
     found: dict[str, Any] = json.loads(RESULTS.read_text("utf-8"))
+    for section in found["sections"].values():
+        section.setdefault("date", found["date"])
+        section.setdefault("commit", found["commit"])
     return found
 
 
 def write(results: dict[str, Any]) -> None:
     """Write them whole or not at all."""
     packages = ("bayesify", "numpy", "pillow", "safetensors", "timm", "torch", "torchvision")
-    document = {**provenance(*packages), "machine": machine(), **results}
+    document = {**provenance(*packages), "machine": machine()}
+    document["sections"] = results["sections"]
     temporary = RESULTS.with_suffix(".tmp")
     temporary.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     temporary.replace(RESULTS)

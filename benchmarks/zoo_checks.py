@@ -126,6 +126,7 @@ def lost_by_conversion(
     return problems + [f"3: lost {m}" for m in methods if not hasattr(type(converted), m)]
 
 
+# long: one check after the other, each with its own result
 def structural(
     name: str, *, short: bool = False, batches: tuple[int, ...] = BATCHES
 ) -> dict[str, Any]:

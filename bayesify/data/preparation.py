@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import requirements
 from ..errors import DataError
 from ..images import check_size
 from ..models import InputConfig
@@ -58,6 +59,7 @@ def resize_and_crop(images: Tensor, model_config: InputConfig) -> Tensor:
     Raises:
         DataError: If an image is too large, or its sides too unlike, as for :func:`read_image`.
     """
+    requirements.check("torchvision")
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from .. import requirements
 from ..errors import DataError
 from ..images import to_tensor
 from .dataset import Files, ImageData, InMemory
@@ -246,6 +247,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _open_timm(name: str, split: Split) -> ImageData:
+    requirements.check("timm")
     from timm.data.dataset_factory import create_dataset
 
     kind, _, root = name.removeprefix("timm:").partition("@")

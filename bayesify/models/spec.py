@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .. import requirements
 from ..errors import ModelError
 from ..numeric import count
 from .mlp import mlp
@@ -198,6 +199,7 @@ def _own(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 
 def _timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
+    requirements.check("timm")
     import timm
     from timm.models import get_pretrained_cfg, is_model_pretrained
 
@@ -239,6 +241,7 @@ def _timm(spec: ModelSpec, pretrained: bool) -> nn.Module:
 
 
 def _torchvision(spec: ModelSpec, pretrained: bool) -> nn.Module:
+    requirements.check("torchvision")
     from torchvision import models
 
     name = spec.name.removeprefix("torchvision:")

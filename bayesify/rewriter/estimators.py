@@ -113,6 +113,11 @@ def _arguments(user: fx.Node) -> dict[str, Any]:
 
 
 def _exchange(trace: Trace, node: fx.Node, estimator: str, wanted: dict[fx.Node, Slot]) -> None:
+    """Make the operation that reads a weight a call of its estimator.
+
+    The bias goes along by name where it is of the same module and estimator and no other operation
+    reads it: its noise is then part of the output's. Else it stays what it is, a draw or a tensor.
+    """
     (user,) = node.users
     path, weight = trace.parameters[node.name]
     given = _arguments(user)

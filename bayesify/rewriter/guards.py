@@ -72,6 +72,10 @@ class Guard:
     """equal, same, class, keys (of _modules and the like), shape (of a buffer), types, outside"""
 
     def holds(self, owner: nn.Module) -> bool:
+        """Whether a call may run code that was traced under it.
+
+        Asked at every call, also by torch.compile, which turns the answer into guards of its own.
+        """
         if self.kind == "outside":
             for entry in self.value:
                 same = not compiling() and entry.get(entry.name, MISSING) is entry.value

@@ -122,6 +122,10 @@ class Recording(GraphWriter, TorchFunctionMode):
         return tracer is self
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call: refused, answered by metadata, or made a node.
+
+        Refusals come first, so that no part of a call that cannot be repeated is recorded.
+        """
         if transforms() != self._transforms:
             raise TraceFailure("it differentiates or maps a function by torch.func or forward_ad")
         name = getattr(func, "__name__", "")
@@ -147,6 +151,7 @@ class Recording(GraphWriter, TorchFunctionMode):
         return self._call(func, name, args, kwargs)
 
     def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function on examples and write the node that runs it at every call."""
         if name.startswith("squeeze"):
             self.note_dims(None)  # whether a dimension goes depends on its size
         if (target := target_of(func, args, kwargs)) is not None:

@@ -133,6 +133,11 @@ def _fixed(value: Any) -> Any:
 
 
 def _arithmetic(target: Callable[..., Any], *, swap: bool = False) -> Callable[..., Any]:
+    """A method that computes the example's value and a node, and asks for no value.
+
+    The result depends on the dimensions of all operands: a branch on it guards on all of them.
+    """
+
     def method(self: Any, *others: Any) -> Any:
         if any(
             type(o) not in (int, float, bool) and not isinstance(o, TracedNumber) for o in others

@@ -145,6 +145,11 @@ def _make(
     owner: nn.Module, state: OwnerState, method: str, original: Callable[..., Any], key: Any,
     tensors: list[Tensor],
 ) -> tuple[Variant, Any]:  # fmt: skip
+    """As :func:`make`. A trace begins anew where it shows that what it hid as a cache is none.
+
+    That is either state, which an argument went into, or something that the method reads before it
+    makes it. Each attempt finds the module as it was; what had to stay is remembered of the class.
+    """
     known = state.variants.setdefault(method, {})
     trace: Trace | None = None
     reason = ""
@@ -248,6 +253,11 @@ def _trace(
     owner: nn.Module, original: Callable[..., Any], key: Any, tensors: list[Tensor],
     hiding: caches.Hiding,
 ) -> Trace:  # fmt: skip
+    """Trace a method once, and leave everything as it was: the module, torch, what lies outside.
+
+    Raises:
+        TraceFailure: It cannot be a graph, or it changes what lies outside of its module.
+    """
     (args_structure, kwargs_structure), _ = key
     names = argument_names(original, args_structure, kwargs_structure)
 

@@ -72,6 +72,11 @@ class GraphWriter:
         self._index()
 
     def _index(self) -> None:
+        """Give each module a path and each tensor a place, the first that is found.
+
+        A parameter comes before a buffer and both before a plain attribute, wherever they are held:
+        what is read must be named as what is drawn.
+        """
         self.paths: dict[int, tuple[str, ...]] = {}
         self.modules: list[nn.Module] = []
         self.tensors: dict[int, tuple[str, tuple[str, ...], str, Tensor]] = {}
@@ -225,6 +230,7 @@ class GraphWriter:
         return argument
 
     def _built(self, value: Any) -> Any:
+        """A dict or dataclass built anew by the code, with traced values inside."""
         kind = type(value)
         if isinstance(value, dict):
             if kind is dict:

@@ -21,6 +21,7 @@ info          what the caller of :func:`save` added
 ============= =================================================================================
 """
 
+from .. import requirements
 from .files import check_target as check_target
 from .files import replacing as replacing
 from .json_text import parse_json as parse_json
@@ -33,3 +34,5 @@ from .reading import load as load
 from .reading import read_stats as read_stats
 from .undoing import left_as_it_was as left_as_it_was
 from .writing import save as save
+
+requirements.check("safetensors")

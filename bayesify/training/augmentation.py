@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .. import requirements
 from ..data import ImageData, prepare, resize_and_crop
 from ..errors import ArgumentError, DataError
 from ..models import InputConfig
@@ -42,6 +43,7 @@ def augmentation(choice: Augment, model_config: InputConfig) -> Transform:
             f"augment must be one of {', '.join(map(repr, get_args(AugmentName)))}, or a callable "
             f"from a uint8 image (C, H, W) to another, got {choice!r}."
         )
+    requirements.check("torchvision")
     from torchvision.transforms import v2
 
     transform: Transform

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,21 +148,13 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     if ood is not None:
         check_data(ood)
         ood, _ = readable(ood, **looking)
-    examples: Any = data.dataset if isinstance(data, DataLoader) else data
-    if control and check_data(examples) < 2:
+    if control and check_data(data.dataset if isinstance(data, DataLoader) else data) < 2:
         raise ArgumentError("control needs at least 2 images: a temperature is fitted on others.")
     target = device_of(model) if device is None else torch.device(device)
     check_amp(target, settings.amp)
     model.to(target)
 
-    def batches_of(wanted: Data | DataLoader[Any]) -> DataLoader[Any]:
-        if isinstance(wanted, DataLoader):
-            return wanted
-        config = config_for(wanted, model, model_config)
-        return batches_in_order(
-            wanted, batch_size=settings.batch_size, model_config=config, workers=settings.workers
-        )
-
+    batches_of = partial(_batches, model=model, model_config=model_config, settings=settings)
     inside = batches_of(data)
     likelihood = likelihood_of(model)
     if likelihood is not None and not _one_class_each(likelihood, inside, inputs):
@@ -170,19 +163,26 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
                 "evaluate: ood, control and resamples are for one class an example; the model has "
                 f"the likelihood {likelihood!r}."
             )
-        measured = Measured(
-            model, likelihood, target, settings.amp, settings.num_samples, settings.seed
-        )
-        for done, batch in enumerate(inside, 1):
-            measured.add(read_batch(batch, inputs))
-            if on_step is not None:
-                on_step(done, len(inside))
-        return measured.rows()
+        return _by_likelihood(model, likelihood, target, settings, inside, inputs, on_step)
     outside = None if ood is None else batches_of(ood)
+    run = _Runner(model, target, settings)
+    return _classified(run, data, inside, outside, inputs, control, settings, on_step)
+
+
+def _classified(
+    run: _Runner,
+    data: Any,
+    inside: DataLoader[Any],
+    outside: DataLoader[Any] | None,
+    inputs: Inputs | None,
+    control: bool,
+    settings: EvaluateSettings,
+    on_step: Callable[[int, int], None] | None,
+) -> list[Any]:
+    """The rows of one class for each example."""
+    model, bayesian = run.model, run.predictor is not None
     total = len(inside) + (0 if outside is None else len(outside))
-    bayesian = is_bayesian(model)
-    run = _Runner(model, bayesian, target, settings)
-    at_means, averaged = _Row(ood is not None), _Row(ood is not None)
+    at_means, averaged = _Row(outside is not None), _Row(outside is not None)
     kept: list[tuple[Tensor, Tensor]] = []
     for done, read in enumerate((read_batch(b, inputs) for b in inside), 1):
         targets = read.targets
@@ -197,16 +197,15 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
         if on_step is not None:
             on_step(done, total)
     ood_logits: list[Tensor] = []
-    if outside is not None:
-        for done, batch in enumerate(outside, len(inside) + 1):
-            logits, summary = run(inputs_of(batch, inputs))
-            at_means.add_outside(logits.double().softmax(-1))
-            if control:
-                ood_logits.append(logits)
-            if summary is not None:
-                averaged.add_outside(summary.mean, summary.mutual_information)
-            if on_step is not None:
-                on_step(done, total)
+    for done, batch in enumerate(outside or (), len(inside) + 1):
+        logits, summary = run(inputs_of(batch, inputs))
+        at_means.add_outside(logits.double().softmax(-1))
+        if control:
+            ood_logits.append(logits)
+        if summary is not None:
+            averaged.add_outside(summary.mean, summary.mutual_information)
+        if on_step is not None:
+            on_step(done, total)
     rows = [at_means.row("at the means" if bayesian else "deterministic", 1, settings)]
     if control:
         rows.append(_scaled(kept, ood_logits, settings))
@@ -215,19 +214,45 @@ def evaluate(  # noqa: D417 - the others are fields of EvaluateSettings
     return rows
 
 
+def _batches(
+    data: Data | DataLoader[Any], model: nn.Module, model_config: InputConfig | None,
+    settings: EvaluateSettings,
+) -> DataLoader[Any]:  # fmt: skip
+    if isinstance(data, DataLoader):
+        return data
+    return batches_in_order(
+        data, batch_size=settings.batch_size, model_config=config_for(data, model, model_config),
+        workers=settings.workers,
+    )  # fmt: skip
+
+
+def _by_likelihood(
+    model: nn.Module, likelihood: Any, device: torch.device, settings: EvaluateSettings,
+    batches: DataLoader[Any], inputs: Inputs | None, on_step: Callable[[int, int], None] | None,
+) -> list[Any]:  # fmt: skip
+    """What a likelihood measures of all batches."""
+    measured = Measured(
+        model, likelihood, device, settings.amp, settings.num_samples, settings.seed
+    )
+    for done, batch in enumerate(batches, 1):
+        measured.add(read_batch(batch, inputs))
+        if on_step is not None:
+            on_step(done, len(batches))
+    return measured.rows()
+
+
 class _Runner:
     """Logits at the means of a batch, and the summary of the draws if there are any."""
 
     def __init__(
         self,
         model: nn.Module,
-        bayesian: bool,
         device: torch.device,
         settings: EvaluateSettings,
     ) -> None:
         self.model, self.device, self.amp = model, device, settings.amp
         self.predictor: Predictor | None = None
-        if bayesian:
+        if is_bayesian(model):
             self.predictor = Predictor(
                 model, num_samples=settings.num_samples, seed=settings.seed, reduce="probabilities"
             )

@@ -41,6 +41,7 @@ from .task import Task, likelihood_for
 logger = logging.getLogger(__name__)
 
 
+# long: half of it is its arguments
 @documented(FitSettings, Reading)
 def fit(  # noqa: D417 - the others are fields of FitSettings and Reading
     model: nn.Module,

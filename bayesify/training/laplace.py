@@ -66,6 +66,7 @@ class LaplaceResult:
     unreadable: int = 0
 
 
+# long: a third of it is its arguments
 @documented(LaplaceSettings, Reading)
 def fit_laplace_(  # noqa: D417 - the others are fields of LaplaceSettings and Reading
     model: nn.Module,

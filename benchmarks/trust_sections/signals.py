@@ -55,6 +55,7 @@ class _Two:
         return None if codes == [0, 0] else f"{codes}: {children[0].said()[-300:]}"
 
 
+# long: a closure for each kind of trial
 def _prepare(folder: Path) -> Trial:
     bench = Bench(folder)
     two: dict[str, bytes] = {}

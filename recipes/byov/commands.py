@@ -87,9 +87,9 @@ def evaluate(
     for folder in folders:
         with render.status(f"{folder}"):
             run = open_run(folder, **vars(where))
+            others = [open_ood(run, name) for name in ood or ()]
             made.append(measure(run, protocol, settings))
-            if ood:
-                others = [open_ood(run, name) for name in ood]
+            if others:
                 made.append(ood_detection(run, others, settings))
         if not json:
             _show(folder, made[-2 if ood else -1])

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, mounts
 SHARE = {
     KILLS.name: (0, 2),
     SIGNALS.name: (0,),
-    DISKS.name: (1, 2, 3),
+    DISKS.name: (2, 8, 31),
     COMMANDS.name: (13, 14, 15, 17, 18, 19, 20),
     CONCURRENCY.name: (0, 3),
 }

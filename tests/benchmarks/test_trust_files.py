@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import trust
+from trust_sections import SECTIONS
 from trust_sections.files import FILES
 from trust_sections.images import IMAGES
 from trust_sections.section import FAULT, Section, judged
@@ -65,3 +67,14 @@ def test_a_trial_that_allocates_is_measured() -> None:
         return "taken" if len(b"x" * (300 << 20)) else ""
 
     assert trust.measured(allocate, 0).mib == pytest.approx(300, abs=60)
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    results = trust.read()
+    document = json.loads(trust.RESULTS.read_text("utf-8"))
+    assert trust.PAGE.read_text("utf-8") == trust.page({**document, **results})
+    known = {section.name for section in SECTIONS}
+    assert set(results["sections"]) <= known
+    for found in results["sections"].values():
+        assert sum(found["outcomes"].values()) == found["trials"]
+        assert found["outcomes"].get(FAULT, 0) == 0

@@ -336,7 +336,7 @@ def test_the_whole_path() -> None:
     file, data, model = converted(), dataset(), ("--model", "tinyfactory:tiny")
     options = ("--epochs", 6, "--lr", 0.02, "--batch-size", 10, "--kl-weight", 0.1)
     fitted = run("fit", file, data, *model, "--out", "fit.safetensors", *options)
-    assert "s = 0.025 (num_data, N = 40)" in fitted.stderr
+    assert "s = 0.025 (num_data, N = 40)" in " ".join(fitted.stderr.split())
     assert "noise budget" in fitted.stderr
     losses = [float(line.split()[1]) for line in fitted.stdout.splitlines()[2:8]]
     assert losses[-1] < losses[0] / 2

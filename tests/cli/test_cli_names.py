@@ -89,4 +89,19 @@ def test_a_folder_without_a_run_is_told_before_others_are_measured(folder: Path)
         result = run("recipe", "byov", command, made.out, "loop", "--epochs", 1)
         assert result.exit_code == 2
         assert "loop holds no run" in " ".join(result.stderr.split())
+    result = run("recipe", "byov", "eval", made.out, "-k", 0, "--epochs", 1, "--ood", "loop")
+    assert result.exit_code == 2
+    assert not (made.out / "results").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "prune", "figures"])
+def test_seeds_that_no_generator_takes(folder: Path, command: str) -> None:
+    made = small_run(folder, eval_every=0)
+    if command != "train":
+        train(CONFIG, made)
+    where = ("--data", "fashion-sample", "--out", "o") if command == "train" else (made.out,)
+    result = run("recipe", "byov", command, *where, "--seed", 1 << 64)
+    assert result.exit_code == 2, result.output[-400:]
+    assert "2**63" in result.output
+    assert not Path("o").exists()
     assert not (made.out / "results").exists()

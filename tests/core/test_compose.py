@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import multiprocessing
 import os
 import socket
 import time
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.utils.checkpoint import checkpoint
 
 import bayesify
@@ -135,7 +136,7 @@ def test_compiled_updates_are_seen(compiler: Any) -> None:
 
 
 def test_compile_a_vision_transformer(compiler: Any) -> None:
-    model = converted(timm.create_model("test_vit", num_classes=3))
+    model = converted(timm.create_model("test_vit", num_classes=3, depth=2))
     x = normal(2, 3, 160, 160)
     compiled: Any = torch.compile(model, fullgraph=True, backend=compiler)
     for seed in range(2):
@@ -164,12 +165,19 @@ def _pooled() -> nn.Module:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
+IMAGES = [(4, 3, 9, 9), (4, 3, 12, 12), (4, 3, 10, 14), (6, 3, 10, 14), (7, 3, 10, 14)]
+ROWS = [(3, 4), (4, 4), (6, 4), (2, 4), (9, 4), (8, 4)]
+
+
 @pytest.mark.parametrize(
-    ("make", "sizes"),
+    ("make", "sizes", "dynamic"),
     [
-        (_pooled, [(4, 3, 9, 9), (4, 3, 12, 12), (4, 3, 10, 14), (6, 3, 10, 14), (7, 3, 10, 14)]),
-        (_BySize, [(3, 4), (4, 4), (6, 4), (2, 4), (9, 4), (8, 4)]),
+        (_pooled, IMAGES, True),
+        (_BySize, ROWS, None),
+        (_BySize, ROWS, False),
+        pytest.param(_pooled, IMAGES, None, marks=pytest.mark.slow),
+        pytest.param(_pooled, IMAGES, False, marks=pytest.mark.slow),
+        pytest.param(_BySize, ROWS, True, marks=pytest.mark.slow),
     ],
 )
 def test_compile_takes_one_graph_for_each_size(
@@ -579,9 +587,11 @@ def run_two(kind: str, folder: Path) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = spawn(
-        worker, (kind, port, str(folder)), nprocs=2, join=False
-    )  # fmt: skip
+    # out of a server that has imported what takes seconds, one with that of the other tests
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["recipes.byov.train", "timm"])
+    context = start_processes(
+        worker, (kind, port, str(folder)), nprocs=2, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + 180
     try:
         while not context.join(timeout=5):

@@ -246,7 +246,10 @@ def test_predict_leaves_the_cache_out(build: Callable[[], nn.Module], batch: int
     found = bayesify.predict(model, **ids, num_samples=3, seed=1)
     expected = bayesify.predict(model, **ids, num_samples=3, seed=1, use_cache=False)
     assert type(found) is type(expected)
-    assert found.get(CACHE) is None
+    if type(build().eval()(**ids).get(CACHE)) is tuple:  # GPT-2 and T5 of transformers 4.48
+        assert {tensor.shape[:2] for tensor in contents(found[CACHE])} == {(3, batch)}
+    else:
+        assert found.get(CACHE) is None
     torch.testing.assert_close(found.logits, expected.logits)
     moments = bayesify.predict(model, **ids, num_samples=3, seed=1, reduce="moments")
     torch.testing.assert_close(moments.mean.logits, expected.logits.mean(0))

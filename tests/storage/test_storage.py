@@ -1019,7 +1019,10 @@ def test_json_too_deep_or_too_long_for_python(
 @pytest.mark.parametrize("key", ["4.weight_logvar", "4.weight_prior_mean"])
 def test_spreads_of_another_kind(tmp_path: Path, key: str, dtype: torch.dtype) -> None:
     path = saved(tmp_path, prior=GaussianPrior(mean="initial"))
-    path = rewritten(path, lambda h, t: t.update({key: t[key].to(dtype)}))
+    try:
+        path = rewritten(path, lambda h, t: t.update({key: t[key].to(dtype)}))
+    except KeyError:
+        pytest.skip(f"this safetensors writes no {dtype}, as 0.4.5 no complex numbers")
     with pytest.raises(CheckpointError, match=f"{key} is of {dtype}"):
         load(path, model=convnet())
 

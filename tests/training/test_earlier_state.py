@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -36,6 +37,17 @@ def data() -> TensorDataset:
     return TensorDataset(x + labels[:, None], labels)
 
 
+def drops_the_same() -> bool:
+    """Whether dropout leaves out the same as with the torch that wrote the state, 2.14."""
+    torch.manual_seed(0)
+    kept = nn.functional.dropout(torch.ones(12), 0.2) > 0
+    return kept.tolist() == [place not in (0, 3) for place in range(12)]
+
+
+@pytest.mark.skipif(
+    not drops_the_same(),
+    reason="this torch leaves out other elements in a dropout than 2.14, which wrote the state",
+)
 def test_an_earlier_state_ends_like_a_fit_without_interruption(tmp_path: Path) -> None:
     path = tmp_path / "state"
     shutil.copy(STATE, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -416,3 +417,23 @@ def test_the_command_leaves_out_what_is_pruned(
 )
 def test_the_command_refuses(options: list[object], message: str) -> None:
     assert message in run("export", "a.bbb.safetensors", *options, code=2).stderr
+
+
+def test_onnx_says_which_exporter_could_not_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch 2.8 beside an onnxscript that lacks what it imports."""
+
+    def too_old(*args: Any, **kwargs: Any) -> None:
+        raise ImportError("cannot import name 'opset23'")
+
+    monkeypatch.setattr(torch.onnx, "export", too_old)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"1.2.3 of {name}")
+    model = bayesify.to_bbb(nn.Linear(2, 2))
+    with pytest.raises(bayesify.UnsupportedModuleError) as error:
+        bayesify.export_onnx(model, tmp_path / "x.onnx", torch.ones(1, 2))
+    said = str(error.value)
+    assert "cannot import name 'opset23'" in said
+    assert f"torch {torch.__version__} with onnxscript 1.2.3 of onnxscript" in said
+    assert "pip install --upgrade onnx onnxscript" in said
+    assert not list(tmp_path.iterdir())

@@ -55,11 +55,13 @@ def test_the_temperature_of_one_prediction_is_that_of_the_metrics() -> None:
 @pytest.mark.parametrize("kind", ["categorical", "bernoulli", "gaussian"])
 def test_the_scale_divides_each_draw(kind: str, tmp_path: Path) -> None:
     net = bayesify.to_bbb(nn.Linear(2, 3), initial_std=1.0)
+    with bayesify.at_mean(net), torch.no_grad():
+        f = net(X)
     likelihood: Likelihood
     if kind == "categorical":
-        likelihood, y = Categorical(), torch.randint(3, (120,))
+        likelihood, y = Categorical(), torch.distributions.Categorical(logits=f).sample()
     elif kind == "bernoulli":
-        likelihood, y = Bernoulli(), torch.randint(2, (120, 3))
+        likelihood, y = Bernoulli(), torch.bernoulli(f.sigmoid()).long()
     else:
         likelihood, y = Gaussian(0.5), torch.randn(120, 3)
     bayesify.set_likelihood_(net, likelihood)
