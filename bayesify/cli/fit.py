@@ -30,6 +30,7 @@ from .outputs import check_outputs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch.utils.data import TensorDataset
 
     from ..data import ImageData
@@ -105,11 +106,7 @@ def fit(
     prior. Ctrl-C, SIGTERM and SIGHUP end the fit after the step that it is in; --resume goes on
     as if nothing had happened.
     """
-    from .. import storage
-    from ..classes import classes_of
-    from ..data import load_dataset
     from . import render
-    from .checkpoint import open_model
     from .tables import draw_weights_, new_model
 
     of_table = _is_table(run, table, {"--model": model, "--model-args": model_args})
@@ -129,11 +126,10 @@ def fit(
     target = resolve_device(run.device)
     train: ImageData | TensorDataset
     opened: Opened | NewModel
-    if run.data is None:
+    if of_table:
         opened, train = new_model(run.file, table, fit.seed)
     else:
-        train = load_dataset(run.data, split="train")
-        opened = open_model(run.file, model, model_args, target)
+        opened, train = _opened(run, target, model, model_args)
     common: dict[str, Any] = {
         "device": target, "model_config": opened.input, **vars(reading),
     }  # fmt: skip
@@ -147,24 +143,8 @@ def fit(
         draw_weights_(opened.model)
     numbers = asdict(result)
     seconds = numbers.pop("seconds")  # the same run gives the same file
-    info = {
-        **opened.header["info"],
-        "classes": list(classes_of(opened.model) or ()),
-        "fit": finite(
-            {
-                "method": run.method,
-                "data": getattr(train, "name", str(run.file)),
-                **plain(fit),
-                **numbers,
-            }
-        ),
-    }
-    storage.save(opened.model, run.out, spec=opened.spec, info=info, overwrite=force)
-    with storage.replacing(run.config, overwrite=force) as temporary:
-        text = config_text(f"bayesify fit --config {run.config.name} --out ANOTHER repeats it.",
-                           {"run": run, "fit": fit, "reading": reading}
-                           | ({"table": table} if of_table else {}))  # fmt: skip
-        temporary.write_text(text, "utf-8")
+    groups = {"run": run, "fit": fit, "reading": reading} | ({"table": table} if of_table else {})
+    _write(opened, groups, getattr(train, "name", str(run.file)), numbers, force=force)
     if run.method == "vi":
         state.unlink(missing_ok=True)
     if json:
@@ -192,10 +172,41 @@ def _is_table(run: FitRun, table: TableSettings, model: dict[str, str | None]) -
             f"--target and the options beside it are for a table (.csv, .tsv, .parquet), and FILE "
             f"is {run.file}: leave them out, or give the table as FILE."
         )
+    if run.data is not None:
+        refuse_table(run.file, run.data)
+    return False
+
+
+def _opened(
+    run: FitRun, device: torch.device, model: str | None, model_args: str | None
+) -> tuple[Opened, ImageData]:
+    """The model in FILE and the training images of DATA."""
+    from ..data import load_dataset
+    from .checkpoint import open_model
+
     if run.data is None:
         raise ArgumentError("DATA is missing: give it, or a --config that has it.")
-    refuse_table(run.file, run.data)
-    return False
+    train = load_dataset(run.data, split="train")
+    return open_model(run.file, model, model_args, device), train
+
+
+def _write(
+    opened: Opened | NewModel, groups: dict[str, Any], data: str, numbers: Any, *, force: bool
+) -> None:
+    """Write the model, and the settings that repeat the fit."""
+    from .. import storage
+    from ..classes import classes_of
+
+    run: FitRun = groups["run"]
+    info = {
+        **opened.header["info"],
+        "classes": list(classes_of(opened.model) or ()),
+        "fit": finite({"method": run.method, "data": data, **plain(groups["fit"]), **numbers}),
+    }
+    storage.save(opened.model, run.out, spec=opened.spec, info=info, overwrite=force)
+    with storage.replacing(run.config, overwrite=force) as temporary:
+        title = f"bayesify fit --config {run.config.name} --out ANOTHER repeats it."
+        temporary.write_text(config_text(title, groups), "utf-8")
 
 
 def _variational(

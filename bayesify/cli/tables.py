@@ -70,6 +70,7 @@ def new_model(file: Path, settings: TableSettings, seed: int) -> tuple[NewModel,
     import torch
     from torch.utils.data import TensorDataset
 
+    from ..classes import name_classes_
     from ..conversion import RelativeStd
     from ..convert import to_bbb_
     from ..data import coding_of, read_table
@@ -102,13 +103,13 @@ def new_model(file: Path, settings: TableSettings, seed: int) -> tuple[NewModel,
         set_likelihood_(model, Gaussian(noise).standardise_(targets))
         said = f"a number: Gaussian({noise!r}). For classes: --likelihood categorical."
     else:
-        set_likelihood_(model, Categorical())
+        set_likelihood_(name_classes_(model, coding.classes), Categorical())
         said = f"one of {len(coding.classes)} classes: Categorical()."
         if kind is None and all(map(_is_number, coding.classes)):
             said += " For numbers: --likelihood gaussian."
     for line in (f"The target {settings.target!r} is {said}", *notes):
         render.note(line)
-    info = {"weights": "random", "table": coding.to_json(), "classes": [*(coding.classes or ())]}
+    info = {"weights": "random", "table": coding.to_json()}
     return NewModel(model, spec, None, {"info": info}), TensorDataset(inputs, targets)
 
 

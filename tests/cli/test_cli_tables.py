@@ -119,6 +119,7 @@ def test_the_file_alone_says_how_rows_are_coded() -> None:
 def test_a_text_is_predicted_as_a_class() -> None:
     said = fit("kind", "--epochs", 30, "--lr", 0.02)
     assert "The target 'kind' is one of 2 classes: Categorical()." in words(said)
+    assert read_header("t.bbb.safetensors")["info"]["classes"] == ["large", "small"]
     rows = read("eval")["rows"]
     answers = read("predict", "--probabilities")
     right = np.mean([answer["class"] == answer["kind"] for answer in answers])
