@@ -60,7 +60,9 @@ TAKEN: list[tuple[Callable[..., Any], tuple[type, ...]]] = [
 CLASSES = sorted({cls for _, classes in TAKEN for cls in classes}, key=lambda cls: cls.__name__)
 
 
-@pytest.mark.parametrize(("function", "classes"), TAKEN, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("function", "classes"), TAKEN, ids=lambda value: getattr(value, "__name__", None)
+)
 def test_a_function_takes_what_its_dataclass_has(
     function: Callable[..., Any], classes: tuple[type, ...]
 ) -> None:
