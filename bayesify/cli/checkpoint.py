@@ -42,11 +42,18 @@ def open_model(
     """
     from .. import storage
     from ..errors import ArgumentError
+    from ..models import ModelSpec
     from . import render
 
     header = storage.read_header(file)
     saved = header["model"]["spec"] or {}
-    if model_name is None and (not saved or ":" in saved["name"].removeprefix("torchvision:")):
+    if "table" in header["info"]:
+        raise ArgumentError(
+            f"{file} is of a table, and here is work on images. bayesify eval {file} TABLE and "
+            f"bayesify predict {file} TABLE take tables."
+        )
+    by_user = saved and ModelSpec.from_json(saved, allow_factory=True).source == "factory"
+    if model_name is None and (not saved or by_user):
         known = f"of {saved['name']}" if saved else f"of the class {header['model']['class']}"
         raise ArgumentError(
             f"{file} is {known}, and a file does not choose which code runs. Say what builds the "

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..settings import EvaluateSettings, Shown
-from .options import Data, Device, File, Json, ModelArgs, ModelName, Split, resolve_device
+from .options import Device, File, Json, Measured, ModelArgs, ModelName, Split, resolve_device
 
 if TYPE_CHECKING:
     from ..training import Evaluation
+    from ..training.measures import RegressionEvaluation
 
 
 def evaluate(
     file: File,
-    data: Data,
+    data: Measured,
     settings: EvaluateSettings,
     split: Split = "test",
     ood: Annotated[
@@ -34,17 +35,36 @@ def evaluate(
     of confidence, AURC the mean error rate over all coverages when the least sure are left out
     first. The Brier score sums over the classes, from 0 to 2; its parts by predicted class add up:
     UNC - RES + REL + rest. Higher is better for top-1, top-5, RES and AUROC.
+
+    Of a table's model whose target is a number: NLL of a target, RMSE, MAE, CRPS, and of the 90 %
+    intervals the share that hold the target and the mean width.
     """
     from dataclasses import asdict
 
-    from .. import training
+    from .. import storage, training
     from ..classes import classes_of
     from ..data import load_dataset
     from . import render
     from .checkpoint import note_on_classes, open_model
     from .images import readable_images
+    from .tables import measured, open_table_model, refuse_for_table, refuse_table
 
     target_device = resolve_device(device)
+    header = storage.read_header(file)
+    if "table" in header["info"]:
+        others: dict[str, Any] = {"--ood": ood, "--model": model, "--model-args": model_args}
+        others |= {"--split train": split == "train", "--skip-unreadable": settings.skip_unreadable}
+        refuse_for_table(file, others)
+        table = open_table_model(file, header, target_device)
+        count, rows = measured(table, data, settings, target_device)
+        if json:
+            about = {"file": str(file), "data": data, "target": table.coding.target}
+            render.as_json({**about, "examples": count, "rows": [asdict(row) for row in rows]})
+            return
+        _show(rows)
+        render.text(f"{count:,} rows of {data}, target {table.coding.target!r}.")
+        return
+    refuse_table(file, data)
     images = load_dataset(data, split=split)
     ood_data = None if ood is None else load_dataset(ood, split=split)
     opened = open_model(file, model, model_args, target_device)
@@ -66,14 +86,7 @@ def evaluate(
             head |= {"ood": ood, "ood_images": len(ood_data), "ood_unreadable": ood_unreadable}
         render.as_json({**head, "rows": [asdict(row) for row in rows]})
         return
-    render.table(*_main(rows))
-    for table in (_uncertainty(rows), _parts(rows), _ood(rows), _intervals(rows)):
-        if table[1]:
-            render.text("")
-            render.table(*table)
-    for row in rows:
-        if row.temperature is not None:
-            render.text(f"Temperature {row.temperature:.3f}: a control, not a posterior.")
+    _show(rows)
     known, part = classes_of(opened.model) or (), len(images.classes)
     render.text(
         f"{len(images):,} images of {data} ({images.split})"
@@ -86,6 +99,33 @@ def evaluate(
 
 
 Table = tuple[tuple[str, ...], list[tuple[str | int, ...]]]
+
+
+def _show(rows: list[Any]) -> None:
+    """Print the tables, and the temperature of the control."""
+    from . import render
+
+    if not hasattr(rows[0], "accuracy"):
+        render.table(*_regression(rows))
+        return
+    render.table(*_main(rows))
+    for table in (_uncertainty(rows), _parts(rows), _ood(rows), _intervals(rows)):
+        if table[1]:
+            render.text("")
+            render.table(*table)
+    for row in rows:
+        if row.temperature is not None:
+            render.text(f"Temperature {row.temperature:.3f}: a control, not a posterior.")
+
+
+def _regression(rows: list[RegressionEvaluation]) -> Table:
+    columns = ("prediction", "K", "NLL", "RMSE", "MAE", "CRPS", "in 90 % interval", "its width")
+    lines: list[tuple[str | int, ...]] = []
+    for row in rows:
+        errors = (f"{n:.4g}" for n in (row.nll, row.rmse, row.mae, row.crps))
+        share, width = f"{row.coverage['0.9']:.1%}", f"{row.width['0.9']:.4g}"
+        lines.append((row.prediction, row.num_samples, *errors, share, width))
+    return columns, lines
 
 
 def _main(rows: list[Evaluation]) -> Table:

@@ -10,14 +10,13 @@ import typer
 
 from ..errors import ArgumentError
 from ..json_numbers import finite
-from ..settings import FitSettings, LaplaceSettings, Reading, Shown
+from ..settings import FitSettings, LaplaceSettings, Reading, Shown, TableSettings
 from ..settings.fields import checked, plain, refuse
 from ..settings.files import check_data, config_text
 from .options import (
     By,
-    Data,
+    DataOrNone,
     Device,
-    File,
     Force,
     Given,
     Json,
@@ -31,11 +30,24 @@ from .outputs import check_outputs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+    from torch.utils.data import TensorDataset
+
     from ..data import ImageData
     from ..training import FitResult, LaplaceResult
     from .checkpoint import Opened
     from .render import Bar
+    from .tables import NewModel
 
+Fitted = Annotated[
+    Path,
+    Shown(
+        argument=True,
+        metavar="FILE",
+        text="A file that bayesify has written; or a table, .csv, .tsv or .parquet, with --target "
+        "and without DATA.",
+    ),
+]
 _METHODS = {"vi": FitSettings, "laplace-diag": LaplaceSettings}
 
 
@@ -49,8 +61,8 @@ class FitRun:
             information, the means stay.
     """
 
-    file: File
-    data: Data
+    file: Fitted
+    data: DataOrNone = None
     out: Annotated[Path, Shown(letter="-o", metavar="FILE")]
     method: Literal["vi", "laplace-diag"] = "vi"
     device: Device = "auto"
@@ -68,6 +80,7 @@ def fit(
     run: FitRun,
     fit: Annotated[FitSettings | LaplaceSettings, By("method", _METHODS)],
     reading: Reading,
+    table: TableSettings,
     given: Given,
     checkpoint: Annotated[
         Path | None,
@@ -85,19 +98,19 @@ def fit(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the posterior in FILE on the training images of DATA.
+    """Train the posterior in FILE on the training images of DATA, or that of a network for a table.
+
+    For example: bayesify fit train.csv --target price --epochs 200 --lr 0.01 -o price.safetensors
 
     The loss is that of Bayes by Backprop: cross entropy plus beta times s times the KL to the
     prior. Ctrl-C, SIGTERM and SIGHUP end the fit after the step that it is in; --resume goes on
     as if nothing had happened.
     """
-    from .. import storage
-    from ..classes import classes_of
-    from ..data import load_dataset
     from . import render
-    from .checkpoint import open_model
+    from .tables import draw_weights_, new_model
 
-    if given.file is not None and "data" in given.by_file:
+    of_table = _is_table(run, table, {"--model": model, "--model-args": model_args})
+    if given.file is not None and "data" in given.by_file and run.data is not None:
         check_data(given.file, run.data, "DATA")
     if run.method != "vi" and (resume or checkpoint is not None):
         raise ArgumentError(
@@ -107,12 +120,16 @@ def fit(
     check_outputs(
         {"--out": run.out, "OUT.toml": run.config},
         {"FILE": run.file, "DATA": run.data, "--config": given.file}, force=force,
-        in_place={"--out": "FILE", "OUT.toml": "--config"},
+        in_place={"OUT.toml": "--config"} | ({} if of_table else {"--out": "FILE"}),
         state={"--checkpoint": state} if run.method == "vi" else {},
     )  # fmt: skip
     target = resolve_device(run.device)
-    train = load_dataset(run.data, split="train")
-    opened = open_model(run.file, model, model_args, target)
+    train: ImageData | TensorDataset
+    opened: Opened | NewModel
+    if of_table:
+        opened, train = new_model(run.file, table, fit.seed)
+    else:
+        opened, train = _opened(run, target, model, model_args)
     common: dict[str, Any] = {
         "device": target, "model_config": opened.input, **vars(reading),
     }  # fmt: skip
@@ -122,18 +139,12 @@ def fit(
     else:
         common |= {"checkpoint": state, "resume": resume}
         result = _variational(opened, train, fit, common, quiet)
+    if of_table:
+        draw_weights_(opened.model)
     numbers = asdict(result)
     seconds = numbers.pop("seconds")  # the same run gives the same file
-    info = {
-        **opened.header["info"],
-        "classes": list(classes_of(opened.model) or ()),
-        "fit": finite({"method": run.method, "data": train.name, **plain(fit), **numbers}),
-    }
-    storage.save(opened.model, run.out, spec=opened.spec, info=info, overwrite=force)
-    with storage.replacing(run.config, overwrite=force) as temporary:
-        text = config_text(f"bayesify fit --config {run.config.name} --out ANOTHER repeats it.",
-                           {"run": run, "fit": fit, "reading": reading})  # fmt: skip
-        temporary.write_text(text, "utf-8")
+    groups = {"run": run, "fit": fit, "reading": reading} | ({"table": table} if of_table else {})
+    _write(opened, groups, getattr(train, "name", str(run.file)), numbers, force=force)
     if run.method == "vi":
         state.unlink(missing_ok=True)
     if json:
@@ -143,8 +154,67 @@ def fit(
         _print(result, f"in {seconds:.0f} s. Wrote {run.out}, and its settings in {run.config}.")
 
 
+def _is_table(run: FitRun, table: TableSettings, model: dict[str, str | None]) -> bool:
+    """Whether FILE is a table; refuses what does not go with one, or with none."""
+    from ..data import is_table
+    from .tables import refuse_for_table, refuse_table
+
+    if is_table(run.file):
+        refuse_for_table(run.file, {"DATA": run.data, **model})
+        if run.method != "vi":
+            raise ArgumentError(
+                f"--method {run.method} needs a trained network, and {run.file} is a table: leave "
+                "it out."
+            )
+        return True
+    if table != TableSettings():
+        raise ArgumentError(
+            f"--target and the options beside it are for a table (.csv, .tsv, .parquet), and FILE "
+            f"is {run.file}: leave them out, or give the table as FILE."
+        )
+    if run.data is not None:
+        refuse_table(run.file, run.data)
+    return False
+
+
+def _opened(
+    run: FitRun, device: torch.device, model: str | None, model_args: str | None
+) -> tuple[Opened, ImageData]:
+    """The model in FILE and the training images of DATA."""
+    from ..data import load_dataset
+    from .checkpoint import open_model
+
+    if run.data is None:
+        raise ArgumentError("DATA is missing: give it, or a --config that has it.")
+    train = load_dataset(run.data, split="train")
+    return open_model(run.file, model, model_args, device), train
+
+
+def _write(
+    opened: Opened | NewModel, groups: dict[str, Any], data: str, numbers: Any, *, force: bool
+) -> None:
+    """Write the model, and the settings that repeat the fit."""
+    from .. import storage
+    from ..classes import classes_of
+
+    run: FitRun = groups["run"]
+    info = {
+        **opened.header["info"],
+        "classes": list(classes_of(opened.model) or ()),
+        "fit": finite({"method": run.method, "data": data, **plain(groups["fit"]), **numbers}),
+    }
+    storage.save(opened.model, run.out, spec=opened.spec, info=info, overwrite=force)
+    with storage.replacing(run.config, overwrite=force) as temporary:
+        title = f"bayesify fit --config {run.config.name} --out ANOTHER repeats it."
+        temporary.write_text(config_text(title, groups), "utf-8")
+
+
 def _variational(
-    opened: Opened, train: ImageData, settings: FitSettings, common: dict[str, Any], quiet: bool
+    opened: Opened | NewModel,
+    train: ImageData | TensorDataset,
+    settings: FitSettings,
+    common: dict[str, Any],
+    quiet: bool,
 ) -> FitResult:
     from .. import training
     from . import render
@@ -158,7 +228,10 @@ def _variational(
 
 
 def _laplace(
-    opened: Opened, train: ImageData, settings: LaplaceSettings, common: dict[str, Any]
+    opened: Opened | NewModel,
+    train: ImageData | TensorDataset,
+    settings: LaplaceSettings,
+    common: dict[str, Any],
 ) -> LaplaceResult:
     from .. import training
     from . import render

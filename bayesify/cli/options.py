@@ -28,14 +28,16 @@ from .guard import guard
 File = Annotated[
     Path, Shown(argument=True, metavar="FILE", text="A file that bayesify has written.")
 ]
-Data = Annotated[
-    str,
-    Shown(
-        argument=True,
-        metavar="DATA",
-        text="fashion-sample, a folder with one folder of images for each class, timm:NAME@ROOT, "
-        "or a safetensors file with images and labels.",
-    ),
+_DATA = Shown(
+    argument=True,
+    metavar="DATA",
+    text="fashion-sample, a folder with one folder of images for each class, timm:NAME@ROOT, "
+    "or a safetensors file with images and labels.",
+)
+Data = Annotated[str, _DATA]
+DataOrNone = Annotated[str | None, _DATA]
+Measured = Annotated[
+    str, replace(_DATA, text=_DATA.text + " Of a table's model, a table with the same columns.")
 ]
 ModelName = Annotated[
     str | None,

@@ -37,7 +37,7 @@ def predict(
         typer.Argument(
             metavar="INPUT...",
             help="Image files, folders or patterns of them, .txt files with a path on each line, "
-            "- for such lines on stdin; or one data set.",
+            "- for such lines on stdin; or one data set. Of a table's model, one table.",
         ),
     ],
     settings: PredictSettings,
@@ -45,7 +45,7 @@ def predict(
         Path | None, Shown(letter="-o", metavar="FILE", text="Write a .csv or .json file instead.")
     ] = None,
     probabilities: Annotated[bool, Shown(text="Of all classes; with --out or --json.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first images only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first images or rows only.")] = None,
     split: Split = "test",
     model: ModelName = None,
     model_args: ModelArgs = None,
@@ -53,17 +53,21 @@ def predict(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Classify images by the mean of K draws, and say how sure the model is.
+    """Predict by K draws the classes of images, or the target of a table, and say how sure that is.
 
     Entropy (in nats) is the whole uncertainty; mutual information is the part of it about the
     weights, which more training data would remove. An image that cannot be read has the reason in
-    its row, and the exit code is 3.
+    its row, and the exit code is 3. Of a table whose target is a number, std is the whole
+    uncertainty, epistemic_std the part of it about the weights; from q05 to q95 is the 90 %
+    interval.
     """
+    from .. import storage
     from ..errors import ArgumentError
     from . import render
     from .checkpoint import open_model
     from .images import wanted_images
     from .rows import written_rows
+    from .tables import refuse_for_table, refuse_table
 
     if out is not None:
         _check_format(out)
@@ -71,17 +75,27 @@ def predict(
         raise ArgumentError("--probabilities needs --out or --json: a table has no room.")
     check_outputs({"--out": out}, {"FILE": file, "INPUT": inputs}, force=force)
     target_device = resolve_device(device)
-    images = wanted_images(inputs, split)
-    opened = open_model(file, model, model_args, target_device)
-    total = min(limit or len(images.names), len(images.names))
+    header = storage.read_header(file)
+    kind = "rows" if "table" in header["info"] else "images"
+    if kind == "rows":
+        others = {"--model": model, "--model-args": model_args, "--split train": split == "train"}
+        refuse_for_table(file, others)
+        total, rows = _of_table(file, header, inputs, limit, settings, target_device, probabilities)
+    else:
+        for each in inputs:
+            refuse_table(file, each)
+        images = wanted_images(inputs, split)
+        opened = open_model(file, model, model_args, target_device)
+        total = min(limit or len(images.names), len(images.names))
+        rows = _rows(opened, images, total, settings, target_device, probabilities)
     kept: list[dict[str, Any]] = []
     failed = done = 0
     with (
         nullcontext() if out is None else written_rows(out, overwrite=force) as write,
         render.progress("Predicting", total) as bar,
     ):
-        for row in _rows(opened, images, total, settings, target_device, probabilities):
-            failed += row["error"] is not None
+        for row in rows:
+            failed += row.get("error") is not None
             done += 1
             if write is not None:
                 write(row)
@@ -91,7 +105,7 @@ def predict(
     if json:
         render.as_json(kept)
     elif out is not None:
-        render.text(f"Wrote {out} ({total:,} images).")
+        render.text(f"Wrote {out} ({total:,} {kind}).")
     else:
         columns = [name for name in kept[0] if name != "error" or failed]
         render.table(columns, [[row[name] for name in columns] for row in kept])
@@ -99,6 +113,34 @@ def predict(
         if not json:
             render.note(f"{failed:,} of {total:,} images could not be read.")
         raise typer.Exit(PARTIAL)
+
+
+def _of_table(
+    file: Path,
+    header: dict[str, Any],
+    inputs: list[str],
+    limit: int | None,
+    settings: PredictSettings,
+    device: torch.device,
+    probabilities: bool,
+) -> tuple[int, Iterator[dict[str, Any]]]:
+    """The number of rows of a table that are predicted, and the answers."""
+    from ..errors import ArgumentError
+    from .tables import open_table_model, predicted
+
+    opened = open_table_model(file, header, device)
+    if len(inputs) > 1:
+        raise ArgumentError(f"INPUT must be one table, not {len(inputs)}.")
+    known = opened.coding.classes
+    if known is None and probabilities:
+        raise ArgumentError(
+            f"--probabilities are of classes, and the target {opened.coding.target!r} is a number: "
+            "leave it out."
+        )
+    return predicted(
+        opened, inputs[0], limit, settings, device,
+        lambda summary: _described(summary, known or (), probabilities),
+    )  # fmt: skip
 
 
 def _rows(

@@ -1,4 +1,4 @@
-"""A data set of labelled images by its name, and batches of it as a model wants them."""
+"""A data set of labelled images by its name, batches as a model wants them, and tables."""
 
 from ..images import read_image as read_image
 from .dataset import Files as Files
@@ -11,3 +11,8 @@ from .sources import KINDS as KINDS
 from .sources import MAX_CLASSES as MAX_CLASSES
 from .sources import Split as Split
 from .sources import load_dataset as load_dataset
+from .tables import Coding as Coding
+from .tables import Table as Table
+from .tables import coding_of as coding_of
+from .tables import is_table as is_table
+from .tables import read_table as read_table

@@ -1,4 +1,4 @@
-"""A model by its name: from timm, from torchvision, or from a function of the user's own."""
+"""A model by its name: bayesify's own, from timm or torchvision, or from a user's own function."""
 
 import difflib
 import importlib
@@ -15,6 +15,7 @@ from torch import nn
 from .. import requirements
 from ..errors import ModelError
 from ..numeric import count
+from .mlp import mlp
 from .weights import load_weights
 
 _FACTORY = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_]\w*)")
@@ -38,7 +39,8 @@ class ModelSpec:
     """How to build a model: enough to build the same architecture again from a file.
 
     Args:
-        name: A timm name (``resnet50``, ``resnet50.a1_in1k``), ``torchvision:resnet50``, or
+        name: A timm name (``resnet50``, ``resnet50.a1_in1k``), ``torchvision:resnet50``,
+            ``bayesify:mlp`` (:func:`bayesify.models.mlp`, whose arguments are ``model_args``), or
             ``package.module:factory``, a callable that returns an nn.Module.
         num_classes: Outputs of the classifier; None keeps the architecture's own. A factory takes
             it in ``model_args`` instead.
@@ -73,8 +75,10 @@ class ModelSpec:
                     raise ModelError(f"model_args cannot hold {key!r}: {_RESERVED[key]}.")
 
     @property
-    def source(self) -> Literal["timm", "torchvision", "factory"]:
+    def source(self) -> Literal["bayesify", "timm", "torchvision", "factory"]:
         """Where the name leads."""
+        if self.name.startswith("bayesify:"):
+            return "bayesify"
         if self.name.startswith("torchvision:"):
             return "torchvision"
         return "factory" if ":" in self.name else "timm"
@@ -123,7 +127,9 @@ class ModelSpec:
         Raises:
             ModelError: If the name is unknown, an argument does not fit, or there are no weights.
         """
-        builders = {"timm": _timm, "torchvision": _torchvision, "factory": _factory}
+        builders = {
+            "bayesify": _own, "timm": _timm, "torchvision": _torchvision, "factory": _factory,
+        }  # fmt: skip
         model = builders[self.source](self, pretrained)
         if not isinstance(model, nn.Module):
             raise ModelError(
@@ -176,6 +182,20 @@ def create_model(
 
 def _closest(name: str, known: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
+
+
+def _own(spec: ModelSpec, pretrained: bool) -> nn.Module:
+    if spec.name != "bayesify:mlp":
+        raise ModelError(f"bayesify has no model {spec.name!r} of its own, only bayesify:mlp.")
+    if pretrained or (spec.num_classes, spec.in_chans, spec.img_size) != (None, None, None):
+        raise ModelError(
+            "bayesify:mlp has no published weights and takes no images. It is the network of a "
+            "table: bayesify fit TABLE.csv --target COLUMN --out FILE."
+        )
+    try:
+        return mlp(**spec.model_args)
+    except TypeError as error:
+        raise _build_error(spec, False, error) from error
 
 
 def _timm(spec: ModelSpec, pretrained: bool) -> nn.Module:

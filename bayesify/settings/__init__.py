@@ -13,6 +13,7 @@ from .fields import Within as Within
 from .pruning import NofMSettings as NofMSettings
 from .pruning import PruneSettings as PruneSettings
 from .pruning import UnitSettings as UnitSettings
+from .tables import TableSettings as TableSettings
 from .training import FitSettings as FitSettings
 from .training import LaplaceSettings as LaplaceSettings
 from .training import Reading as Reading

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = (
-    "jinja2", "markupsafe", "matplotlib", "onnx", "onnxruntime", "onnxscript", "peft", "scipy",
-    "tensorboard", "transformers",
+    "jinja2", "markupsafe", "matplotlib", "onnx", "onnxruntime", "onnxscript", "peft", "pyarrow",
+    "scipy", "tensorboard", "transformers",
 )  # fmt: skip
 
 RUN = """
@@ -66,6 +66,8 @@ tried("onnx", lambda: bayesify.export_onnx(model, "e.onnx", x))
 tried("report", import_module("bayesify.report.page").check_installed)
 tried("figures", import_module("bayesify.report.figure").figure_class)
 tried("paper", import_module("bayesify.report").check_installed, "scipy")
+Path("t.parquet").write_bytes(b"PAR1")
+tried("parquet", import_module("bayesify.data").read_table, "t.parquet")
 tried("tensorboard", import_module("recipes.byov.runtime.tensorboard").TensorBoardWriter,
       Path("log"), 0)
 
@@ -77,7 +79,7 @@ tried("doctor", json.loads, result.stdout)
 print(json.dumps(found))
 """
 EXTRA_OF = {"onnx": "onnx", "report": "report", "figures": "report", "paper": "report",
-            "tensorboard": "tensorboard"}  # fmt: skip
+            "parquet": "tables", "tensorboard": "tensorboard"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
