@@ -101,7 +101,8 @@ def _prefill(module: nn.Module, method: str, scope: Scope) -> list[Slot]:
     drawn: list[Slot] = []
     scope.filled.add((id(module), mode))
     seen: dict[int, int] = {}
-    tracing = torch.compiler.is_dynamo_compiling()
+    # a program for elsewhere has draws by operators of torch, and no memory of this process
+    tracing = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     together = tracing or grouped.possible()
     items: dict[tuple[Any, ...], grouped.Item] = {}
     slots: list[Slot] = []

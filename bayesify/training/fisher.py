@@ -82,6 +82,9 @@ def fisher_diagonal(
             given = read.arguments(device)
             with torch.no_grad():
                 output = Given(*given).call(model)
+                if isinstance(known, Categorical) and isinstance(read.targets, Tensor):
+                    guess.wanted = read.targets.dim() == 1
+                    guess.ignored = known.ignore_index
                 guess.look(output, read.targets)  # also where no label is read
                 meaning.check(output, read.targets)
                 targets = moved(read.targets, device)

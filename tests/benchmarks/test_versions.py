@@ -54,6 +54,7 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "test_broken.py").write_text("import surely_absent")
     (tmp_path / "pytest.ini").write_text("[pytest]")
     (tmp_path / "benchmarks").symlink_to(versions.ROOT / "benchmarks")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of these tests, not of that suite
     monkeypatch.setattr(versions, "ROOT", tmp_path)
     monkeypatch.setattr(versions, "FOLDER", tmp_path)
     return tmp_path

@@ -305,7 +305,7 @@ def test_convert_with_estimators() -> None:
     shown = run("convert", "tinyfactory:tiny", "--estimator", "flipout", "--dry-run").stdout
     assert "flipout" in shown
     message = failure("convert", "tinyfactory:tiny", "--dry-run", "--estimator", "flip", code=2)
-    assert "'weight', 'local' or 'flipout'" in message
+    assert "No estimator is called" in message
 
 
 # -- the other commands ----------------------------------------------------------------------

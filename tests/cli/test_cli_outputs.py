@@ -148,10 +148,17 @@ def test_a_name_that_is_no_file_is_no_input() -> None:
     run("predict", "net", "a.png", *MODEL, "--out", "new.csv")
 
 
+def seeming_run() -> None:
+    """A folder with what tells a run of the recipe: a checkpoint, which is not opened here."""
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/checkpoints/step-00000001.safetensors").touch()
+
+
 @pytest.mark.parametrize("command", ["train", "prune", "figures"])
 def test_the_folder_of_a_recipe(command: str, tmp_path: Path) -> None:
     Path("images").mkdir()
     Path("file").write_text("here")
+    seeming_run()
     folders = [] if command == "train" else ["run"]
 
     def refused(out: str, message: str, code: int = 2) -> None:
@@ -173,7 +180,7 @@ def test_the_folder_of_a_recipe(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["eval", "prune", "figures"])
 def test_a_run_that_cannot_take_its_results(command: str) -> None:
-    Path("run").mkdir()
+    seeming_run()
     Path("run/results").write_text("no folder")
     result = CliRunner().invoke(byov, [command, "run"])
     assert result.exit_code == 2, result.output

@@ -976,7 +976,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     "std nan": (Net, {"initial_std": math.nan}, ArgumentError, "initial_std must be a number"),
     "std text": (Net, {"initial_std": "0.1"}, ArgumentError, "number above 0.*or a RelativeStd"),
     "prior": (Net, {"prior": 1.0}, ArgumentError, "prior must be a GaussianPrior"),
-    "estimator": (Net, {"estimator": "flip"}, ArgumentError, "must be 'weight', 'local' or"),
+    "estimator": (Net, {"estimator": "flip"}, ArgumentError, "No estimator is called 'flip'"),
     "config": (Net, {"config": {"strict": True}}, ArgumentError, "config must be a BBBConfig"),
     "preset": (Net, {"preset": "everything"}, ArgumentError, "everything.*last-layer"),
     "pattern": (Net, {"skip": 3}, ArgumentError, "3"),

@@ -257,7 +257,7 @@ def test_a_second_run_in_a_folder_is_refused_at_its_start(tmp_path: Path) -> Non
     with pytest.raises(Stop):
         train.train(CONFIG, run, watcher=Watcher(on_step=on_step))
     assert refused
-    assert sorted(os.listdir(run.out)) == ["log.jsonl"]
+    assert sorted(os.listdir(run.out)) == ["log.jsonl", "run.toml"]
 
 
 # -- full disks --------------------------------------------------------------------------------

@@ -156,10 +156,10 @@ def test_arguments_of_a_factory_come_from_the_user(named: Rewrite, marker: Path)
 
 def test_arguments_that_are_no_json(named: Rewrite) -> None:
     file, command = named("handed_on:resnet", **SMALL), ["predict", "fashion-sample"]
-    for text, said in (("{", "is no JSON"), ("[1]", "must be a JSON object")):
+    for text in ("{", "[1]"):
         result = invoke(file, command, "--model", "handed_on:resnet", "--model-args", text)
         assert result.exit_code == 2
-        assert said in result.stderr
+        assert "must be a JSON object" in result.stderr
 
 
 def test_a_factory_without_arguments_needs_its_name_alone(named: Rewrite, marker: Path) -> None:
