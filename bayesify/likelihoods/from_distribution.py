@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 from ..errors import ArgumentError
 from .likelihood import Likelihood, Target, fitted, logits_in, may_look, placed, with_nan
@@ -48,6 +48,7 @@ class FromDistribution(Likelihood):
         values = logits_in(output, "FromDistribution")
         try:
             found = self.function(values)
+            _check_parameters(found)
         except ValueError as error:  # of torch.distributions: parameters out of range
             raise ArgumentError(
                 f"FromDistribution: the model's output makes no distribution: {_first(error)} Let "
@@ -155,3 +156,15 @@ def _out_of_range(error: Exception) -> ArgumentError:
 
 def _first(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip() or type(error).__name__
+
+
+def _check_parameters(found: Any) -> None:
+    """As torch.distributions checks them, which torch.compile switches off for all that follows."""
+    if torch.compiler.is_compiling() or not isinstance(found, Distribution):
+        return
+    for name, constraint in found.arg_constraints.items():
+        value = vars(found).get(name)  # others are made of these
+        if constraints.is_dependent(constraint) or not isinstance(value, Tensor):
+            continue
+        if not bool(constraint.check(value).all()):
+            raise ValueError(f"{type(found).__name__}: {name} must be {constraint}.")

@@ -487,3 +487,15 @@ def test_a_model_keeps_its_likelihood_beside_its_modules() -> None:
     wrapped = torch.compile(model)
     assert likelihood_of(wrapped) is likelihood  # type: ignore[arg-type]
     assert likelihood_of(set_likelihood_(model, None)) is None
+
+
+def test_parameters_are_checked_where_torch_checks_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a torch.compile, which switches the checks of torch.distributions off."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+    likelihood = FromDistribution(lambda f: torch.distributions.Normal(0.0, f))
+    with pytest.raises(ArgumentError, match="makes no distribution: Normal: scale must be"):
+        likelihood.log_prob(Z(4), Z(4))
+    ones = torch.ones(4)
+    assert torch.equal(
+        likelihood.log_prob(ones, ones), torch.distributions.Normal(0.0, ones).log_prob(ones)
+    )

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 import bayesify
 from bayesify.cli.app import app
+from bayesify.estimators import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -49,8 +50,13 @@ def test_the_readme_has_blocks_to_run() -> None:
 
 @pytest.mark.parametrize(("page", "code", "printed"), blocks())
 def test_a_block_of_the_documentation_runs(
-    page: Path, code: str, printed: str | None, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    code: str,
+    printed: str | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(registry, "_ESTIMATORS", dict(registry._ESTIMATORS))
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
     if printed is not None:
         said = [line.rstrip() for line in capsys.readouterr().out.rstrip().splitlines()]
